@@ -1,0 +1,1 @@
+"""YOLOv3 on PASCAL VOC, from photographs to a Space."""

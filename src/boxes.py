@@ -1,0 +1,66 @@
+"""Boxes: conversions named by their formats, and the way from logits to detections."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, box_convert
+
+MAX_LOG_SCALE = math.log(1000 / 16)  # bounds exp(w), exp(h), as torchvision's detectors do
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """[..., 4] (centre x, centre y, width, height) -> (left, top, right, bottom); any unit."""
+    return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """[..., 4] (left, top, right, bottom) -> (centre x, centre y, width, height); any unit."""
+    return box_convert(boxes, "xyxy", "cxcywh")
+
+
+def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int) -> Tensor:
+    """The paper's box equations (YOLOv3, section 2.1), in float32 whatever comes in.
+
+    offsets [..., 4]: the network's x, y, w, h; column, row [...]: the cell; anchor [..., 2]: in sides of the image.
+    Returns [..., 4] cxcywh in 0..1 of the image.
+    """
+    offsets = offsets.float()
+    centre_x = (offsets[..., 0].sigmoid() + column) / grid
+    centre_y = (offsets[..., 1].sigmoid() + row) / grid
+    side = offsets[..., 2:4].clamp(max=MAX_LOG_SCALE).exp() * anchor
+    return torch.cat((centre_x[..., None], centre_y[..., None], side), dim=-1)
+
+
+def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Every prediction of every scale, largest stride first, each scale in the order anchor, row, column.
+
+    logits: three [B, 3, G, G, 5 + C]; anchors [3, 3, 2] in sides of the image.
+    Returns boxes [B, K, 4] xyxy in 0..1 (not clipped), and scores [B, K, C]: objectness times class probability.
+    """
+    boxes, scores = [], []
+    for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
+        grid = level.shape[2]
+        cells = torch.arange(grid, device=level.device)
+        found = decode_boxes(level[..., 1:5], cells, cells[:, None], scale_anchors[:, None, None], grid)
+        score = level[..., :1].float().sigmoid() * level[..., 5:].float().sigmoid()
+        boxes.append(cxcywh_to_xyxy(found).flatten(1, 3))
+        scores.append(score.flatten(1, 3))
+    return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
+
+
+def nms(
+    boxes: Tensor, scores: Tensor, confidence: float, overlap: float, most: int = 300, candidates: int = 1000
+) -> tuple[Tensor, Tensor]:
+    """Non-maximum suppression within each class, for one image.
+
+    boxes [K, 4] xyxy; scores [K, C]. A prediction counts as its best class if that scores above `confidence`;
+    of two of one class that overlap (IoU) by more than `overlap` the better stays. At most `candidates`
+    are compared and `most` kept, best first. Returns (index into K [n], class [n]).
+    """
+    best, label = scores.max(dim=1)
+    index = torch.nonzero(best > confidence).flatten()
+    if len(index) > candidates:
+        index = index[best[index].topk(candidates).indices]
+    kept = batched_nms(boxes[index], best[index], label[index], overlap)[:most]
+    return index[kept], label[index[kept]]

@@ -1,0 +1,219 @@
+"""YOLOv3: Darknet-53 and its three heads (Redmon & Farhadi 2018, https://arxiv.org/abs/1804.02767)."""
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from src.config import ANCHORS
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution without bias, batch norm, leaky ReLU: [B, in, H, W] -> [B, out, H/stride, W/stride]."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1):
+        super().__init__(
+            nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.LeakyReLU(0.1, inplace=True),
+        )
+
+
+class Residual(nn.Module):
+    """Section 2.4, figure 1: a 1x1 and a 3x3 convolution beside a shortcut; keeps the shape."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(ConvBlock(channels, channels // 2, 1), ConvBlock(channels // 2, channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Darknet53(nn.Module):
+    """The 52 convolutions before the classifier: [B, 3, S, S] -> features at strides 32, 16 and 8."""
+
+    def __init__(self, channels: list[int]):
+        super().__init__()
+        self.stem = ConvBlock(3, channels[0], 3)
+        self.stages = nn.ModuleList(
+            nn.Sequential(ConvBlock(before, after, 3, stride=2), *(Residual(after) for _ in range(repeats)))
+            for before, after, repeats in zip(channels, channels[1:], (1, 2, 8, 8, 4), strict=False)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = [self.stem(x)]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features[5], features[4], features[3]
+
+
+class Head(nn.Module):
+    """One scale: joins the deeper scale's features (if any), then predicts.
+
+    forward(features [B, in, G, G], deeper [B, deep, G/2, G/2] or None)
+        -> neck [B, mid, G, G], handed to the next scale, and logits [B, 3, G, G, 5 + C].
+    """
+
+    def __init__(self, channels_in: int, channels_deep: int, mid: int, num_classes: int):
+        super().__init__()
+        self.lateral = ConvBlock(channels_deep, mid, 1) if channels_deep else None
+        first = channels_in + (mid if channels_deep else 0)
+        self.neck = nn.Sequential(
+            ConvBlock(first, mid, 1), ConvBlock(mid, 2 * mid, 3), ConvBlock(2 * mid, mid, 1),
+            ConvBlock(mid, 2 * mid, 3), ConvBlock(2 * mid, mid, 1),
+        )  # fmt: skip
+        self.expand = ConvBlock(mid, 2 * mid, 3)
+        self.predict = nn.Conv2d(2 * mid, 3 * (5 + num_classes), 1)
+
+    def forward(self, features: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.lateral is not None:
+            upsampled = nn.functional.interpolate(self.lateral(deeper), scale_factor=2.0, mode="nearest")
+            features = torch.cat((upsampled, features), dim=1)
+        neck = self.neck(features)
+        logits = self.predict(self.expand(neck))  # [B, 3 * (5 + C), G, G]
+        return neck, logits.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
+
+
+class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["object-detection", "yolov3"]):
+    """Images float [B, 3, S, S] in 0..1 -> three logits [B, 3, S/stride, S/stride, 5 + C], strides 32, 16, 8.
+
+    Per cell: objectness, x, y, w, h, classes. `width` scales the kernels of every layer; `classes` and `anchors`
+    ([3][3] width, height in sides of the image) travel with the weights, `about` holds facts about their training.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 20,
+        width: float = 1.0,
+        classes: list | None = None,
+        anchors: list = ANCHORS,
+        image_size: int = 416,
+        about: dict | None = None,
+    ):
+        super().__init__()
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"YOLOv3: num_classes is {num_classes}, but {len(classes)} classes are named")
+        if num_classes < 1 or not 0 < width <= 4:
+            raise ValueError(f"YOLOv3: num_classes {num_classes} must be at least 1 and width {width} in 0..4")
+        self.classes = list(classes) if classes else [f"class {i}" for i in range(num_classes)]
+        self.width, self.image_size, self.about = width, image_size, about or {}
+        c = [max(8, 8 * round(channels * width / 8)) for channels in (32, 64, 128, 256, 512, 1024)]
+        self.backbone = Darknet53(c)
+        self.heads = nn.ModuleList(
+            Head(channels_in, deep, mid, num_classes)
+            for channels_in, deep, mid in ((c[5], 0, c[4]), (c[4], c[4], c[3]), (c[3], c[3], c[2]))
+        )
+        self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32), persistent=False)  # [3, 3, 2]
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+        for head in self.heads:  # start near "nothing here": RetinaNet (Lin et al. 2017), section 4.1
+            nn.init.normal_(head.predict.weight, std=0.01)
+            bias = head.predict.bias.data.zero_().view(3, -1)
+            bias[:, 0] = -math.log(999)  # objectness 0.001
+            bias[:, 5:] = -math.log(max(1, bias.shape[1] - 6))  # one class in C
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        side = images.shape[-1]
+        if images.dim() != 4 or images.shape[-2] != side or side == 0 or side % 32:
+            raise ValueError(f"YOLOv3 takes [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}")
+        neck, logits = None, []
+        for head, features in zip(self.heads, self.backbone(images), strict=True):
+            neck, level = head(features, neck)
+            logits.append(level)
+        return logits
+
+    def settings(self) -> dict:
+        """The arguments that build this net again; `config.json` holds them."""
+        return {
+            "num_classes": len(self.classes), "width": self.width, "classes": self.classes,
+            "anchors": self.anchors.tolist(), "image_size": self.image_size, "about": self.about,
+        }  # fmt: skip
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Called by `save_pretrained`: config.json and model.safetensors, each complete or not there."""
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, save_directory / "model.safetensors.part", metadata={"format": "pt"})
+        os.replace(save_directory / "model.safetensors.part", save_directory / "model.safetensors")
+        (save_directory / "config.json").write_text(json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "YOLOv3":
+        """Called by `from_pretrained`: safetensors only, never a pickle; every tensor must be there and fit."""
+        hub = {n: options.pop(n) for n in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        path = Path(model_id) / "model.safetensors"
+        if not Path(model_id).is_dir():
+            path = Path(hf_hub_download(model_id, path.name, **hub))
+        elif not path.exists():
+            raise FileNotFoundError(f"{path} is missing: name a folder written by YOLOv3.save_pretrained, or a hub id")
+        model = cls(**options)
+        try:
+            model.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} does not fit a YOLOv3 of {len(model.classes)} classes at width {model.width} "
+                f"(num_classes and width come from config.json or from your arguments): {error}"
+            ) from None
+        return model.to(map_location).eval()
+
+    def load_darknet(self, path: str | Path) -> str:
+        """Read weights published for Darknet: darknet53.conv.74 (the backbone) or yolov3.weights (everything).
+
+        The file is a header (version 3 x int32, images seen int64; int32 before version 0.2), then float32: for
+        each convolution in order its batch norm (bias, weight, mean, variance) or its bias, then the kernel.
+        A file of 80 classes read into a net of another class count leaves the three last layers as they are.
+        Returns what was read, in words. Raises ValueError where the size is neither of the two.
+        """
+        path = Path(path)
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            major, minor, _ = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
+            file.seek(20 if major * 10 + minor >= 2 else 16)
+            values = torch.from_numpy(np.fromfile(file, dtype="<f4"))
+        blocks, backbone_blocks = self._darknet_order(), 52
+        backbone = sum(tensor.numel() for tensor in sum(blocks[:backbone_blocks], []))
+        whole = sum(tensor.numel() for tensor in sum(blocks, []))
+        last_80 = sum(3 * (80 - len(self.classes)) * (head.predict.in_channels + 1) for head in self.heads)
+        expected = {backbone: "backbone", whole + last_80: "all but the last layers", whole: "everything"}
+        if size < 20 or len(values) not in expected or not values.isfinite().all():
+            sizes = " or ".join(f"{20 + 4 * count:,}" for count in expected)
+            raise ValueError(f"{path} holds {size:,} bytes; Darknet weights for this net hold {sizes}: download it again")
+        read = expected[len(values)]
+        with torch.no_grad():
+            for tensors in blocks if read != "backbone" else blocks[:backbone_blocks]:
+                if len(tensors) == 2 and read == "all but the last layers":
+                    values = values[3 * 85 * (tensors[1].shape[1] + 1) :]
+                    continue
+                for tensor in tensors:
+                    part, values = values[: tensor.numel()], values[tensor.numel() :]
+                    tensor.copy_(_objectness_first(part.view_as(tensor)) if len(tensors) == 2 else part.view_as(tensor))
+        return read
+
+    def _darknet_order(self) -> list[list[Tensor]]:
+        """The tensors of each convolution in the order of Darknet's files; two where there is no batch norm."""
+        blocks = []
+        for module in self.modules():
+            if isinstance(module, ConvBlock):
+                conv, norm, _ = module
+                blocks.append([norm.bias, norm.weight, norm.running_mean, norm.running_var, conv.weight])
+            elif isinstance(module, nn.Conv2d) and module.bias is not None:
+                blocks.append([module.bias, module.weight])
+        return blocks
+
+
+def _objectness_first(tensor: Tensor) -> Tensor:
+    """Darknet's channels x, y, w, h, objectness, classes -> objectness, x, y, w, h, classes, for three anchors."""
+    parts = tensor.unflatten(0, (3, -1))
+    return torch.cat((parts[:, 4:5], parts[:, :4], parts[:, 5:]), dim=1).flatten(0, 1)

@@ -1,0 +1,146 @@
+"""From an image of any size to detections in its own pixels."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from src.boxes import decode, nms
+from src.model import YOLOv3
+
+PAD = 114  # grey of the letterbox's bars
+FLOOR = 0.01  # candidates that score less are not kept
+
+
+def load_image(source, side: int = 0) -> np.ndarray:
+    """Any picture as uint8 [H, W, 3] RGB, upright (EXIF), its first frame, transparency on white.
+
+    source: a path, a PIL image or an array [H, W], [H, W, 3] or [H, W, 4]. With `side` a JPEG may be decoded at
+    1/2, 1/4 or 1/8 as long as its long side stays at least that many pixels.
+    Raises ValueError that names the file where it is no picture, is truncated or has too many pixels.
+    """
+    if isinstance(source, np.ndarray):
+        source = Image.fromarray(source)
+    name = source if isinstance(source, str | os.PathLike) else "the image"
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        if side:
+            image.draft("RGB", (side, side) if image.width == image.height else _reduced(image.size, side))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: bring its range to 0..255
+            values = np.asarray(image, dtype=np.float32)
+            top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
+            image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError) as error:
+        raise ValueError(f"{name} can't be read as a picture ({error}); use a JPEG or PNG file") from None
+
+
+def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The smallest size a JPEG may be decoded at: its long side keeps `side` pixels."""
+    scale = side / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def fit_inside(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
+    """Resize so that the long side has `side` pixels, keeping the shape. Returns image and scale."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    if size != (width, height):
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    return image, scale
+
+
+def letterbox(image: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the shape, pad with grey 114 to a square: uint8 [H, W, 3] -> uint8 [side, side, 3].
+
+    Also returns (scale x, scale y, left, top), float32: x in the square = x * scale x + left, and so for y.
+    """
+    inner, _ = fit_inside(image, side)
+    height, width = inner.shape[:2]
+    left, top = (side - width) // 2, (side - height) // 2
+    square = np.full((side, side, 3), PAD, dtype=np.uint8)
+    square[top : top + height, left : left + width] = inner
+    return square, np.float32([width / image.shape[1], height / image.shape[0], left, top])
+
+
+def to_input(images: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] -> what the network takes: float 0..1, channels last in memory."""
+    return images.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
+
+
+@dataclass(frozen=True)
+class Detections:
+    """n objects of one image, best first."""
+
+    boxes: np.ndarray  # float32 [n, 4] xyxy in pixels of the image
+    scores: np.ndarray  # float32 [n] objectness times class probability
+    labels: np.ndarray  # int64 [n] index into the model's classes
+    index: np.ndarray  # int64 [n] which of the network's K predictions it was; see boxes.decode
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What one forward pass found in one image; thresholds are chosen later, as often as you like."""
+
+    boxes: Tensor  # float32 [k, 4] xyxy in pixels of the image
+    scores: Tensor  # float32 [k, C]
+    index: Tensor  # int64 [k] into the network's K predictions
+
+    def detections(self, confidence: float = 0.25, overlap: float = 0.45) -> Detections:
+        """Those that score above `confidence` and survive NMS at IoU `overlap`."""
+        kept, labels = nms(self.boxes, self.scores, max(confidence, FLOOR), overlap)
+        scores = self.scores[kept, labels]
+        return Detections(*(t.numpy() for t in (self.boxes[kept], scores, labels, self.index[kept])))
+
+
+class Predictor:
+    """A model ready to be asked: `predictor(image)` -> Detections."""
+
+    def __init__(self, model: YOLOv3, image_size: int = 0, device: str | torch.device = ""):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        self.image_size = image_size or model.image_size
+        self.classes = model.classes
+
+    @classmethod
+    def load(cls, source: str | Path, **options) -> "Predictor":
+        """From a folder written by `YOLOv3.save_pretrained`, or a hub id."""
+        return cls(YOLOv3.from_pretrained(source), **options)
+
+    def input(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """uint8 [H, W, 3] -> network input [1, 3, S, S] on the device, and the letterbox's placement."""
+        square, placement = letterbox(image, self.image_size)
+        return to_input(torch.from_numpy(square).permute(2, 0, 1)[None].to(self.device)), placement
+
+    @torch.inference_mode()
+    def candidates(self, image) -> Candidates:
+        """One forward pass. image: whatever `load_image` takes."""
+        image = load_image(image)
+        inputs, placement = self.input(image)
+        boxes, scores = decode(self.model(inputs), self.model.anchors)
+        boxes, scores = boxes[0].cpu(), scores[0].cpu()
+        index = torch.nonzero(scores.amax(dim=1) > FLOOR).flatten()
+        height, width = image.shape[:2]
+        boxes = boxes[index] * self.image_size - torch.from_numpy(placement[[2, 3, 2, 3]])
+        boxes /= torch.from_numpy(placement[[0, 1, 0, 1]])
+        boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        return Candidates(boxes, scores[index], index)
+
+    def __call__(self, image, confidence: float = 0.25, overlap: float = 0.45) -> Detections:
+        """image: a path, PIL image or array. Boxes come in its pixels, after EXIF rotation."""
+        return self.candidates(image).detections(confidence, overlap)
