@@ -36,8 +36,8 @@ class Config:
     classes: tuple[str, ...] = VOC_CLASSES
     shapes_train: int = 1200  # pictures of the built-in set
     shapes_val: int = 300
-    cache_gb: float = 8.0  # resized training images kept in one memory-mapped file; 0 turns it off
-    workers: int = -1  # loader processes; -1: one a core, at most 8
+    cache_gb: float = 12.0  # most that a memory-mapped file of resized images may take; 0 turns it off
+    workers: int = -1  # loader processes; -1: one for each core, at most 8
 
     # what the network sees
     image_size: int = 416  # pixels a side, a multiple of 32
@@ -45,7 +45,7 @@ class Config:
     size_steps: int = 10  # steps a drawn side is held for
     mosaic: float = 0.75  # part of the draws that are four-image mosaics
     mosaic_off_epochs: int = 2  # the last epochs see whole images only
-    scale_range: tuple[float, float] = (0.5, 1.5)  # an image's long side, in sides of the canvas
+    scale_range: tuple[float, float] = (0.45, 1.25)  # an image's long side, in sides of the canvas
     min_visible: float = 0.25  # a box keeps its label while this part of its area is left
 
     # model

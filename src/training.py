@@ -1,0 +1,305 @@
+"""The Lightning module, its callbacks, the learning-rate finder, training and evaluation."""
+
+import csv
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.tuner import Tuner
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from src.config import Config
+from src.dataset import DetectionData
+from src.loss import YOLOLoss
+from src.metrics import CellAccuracy, DetectionStore, class_table, coco_average_precision, mean_average_precision
+from src.model import YOLOv3
+from src.predict import to_input
+
+FINITE_EVERY = 10  # steps between two looks at the loss: a look waits for the GPU
+
+
+def build_model(config: Config) -> YOLOv3:
+    """A net for these settings: fresh, or from `config.weights` (a folder, hub id or Darknet file)."""
+    torch.manual_seed(config.seed)
+    settings = {"classes": config.classes, "anchors": config.anchors, "image_size": config.image_size}
+    if config.weights and not Path(config.weights).is_file():
+        return YOLOv3.from_pretrained(config.weights, num_classes=len(config.classes), width=config.width, **settings)
+    model = YOLOv3(len(config.classes), config.width, **settings)
+    if config.weights:
+        print(f"{config.weights}: read {model.load_darknet(config.weights)}")
+    return model
+
+
+def drawn_side(config: Config, step: int) -> int:
+    """The side of the batch at this step; the same on every process, and after a resume."""
+    if not config.sizes:
+        return config.image_size
+    return int(np.random.default_rng((config.seed, step // config.size_steps)).choice(config.sizes))
+
+
+class Detector(pl.LightningModule):
+    """A `YOLOv3` with its loss, optimizer and metrics."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.lr = config, config.max_lr
+        self.model = build_model(config)
+        self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self.loss, self.cells, self.store = YOLOLoss(config), CellAccuracy(), DetectionStore()
+        self.results: dict[str, float] = {}  # of the last validation, for the callbacks
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        images, side = to_input(batch["images"]), drawn_side(self.config, self.trainer.global_step)
+        if side != images.shape[-1]:  # multi-resolution: targets are fractions of the image and stay
+            images = interpolate(images, (side, side), mode="bilinear", antialias=True)
+        terms = self.loss(self.network(images), batch["targets"], self.model.anchors)
+        logged = {f"train/{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(images))
+        return terms["loss"]
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        logits, targets = self.model(to_input(batch["images"])), batch["targets"]
+        terms = self.loss(logits, targets, self.model.anchors)
+        logged = {f"val/{name}": value for name, value in terms.items()}
+        self.log_dict(logged, on_epoch=True, batch_size=len(batch["images"]), sync_dist=True)
+        self.cells.update(logits, targets, self.model.anchors)
+        self.store.update(logits, targets, batch["difficult"], self.model.anchors)
+
+    def on_validation_epoch_end(self) -> None:
+        accuracies = {name: float(value) for name, value in self.cells.compute().items()}
+        self.found, self.truth = self.store.compute()
+        self.table = class_table(self.found, self.truth, self.config.classes)
+        self.results = accuracies | {"map50": mean_average_precision(self.table)}
+        self.log_dict({f"val/{name}": value for name, value in self.results.items()})
+        self.cells.reset()
+        self.store.reset()
+
+    def on_train_epoch_start(self) -> None:
+        if self.config.freeze_epochs:
+            trained = self.current_epoch >= self.config.freeze_epochs
+            self.model.backbone.requires_grad_(trained).train(trained)
+
+    def configure_optimizers(self) -> dict:
+        decayed = [p for p in self.parameters() if p.dim() > 1]
+        plain = [p for p in self.parameters() if p.dim() <= 1]  # biases and batch norm
+        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr or 1e-3, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr or 1e-3, self.trainer.estimated_stepping_batches, pct_start=self.config.warmup
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, *_, **__) -> None:
+        """Lightning refuses to clip under a fused optimizer, because it might unscale float16's gradients itself."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.clip)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["classes"] = list(self.config.classes)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        classes = checkpoint.get("classes")
+        if classes != list(self.config.classes):
+            raise ValueError(
+                f"this checkpoint knows the classes {classes}, Config.classes are {list(self.config.classes)}: "
+                "set Config.classes to the checkpoint's, or train anew in another Config.run_dir"
+            )
+
+
+def ema(decay: float) -> WeightAveraging:
+    """Lightning's averaging with a decay that starts low, so that short runs forget their first weights."""
+
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
+
+    return WeightAveraging(multi_avg_fn=average)
+
+
+class StopIfNotFinite(pl.Callback):
+    """Ends training with a message when the loss is no longer a number; no checkpoint is written after it."""
+
+    def __init__(self):
+        self.finite = None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        finite = outputs["loss"].isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+        if batch_idx % FINITE_EVERY == 0 or trainer.is_last_batch:
+            if not self.finite:
+                raise FloatingPointError(
+                    f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); the last good "
+                    f"checkpoint stands in {module.config.run_dir}. Try a lower Config.max_lr or precision='32-true'"
+                )
+            self.finite = None
+
+
+class Progress(pl.callbacks.ProgressBar):
+    """One bar for the whole training, and a line of results after each epoch."""
+
+    TITLE = f"{'epoch':>7}{'loss':>9}{'held out':>10}{'class':>8}{'no-obj':>8}{'object':>8}{'mAP.5':>8}{'minutes':>9}"
+
+    def __init__(self):
+        super().__init__()
+        self.bar = None
+
+    def on_train_start(self, trainer, module) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.bar = tqdm(total=steps, initial=trainer.global_step, desc="training", unit="step", file=sys.stdout,
+                        mininterval=2, dynamic_ncols=False, ncols=90)  # fmt: skip
+        self.started = time.monotonic()
+        self.bar.write(self.TITLE + "   (accuracies in %, objectness threshold 0.05)")
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        values, logged = module.results, trainer.callback_metrics
+        row = [logged["train/loss"], logged.get("val/loss", float("nan"))]
+        row += [100 * values.get(name, float("nan")) for name in ("class", "no_object@0.05", "object@0.05")]
+        cells = f"{row[0]:>9.3f}{row[1]:>10.3f}" + "".join(f"{value:>8.1f}" for value in row[2:])
+        minutes = (time.monotonic() - self.started) / 60
+        self.bar.write(f"{trainer.current_epoch + 1:>7}{cells}{values.get('map50', float('nan')):>8.3f}{minutes:>9.1f}")
+
+    def on_train_end(self, *_) -> None:
+        self.bar.close()
+
+    def on_exception(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def print(self, *args, **_) -> None:
+        tqdm.write(" ".join(map(str, args)), file=sys.stdout)
+
+
+def precision_here(config: Config) -> str:
+    """`config.precision`, or for "auto" the fastest this machine computes: float16 on CUDA, bfloat16 on newer CPUs."""
+    if config.precision != "auto":
+        return config.precision
+    if torch.cuda.is_available():
+        return "16-mixed"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
+
+
+def make_trainer(config: Config, **options) -> pl.Trainer:
+    """A Trainer for this machine and these settings, silent but for what `options` add."""
+    return pl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=config.devices, precision=precision_here(config),
+        num_sanity_val_steps=0, enable_model_summary=False, use_distributed_sampler=False,
+        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """A learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186)."""
+
+    rates: list[float]
+    losses: list[float]  # smoothed
+    suggestion: float
+
+
+def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRates:
+    """Raise the rate over `steps` batches on a net of its own, and suggest a peak for OneCycle.
+
+    The suggestion is Lightning's: where the loss falls fastest. Raises RuntimeError where it never falls.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(config, max_epochs=steps, default_root_dir=folder, limit_val_batches=0)
+        finder = Tuner(trainer).lr_find(
+            Detector(config.replace(max_lr=1e-3)), datamodule=data, min_lr=1e-6, max_lr=0.1, num_training=steps
+        )
+    suggestion = finder.suggestion()
+    if suggestion is None:
+        raise RuntimeError("the loss fell at no learning rate: look at the data, or set Config.max_lr yourself (1e-3 is usual)")
+    return LearningRates(finder.results["lr"], finder.results["loss"], suggestion)
+
+
+def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None = None) -> Detector:
+    """Train by `config` and return the detector, its weights the averaged ones of the last epoch.
+
+    Writes config.json, metrics.csv and checkpoints best.ckpt (by VOC AP) and last.ckpt to `config.run_dir`.
+    ckpt_path: "last" goes on where last.ckpt of that folder stopped, at the start of the epoch after it.
+    """
+    folder = Path(config.run_dir)
+    if ckpt_path == "last":
+        ckpt_path = str(folder / "last.ckpt")
+    if ckpt_path and not Path(ckpt_path).exists():
+        raise FileNotFoundError(f"{ckpt_path} is missing: there is no run to go on with; call fit without ckpt_path")
+    data = data or DetectionData(config)
+    if not config.max_lr:
+        config = config.replace(max_lr=find_lr(config, data).suggestion)
+    config.save(folder / "config.json")
+    pl.seed_everything(config.seed, verbose=False)
+    trainer = make_trainer(
+        config, max_epochs=config.epochs, log_every_n_steps=10, logger=csv_logger(folder, ckpt_path),
+        enable_checkpointing=True, enable_progress_bar=True,
+        callbacks=[
+            Progress(), StopIfNotFinite(), ema(config.ema_decay), LearningRateMonitor("step"),
+            ModelCheckpoint(folder, "best", monitor="val/map50", mode="max", save_last=True, enable_version_counter=False),
+        ],
+    )  # fmt: skip
+    detector = Detector(config)
+    trainer.fit(detector, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return detector
+
+
+def csv_logger(folder: Path, ckpt_path: str | None) -> CSVLogger:
+    """metrics.csv in `folder`; on resume it keeps the rows up to the checkpoint, which Lightning would delete."""
+    kept, file = [], folder / "metrics.csv"
+    if ckpt_path and file.exists():
+        step = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        with open(file, newline="") as lines:
+            kept = [row for row in csv.DictReader(lines) if int(row["step"]) < step]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")
+        logger = CSVLogger(folder, name="", version="")
+        logger.experiment.metrics = kept
+    return logger
+
+
+def load_detector(folder: str | Path, which: str = "best") -> Detector:
+    """The detector of a run's folder, with the averaged weights of its best or last checkpoint."""
+    path = Path(folder) / f"{which}.ckpt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: train first, or name the folder of a run")
+    detector = Detector(Config.load(Path(folder) / "config.json").replace(weights=""))
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    detector.on_load_checkpoint(checkpoint)
+    detector.load_state_dict(checkpoint["state_dict"])
+    return detector.eval()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a detector reaches on the held-out split."""
+
+    accuracies: dict[str, float]  # CellAccuracy.compute()
+    precisions: dict[str, float]  # mean average precision by the name of its definition
+    table: list[dict]  # metrics.class_table
+    found: np.ndarray  # DetectionStore's rows
+    truth: np.ndarray
+
+
+def evaluate(detector: Detector, data: DetectionData) -> Evaluation:
+    """Every number of the course and every average precision, on all held-out pictures."""
+    data.setup()
+    make_trainer(detector.config).validate(detector, data.val_dataloader(), verbose=False)
+    accuracies = {name: value for name, value in detector.results.items() if name != "map50"}
+    precisions = {f"VOC AP@.5, {rule}": mean_average_precision(detector.table, rule) for rule in ("area", "11 points")}
+    precisions["course mAP@.5"] = mean_average_precision(detector.table, "course")
+    precisions |= coco_average_precision(detector.found, detector.truth)
+    return Evaluation(accuracies, precisions, detector.table, detector.found, detector.truth)
