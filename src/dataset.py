@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+
 import albumentations as A
 import cv2
 import numpy as np

@@ -129,9 +129,13 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         side = images.shape[-1]
         if images.dim() != 4 or images.shape[-2] != side or side == 0 or side % 32:
             raise ValueError(f"YOLOv3 takes [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}")
+        return self.detect(self.backbone(images))
+
+    def detect(self, features: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        """The backbone's features at strides 32, 16 and 8 -> what `forward` returns."""
         neck, logits = None, []
-        for head, features in zip(self.heads, self.backbone(images), strict=True):
-            neck, level = head(features, neck)
+        for head, level_features in zip(self.heads, features, strict=True):
+            neck, level = head(level_features, neck)
             logits.append(level)
         return logits
 
@@ -180,14 +184,14 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         size = path.stat().st_size
         with open(path, "rb") as file:
             major, minor, _ = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
-            file.seek(20 if major * 10 + minor >= 2 else 16)
+            file.seek(min(size, 20 if major * 10 + minor >= 2 else 16))
             values = torch.from_numpy(np.fromfile(file, dtype="<f4"))
         blocks, backbone_blocks = self._darknet_order(), 52
         backbone = sum(tensor.numel() for tensor in sum(blocks[:backbone_blocks], []))
         whole = sum(tensor.numel() for tensor in sum(blocks, []))
         last_80 = sum(3 * (80 - len(self.classes)) * (head.predict.in_channels + 1) for head in self.heads)
         expected = {backbone: "backbone", whole + last_80: "all but the last layers", whole: "everything"}
-        if size < 20 or len(values) not in expected or not values.isfinite().all():
+        if len(values) not in expected or not values.isfinite().all():
             sizes = " or ".join(f"{20 + 4 * count:,}" for count in expected)
             raise ValueError(f"{path} holds {size:,} bytes; Darknet weights for this net hold {sizes}: download it again")
         read = expected[len(values)]

@@ -80,7 +80,8 @@ class Detector(pl.LightningModule):
         accuracies = {name: float(value) for name, value in self.cells.compute().items()}
         self.found, self.truth = self.store.compute()
         self.table = class_table(self.found, self.truth, self.config.classes)
-        self.results = accuracies | {"map50": mean_average_precision(self.table)}
+        self.results = {f"accuracy/{name}": value for name, value in accuracies.items()}
+        self.results["map50"] = mean_average_precision(self.table)
         self.log_dict({f"val/{name}": value for name, value in self.results.items()})
         self.cells.reset()
         self.store.reset()
@@ -168,7 +169,7 @@ class Progress(pl.callbacks.ProgressBar):
     def on_train_epoch_end(self, trainer, module) -> None:
         values, logged = module.results, trainer.callback_metrics
         row = [logged["train/loss"], logged.get("val/loss", float("nan"))]
-        row += [100 * values.get(name, float("nan")) for name in ("class", "no_object@0.05", "object@0.05")]
+        row += [100 * values.get(f"accuracy/{name}", float("nan")) for name in ("class", "no_object@0.05", "object@0.05")]
         cells = f"{row[0]:>9.3f}{row[1]:>10.3f}" + "".join(f"{value:>8.1f}" for value in row[2:])
         minutes = (time.monotonic() - self.started) / 60
         self.bar.write(f"{trainer.current_epoch + 1:>7}{cells}{values.get('map50', float('nan')):>8.3f}{minutes:>9.1f}")
@@ -240,7 +241,9 @@ def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None
     if ckpt_path and not Path(ckpt_path).exists():
         raise FileNotFoundError(f"{ckpt_path} is missing: there is no run to go on with; call fit without ckpt_path")
     data = data or DetectionData(config)
-    if not config.max_lr:
+    if ckpt_path:
+        config = settings_to_go_on(config, folder / "config.json")
+    elif not config.max_lr:
         config = config.replace(max_lr=find_lr(config, data).suggestion)
     config.save(folder / "config.json")
     pl.seed_everything(config.seed, verbose=False)
@@ -255,6 +258,21 @@ def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None
     detector = Detector(config)
     trainer.fit(detector, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return detector
+
+
+def settings_to_go_on(config: Config, path: Path) -> Config:
+    """`config` with the learning rate that the run at `path` found; what shapes the schedule must be the same.
+
+    Raises ValueError that names the setting that differs.
+    """
+    saved = Config.load(path)
+    for name in ("epochs", "batch_size", "warmup", "width", "classes", "anchors", "seed"):
+        if getattr(saved, name) != getattr(config, name):
+            raise ValueError(
+                f"Config.{name} is {getattr(config, name)}, but {path} was started with {getattr(saved, name)}: set it back "
+                "to go on, or start anew in another Config.run_dir"
+            )
+    return config.replace(max_lr=saved.max_lr)
 
 
 def csv_logger(folder: Path, ckpt_path: str | None) -> CSVLogger:
@@ -298,7 +316,7 @@ def evaluate(detector: Detector, data: DetectionData) -> Evaluation:
     """Every number of the course and every average precision, on all held-out pictures."""
     data.setup()
     make_trainer(detector.config).validate(detector, data.val_dataloader(), verbose=False)
-    accuracies = {name: value for name, value in detector.results.items() if name != "map50"}
+    accuracies = {name[9:]: value for name, value in detector.results.items() if name.startswith("accuracy/")}
     precisions = {f"VOC AP@.5, {rule}": mean_average_precision(detector.table, rule) for rule in ("area", "11 points")}
     precisions["course mAP@.5"] = mean_average_precision(detector.table, "course")
     precisions |= coco_average_precision(detector.found, detector.truth)

@@ -1,0 +1,140 @@
+"""Target assignment and the loss, against slow loops."""
+
+import math
+
+import pytest
+import torch
+
+from src.boxes import cxcywh_to_xyxy, decode
+from src.config import ANCHORS, Config
+from src.loss import YOLOLoss, assign_targets
+
+ANCHOR = torch.tensor(ANCHORS)
+GRIDS = [3, 6, 12]
+
+
+def random_targets(count: int, images: int, classes: int = 4, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    side = torch.rand(count, 2, generator=random) * 0.6 + 0.02
+    centre = side / 2 + torch.rand(count, 2, generator=random) * (1 - side)
+    image = torch.randint(images, (count, 1), generator=random).sort(dim=0).values
+    label = torch.randint(classes, (count, 1), generator=random)
+    return torch.cat((image, label, centre, side), dim=1)
+
+
+def loop_assign(targets, grid, anchors, batch):
+    """The definition, word by word. -> {(image, anchor, row, column): target}, set of ignored."""
+    positives, near = {}, set()
+    for number, (image, _, cx, cy, w, h) in enumerate(targets.tolist()):
+        row, column = min(int(cy * grid), grid - 1), min(int(cx * grid), grid - 1)
+        overlaps = []
+        for aw, ah in anchors.tolist():
+            shared = min(w, aw) * min(h, ah)
+            overlaps.append(shared / (w * h + aw * ah - shared))
+        best = max(range(3), key=lambda a: overlaps[a])
+        positives[int(image), best, row, column] = number
+        near |= {(int(image), a, row, column) for a in range(3) if overlaps[a] > 0.5}
+    return positives, near - set(positives)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_assignment_equals_the_loop(seed):
+    targets = random_targets(40, images=3, seed=seed)  # crowded: objects do want the same cell
+    shared = 0
+    for scale, found in enumerate(assign_targets(targets, GRIDS, ANCHOR, batch=3)):
+        positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale], 3)
+        places = zip(*(v.tolist() for v in (found.image, found.anchor, found.row, found.column)), strict=True)
+        mine = {place: number for number, place in enumerate(places) if found.owner[number]}
+        assert mine == positives
+        assert {tuple(i) for i in found.positive.nonzero().tolist()} == set(positives)
+        assert {tuple(i) for i in found.ignored.nonzero().tolist()} == ignored
+        shared += len(targets) - len(positives)
+    assert shared > 0
+
+
+def test_every_object_has_one_positive_a_scale():
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.3], [1, 2, 0.999, 1.0, 0.01, 0.01]])
+    for found in assign_targets(targets, GRIDS, ANCHOR, batch=2):
+        assert found.owner.all() and found.positive.sum() == 2
+
+
+def test_no_objects():
+    for found in assign_targets(torch.zeros(0, 6), GRIDS, ANCHOR, batch=2):
+        assert not found.positive.any() and not found.ignored.any()
+
+
+def complete_iou(one, two):
+    """1 - CIoU of two xyxy boxes, Zheng et al. 2020, equations 8 to 11."""
+    left, top, right, bottom = max(one[0], two[0]), max(one[1], two[1]), min(one[2], two[2]), min(one[3], two[3])
+    shared = max(0, right - left) * max(0, bottom - top)
+    sizes = [(b[2] - b[0], b[3] - b[1]) for b in (one, two)]
+    iou = shared / (sizes[0][0] * sizes[0][1] + sizes[1][0] * sizes[1][1] - shared)
+    across = (max(one[2], two[2]) - min(one[0], two[0])) ** 2 + (max(one[3], two[3]) - min(one[1], two[1])) ** 2
+    apart = ((one[0] + one[2] - two[0] - two[2]) ** 2 + (one[1] + one[3] - two[1] - two[3]) ** 2) / 4
+    v = 4 / math.pi**2 * (math.atan(sizes[1][0] / sizes[1][1]) - math.atan(sizes[0][0] / sizes[0][1])) ** 2
+    return 1 - iou + apart / across + v * v / (1 - iou + v + 1e-7)
+
+
+def entropy(logit, wanted):
+    p = 1 / (1 + math.exp(-logit))
+    return -(wanted * math.log(p) + (1 - wanted) * math.log(1 - p))
+
+
+def test_loss_equals_the_loop():
+    config = Config(label_smoothing=0.1)
+    targets = random_targets(6, images=2, seed=3)
+    random = torch.Generator().manual_seed(1)
+    logits = [torch.randn(2, 3, g, g, 9, generator=random) for g in GRIDS]
+    boxes, _ = decode(logits, ANCHOR)
+    sums = dict.fromkeys(("box", "object", "no_object", "class"), 0.0)
+    first = 0
+    for scale, level in enumerate(logits):
+        grid = GRIDS[scale]
+        positives, ignored = loop_assign(targets, grid, ANCHOR[scale], 2)
+        for image, anchor, row, column in torch.ones(level.shape[:4]).nonzero().tolist():
+            place, cell = (image, anchor, row, column), level[image, anchor, row, column].tolist()
+            if place in positives:
+                target = targets[positives[place]]
+                box = boxes[image, first + (anchor * grid + row) * grid + column].tolist()
+                sums["box"] += complete_iou(box, cxcywh_to_xyxy(target[2:]).tolist())
+                sums["object"] += entropy(cell[0], 1)
+                wanted = [0.025 + 0.9 * (label == int(target[1])) for label in range(4)]
+                sums["class"] += sum(entropy(value, want) for value, want in zip(cell[5:], wanted, strict=True))
+            elif place not in ignored:
+                sums["no_object"] += entropy(cell[0], 0)
+        first += 3 * grid * grid
+    terms = YOLOLoss(config)(logits, targets, ANCHOR)
+    for name, value in sums.items():
+        assert terms[name].item() == pytest.approx(value / (3 * len(targets)), rel=1e-3), name
+    total = 2.0 * terms["box"] + terms["object"] + terms["no_object"] + terms["class"]
+    torch.testing.assert_close(terms["loss"], total)
+
+
+def test_perfect_prediction_costs_little_and_a_wrong_box_more():
+    target = torch.tensor([[0, 2, 0.51, 0.48, 0.3, 0.2]])
+    logits = [torch.full((1, 3, g, g, 9), -12.0) for g in GRIDS]
+    for level, found, anchors in zip(logits, assign_targets(target, GRIDS, ANCHOR, 1), ANCHOR, strict=True):
+        place = found.image, found.anchor, found.row, found.column
+        grid = level.shape[2]
+        x, y = (target[0, 2] * grid) % 1, (target[0, 3] * grid) % 1
+        level[place] = torch.tensor([12.0, x.logit(), y.logit(), 0, 0, -12, -12, 12, -12])
+        level[(*place, slice(3, 5))] = (target[:, 4:] / anchors[found.anchor]).log()
+    loss = YOLOLoss(Config())
+    assert loss(logits, target, ANCHOR)["loss"] < 0.01
+    moved = target.clone()
+    moved[0, 4] *= 1.5
+    assert loss(logits, moved, ANCHOR)["box"] > 0.2
+
+
+def test_half_precision_logits_stay_finite():
+    logits = [torch.full((1, 3, g, g, 9), 60000.0, dtype=torch.float16, requires_grad=True) for g in GRIDS]
+    terms = YOLOLoss(Config())(logits, random_targets(5, 1), ANCHOR)
+    terms["loss"].backward()
+    assert terms["loss"].isfinite() and all(level.grad.isfinite().all() for level in logits)
+
+
+def test_no_targets_still_trains_the_background():
+    logits = [torch.zeros(1, 3, g, g, 9, requires_grad=True) for g in GRIDS]
+    terms = YOLOLoss(Config())(logits, torch.zeros(0, 6), ANCHOR)
+    terms["loss"].backward()
+    assert terms["box"] == 0 and terms["no_object"] > 0 and logits[0].grad[..., 0].min() > 0
