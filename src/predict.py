@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from src.boxes import decode, nms
@@ -17,11 +17,12 @@ PAD = 114  # grey of the letterbox's bars
 FLOOR = 0.01  # candidates that score less are not kept
 
 
-def load_image(source, side: int = 0) -> np.ndarray:
+def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
     """Any picture as uint8 [H, W, 3] RGB, upright (EXIF), its first frame, transparency on white.
 
     source: a path, a PIL image or an array [H, W], [H, W, 3] or [H, W, 4]. With `side` a JPEG may be decoded at
-    1/2, 1/4 or 1/8 as long as its long side stays at least that many pixels.
+    1/2, 1/4 or 1/8 as long as its long side stays at least that many pixels. A picture of more than `most_pixels`
+    (0: what PIL allows) is refused before it is decoded.
     Raises ValueError that names the file where it is no picture, is truncated or has too many pixels.
     """
     if isinstance(source, np.ndarray):
@@ -29,6 +30,9 @@ def load_image(source, side: int = 0) -> np.ndarray:
     name = source if isinstance(source, str | os.PathLike) else "the image"
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
+        if most_pixels and image.width * image.height > most_pixels:
+            size = f"{image.width:,} x {image.height:,} pixels"
+            raise ValueError(f"{size} are more than {most_pixels / 1e6:.0f} million")
         if side:
             image.draft("RGB", (side, side) if image.width == image.height else _reduced(image.size, side))
         image = ImageOps.exif_transpose(image)
@@ -52,27 +56,43 @@ def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def fit_inside(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
-    """Resize so that the long side has `side` pixels, keeping the shape. Returns image and scale."""
+def picture_size(source) -> tuple[int, int]:
+    """(width, height) of what `load_image` gives for a path or an array, without decoding its pixels."""
+    if isinstance(source, np.ndarray):
+        return source.shape[1], source.shape[0]
+    with Image.open(source) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
+
+
+def fit_inside(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize uint8 [H, W, 3] so that the long side has `side` pixels, keeping the shape."""
     height, width = image.shape[:2]
+    size = _inner_size(width, height, side)
+    if size == (width, height):
+        return image
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if max(height, width) > side else cv2.INTER_LINEAR)
+
+
+def _inner_size(width: int, height: int, side: int) -> tuple[int, int]:
     scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    if size != (width, height):
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    return image, scale
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def letterbox_placement(width: int, height: int, side: int) -> np.ndarray:
+    """Where `letterbox` puts a picture: float32 (scale x, scale y, left, top); x in the square = x * scale x + left."""
+    inner = _inner_size(width, height, side)
+    return np.float32([inner[0] / width, inner[1] / height, (side - inner[0]) // 2, (side - inner[1]) // 2])
 
 
 def letterbox(image: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the shape, pad with grey 114 to a square: uint8 [H, W, 3] -> uint8 [side, side, 3].
-
-    Also returns (scale x, scale y, left, top), float32: x in the square = x * scale x + left, and so for y.
-    """
-    inner, _ = fit_inside(image, side)
-    height, width = inner.shape[:2]
-    left, top = (side - width) // 2, (side - height) // 2
+    """Keep the shape, pad with grey 114 to a square: uint8 [H, W, 3] -> uint8 [side, side, 3], and its placement."""
+    placement = letterbox_placement(image.shape[1], image.shape[0], side)
+    inner = fit_inside(image, side)
+    left, top = placement[2:].astype(int)
     square = np.full((side, side, 3), PAD, dtype=np.uint8)
-    square[top : top + height, left : left + width] = inner
-    return square, np.float32([width / image.shape[1], height / image.shape[0], left, top])
+    square[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
+    return square, placement
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -97,15 +117,24 @@ class Detections:
 class Candidates:
     """What one forward pass found in one image; thresholds are chosen later, as often as you like."""
 
-    boxes: Tensor  # float32 [k, 4] xyxy in pixels of the image
-    scores: Tensor  # float32 [k, C]
+    boxes: Tensor  # float32 [k, 4] xyxy in pixels of the image, not clipped to it
+    scores: Tensor  # float32 [k, C]; k is at least 1
     index: Tensor  # int64 [k] into the network's K predictions
+    size: tuple[int, int]  # width and height of the image
 
     def detections(self, confidence: float = 0.25, overlap: float = 0.45) -> Detections:
         """Those that score above `confidence` and survive NMS at IoU `overlap`."""
-        kept, labels = nms(self.boxes, self.scores, max(confidence, FLOOR), overlap)
-        scores = self.scores[kept, labels]
-        return Detections(*(t.numpy() for t in (self.boxes[kept], scores, labels, self.index[kept])))
+        return self._pick(*nms(self.boxes, self.scores, max(confidence, FLOOR), overlap))
+
+    def strongest(self, label: int | None = None) -> Detections:
+        """The one candidate that scores best, of one class if a label is given, however low."""
+        kept = self.scores.amax(dim=1).argmax() if label is None else self.scores[:, label].argmax()
+        label = self.scores[kept].argmax() if label is None else torch.tensor(label)
+        return self._pick(kept[None], label[None])
+
+    def _pick(self, kept: Tensor, labels: Tensor) -> Detections:
+        boxes = self.boxes[kept].clamp(min=0).minimum(torch.tensor(self.size * 2))
+        return Detections(*(t.numpy() for t in (boxes, self.scores[kept, labels], labels, self.index[kept])))
 
 
 class Predictor:
@@ -125,21 +154,26 @@ class Predictor:
     def input(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """uint8 [H, W, 3] -> network input [1, 3, S, S] on the device, and the letterbox's placement."""
         square, placement = letterbox(image, self.image_size)
-        return to_input(torch.from_numpy(square).permute(2, 0, 1)[None].to(self.device)), placement
+        inputs = to_input(torch.from_numpy(square).permute(2, 0, 1)[None].to(self.device))
+        return inputs.to(next(self.model.parameters()).dtype), placement
 
     @torch.inference_mode()
     def candidates(self, image) -> Candidates:
         """One forward pass. image: whatever `load_image` takes."""
         image = load_image(image)
         inputs, placement = self.input(image)
-        boxes, scores = decode(self.model(inputs), self.model.anchors)
+        return self.read(self.model(inputs), placement, image.shape[1], image.shape[0])
+
+    def read(self, logits: list[Tensor], placement: np.ndarray, width: int, height: int) -> Candidates:
+        """The network's logits for one image to candidates in its pixels; see `letterbox` for the placement."""
+        boxes, scores = decode(logits, self.model.anchors)
         boxes, scores = boxes[0].cpu(), scores[0].cpu()
-        index = torch.nonzero(scores.amax(dim=1) > FLOOR).flatten()
-        height, width = image.shape[:2]
+        best = scores.amax(dim=1)
+        kept = best > FLOOR
+        kept[best.argmax()] = True  # something to show where nothing was found
+        index = torch.nonzero(kept).flatten()
         boxes = boxes[index] * self.image_size - torch.from_numpy(placement[[2, 3, 2, 3]])
-        boxes /= torch.from_numpy(placement[[0, 1, 0, 1]])
-        boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-        return Candidates(boxes, scores[index], index)
+        return Candidates(boxes / torch.from_numpy(placement[[0, 1, 0, 1]]), scores[index], index, (width, height))
 
     def __call__(self, image, confidence: float = 0.25, overlap: float = 0.45) -> Detections:
         """image: a path, PIL image or array. Boxes come in its pixels, after EXIF rotation."""
