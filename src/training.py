@@ -247,12 +247,14 @@ def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None
         config = config.replace(max_lr=find_lr(config, data).suggestion)
     config.save(folder / "config.json")
     pl.seed_everything(config.seed, verbose=False)
+    checkpoint = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     trainer = make_trainer(
         config, max_epochs=config.epochs, log_every_n_steps=10, logger=csv_logger(folder, ckpt_path),
         enable_checkpointing=True, enable_progress_bar=True,
         callbacks=[
             Progress(), StopIfNotFinite(), ema(config.ema_decay), LearningRateMonitor("step"),
-            ModelCheckpoint(folder, "best", monitor="val/map50", mode="max", save_last=True, enable_version_counter=False),
+            ModelCheckpoint(folder, "best", monitor="val/map50", mode="max", **checkpoint),
+            ModelCheckpoint(folder, "last", **checkpoint),  # save_last would save only when the best improves
         ],
     )  # fmt: skip
     detector = Detector(config)

@@ -1,0 +1,204 @@
+"""Training: what it writes, that it goes on where it stopped, and when it refuses."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from src import training
+from src.config import Config
+from src.dataset import DetectionData
+from src.training import Detector, build_model, drawn_side, evaluate, find_lr, fit, load_detector, make_trainer, precision_here
+
+
+def tiny(folder, **changes) -> Config:
+    """Four steps an epoch, seconds in all."""
+    settings = Config(
+        data="shapes", classes=training_classes(), shapes_train=16, shapes_val=6, image_size=64, width=0.125, epochs=3,
+        batch_size=4, max_lr=1e-3, mosaic_off_epochs=1, workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
+    )  # fmt: skip
+    return settings.replace(**changes)
+
+
+def training_classes() -> tuple[str, ...]:
+    from src.shapes import SHAPE_CLASSES
+
+    return SHAPE_CLASSES
+
+
+def rows(folder) -> list[dict]:
+    with open(folder / "metrics.csv", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One uninterrupted run: its folder and its detector."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(tiny(folder))
+
+
+def test_a_run_leaves_settings_log_and_two_checkpoints(run):
+    folder, _ = run
+    assert {"config.json", "metrics.csv", "best.ckpt", "last.ckpt"} <= {file.name for file in folder.iterdir()}
+    assert Config.load(folder / "config.json") == tiny(folder)
+    names = {name for row in rows(folder) for name, value in row.items() if value}
+    for part in ("train", "val"):
+        assert {f"{part}/{term}" for term in ("loss", "box", "object", "no_object", "class")} <= names
+    assert {"val/map50", "val/accuracy/class", "val/accuracy/object@0.05", "val/accuracy/no_object@0.5"} <= names
+    assert sum(bool(row["val/map50"]) for row in rows(folder)) == 3
+
+
+def test_onecycle_rises_and_falls_by_the_step(run):
+    folder, _ = run
+    config = tiny(folder)
+    detector = Detector(config)
+    trainer = make_trainer(config, max_epochs=config.epochs, limit_val_batches=0)
+    rates = []
+    detector.on_train_batch_start = lambda *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+    trainer.fit(detector, datamodule=DetectionData(config))
+    assert len(rates) == len(set(rates)) == 12
+    peak = rates.index(max(rates))
+    assert max(rates) <= 1e-3 and rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:])[::-1]
+
+
+def test_checkpoints_hold_the_averaged_weights(run):
+    folder, detector = run
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    name = "model.backbone.stem.0.weight"
+    assert not torch.equal(averaged[name], current[name])
+    for model in (detector, load_detector(folder, "last")):
+        assert torch.equal(model.state_dict()[name], averaged[name])
+
+
+def test_weight_decay_is_for_kernels_alone(run):
+    _, detector = run
+    detector.trainer = run[1].trainer
+    groups = detector.configure_optimizers()["optimizer"].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    assert {p.dim() for p in groups[0]["params"]} == {4} and {p.dim() for p in groups[1]["params"]} == {1}
+
+
+def stop_after(monkeypatch, epoch: int):
+    """Fail in the middle of an epoch, as a lost machine would."""
+
+    def crash(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.current_epoch == epoch and batch_idx == 2:
+            raise ConnectionError("the machine is gone")
+
+    monkeypatch.setattr(training.StopIfNotFinite, "on_train_batch_end", crash)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
+    folder, whole = run
+    stop_after(monkeypatch, epoch=1)
+    with pytest.raises(ConnectionError):
+        fit(tiny(tmp_path))
+    monkeypatch.undo()
+    resumed = fit(tiny(tmp_path), ckpt_path="last")
+    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert [row["val/map50"] for row in rows(folder)] == [row["val/map50"] for row in rows(tmp_path)]
+    assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(tmp_path)]
+
+
+def test_resuming_needs_the_same_schedule(run):
+    folder, _ = run
+    with pytest.raises(ValueError, match=r"Config.epochs is 5, but .*config.json was started with 3"):
+        fit(tiny(folder, epochs=5), ckpt_path="last")
+
+
+def test_resuming_nothing_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"last.ckpt is missing"):
+        fit(tiny(tmp_path), ckpt_path="last")
+
+
+def test_a_checkpoint_of_other_classes_is_refused(run):
+    folder, _ = run
+    other = Detector(tiny(folder, classes=("a", "b")))
+    with pytest.raises(ValueError, match=r"Config.classes are \['a', 'b'\]"):
+        other.on_load_checkpoint(torch.load(folder / "last.ckpt", weights_only=True))
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    forward = training.YOLOLoss.forward
+
+    def poisoned(self, logits, targets, anchors):
+        terms = forward(self, logits, targets, anchors)
+        calls.append(1)
+        return terms | {"loss": terms["loss"] * (math.nan if len(calls) > 8 else 1)}
+
+    calls = []
+    monkeypatch.setattr(training.YOLOLoss, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match=r"not finite at step .*last good checkpoint"):
+        fit(tiny(tmp_path))
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0 and all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
+def test_learning_rate_finder_leaves_no_trace(tmp_path):
+    config = tiny(tmp_path, max_lr=0.0)
+    data = DetectionData(config)
+    before = build_model(config).state_dict()
+    found = find_lr(config, data, steps=30)
+    assert 1e-6 <= found.suggestion <= 0.1 and len(found.rates) == len(found.losses) > 10
+    assert found.rates == sorted(found.rates)
+    for one, other in zip(before.values(), Detector(config).model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_size_is_drawn_and_held(tmp_path):
+    sizes = tuple(range(256, 449, 32))
+    config = tiny(tmp_path, sizes=sizes)
+    drawn = [drawn_side(config, step) for step in range(2000)]
+    assert set(drawn) == set(sizes)
+    for start in range(0, 2000, config.size_steps):
+        assert len(set(drawn[start : start + config.size_steps])) == 1
+    assert drawn == [drawn_side(config, step) for step in range(2000)]
+    assert {drawn_side(tiny(tmp_path), step) for step in range(50)} == {64}
+
+
+def test_multi_resolution_trains_at_the_drawn_sides(tmp_path):
+    config = tiny(tmp_path, sizes=(32, 64, 96), size_steps=1, epochs=2)
+    detector, seen = Detector(config), []
+    detector.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    make_trainer(config, max_epochs=2, limit_val_batches=0).fit(detector, datamodule=DetectionData(config))
+    assert seen == [drawn_side(config, step) for step in range(8)] and len(set(seen)) > 1
+
+
+def test_frozen_backbone_epochs(tmp_path):
+    config = tiny(tmp_path, freeze_epochs=1, epochs=1)
+    detector = Detector(config)
+    before = {name: value.clone() for name, value in detector.model.state_dict().items()}
+    make_trainer(config, max_epochs=1, limit_val_batches=0).fit(detector, datamodule=DetectionData(config))
+    after = detector.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
+    assert not torch.equal(before["heads.0.predict.weight"], after["heads.0.predict.weight"])
+
+
+def test_evaluation_has_every_number(run):
+    folder, _ = run
+    data = DetectionData(tiny(folder))
+    evaluation = evaluate(load_detector(folder), data)
+    assert set(evaluation.accuracies) == {"class", "object@0.05", "no_object@0.05", "object@0.5", "no_object@0.5"}
+    assert {"VOC AP@.5, area", "VOC AP@.5, 11 points", "course mAP@.5", "COCO AP@.5", "COCO AP@.5:.95"} == set(evaluation.precisions)
+    assert len(evaluation.truth) == sum(len(record.labels) for record in data.val_records)
+    assert len(evaluation.table) == len(training_classes())
+
+
+def test_weights_to_start_from(run, tmp_path):
+    folder, detector = run
+    detector.model.save_pretrained(tmp_path)
+    started = build_model(tiny(folder, weights=str(tmp_path)))
+    assert torch.equal(started.backbone.stem[0].weight, detector.model.backbone.stem[0].weight)
+
+
+def test_precision_is_what_the_machine_computes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert precision_here(Config()) == "16-mixed"
+    assert precision_here(Config(precision="32-true")) == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert precision_here(Config()) in ("bf16-mixed", "32-true")
