@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 PUBLISHED = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)
+KAGGLE_INPUTS = Path("/kaggle/input")
 
 
 class Record(NamedTuple):
@@ -68,6 +69,19 @@ def _read_box(box: ElementTree.Element | None, where: str) -> tuple[float, ...]:
     return left, top, right, bottom
 
 
+def split_folder(root: str | Path, split: str) -> Path:
+    """The folder VOC2007 or VOC2012 that lists a "year/split": under `root`, or among Kaggle's inputs.
+
+    The published archives may lie side by side, each with its own VOCdevkit, up to three folders down.
+    """
+    year, _, name = split.partition("/")
+    for place in (Path(root), KAGGLE_INPUTS):
+        for depth in ("", "*/", "*/*/", "*/*/*/"):
+            for listed in sorted(place.glob(f"{depth}VOCdevkit/VOC{year}/ImageSets/Main/{name}.txt")):
+                return listed.parents[2]
+    return Path(root) / "VOCdevkit" / f"VOC{year}"
+
+
 def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...]) -> list[Record]:
     """Records of the listed splits, each "year/split" such as "2007/trainval", in the order of their lists.
 
@@ -76,9 +90,8 @@ def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...]
     """
     records = []
     for split in splits:
-        year, _, name = split.partition("/")
-        folder = Path(root) / "VOCdevkit" / f"VOC{year}"
-        listed = folder / "ImageSets" / "Main" / f"{name}.txt"
+        folder = split_folder(root, split)
+        listed = folder / "ImageSets" / "Main" / f"{split.partition('/')[2]}.txt"
         if not listed.exists():
             raise FileNotFoundError(
                 f"{listed} is missing. Set Config.voc_root or the environment variable VOC_ROOT to the folder that "
@@ -107,8 +120,7 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
 
     for split in splits:
         year, _, name = split.partition("/")
-        listed = Path(root) / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main" / f"{name}.txt"
-        if listed.exists() or split not in PUBLISHED:
+        if split not in PUBLISHED or (split_folder(root, split) / "ImageSets" / "Main" / f"{name}.txt").exists():
             continue
         print(f"VOC {split} is not under {root}: downloading it")
         try:

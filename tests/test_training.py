@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from src import training
+from src import callbacks, training
 from src.config import Config
 from src.dataset import DetectionData
 from src.training import Detector, build_model, drawn_side, evaluate, find_lr, fit, load_detector, make_trainer, precision_here
@@ -88,7 +88,7 @@ def stop_after(monkeypatch, epoch: int):
         if trainer.current_epoch == epoch and batch_idx == 2:
             raise ConnectionError("the machine is gone")
 
-    monkeypatch.setattr(training.StopIfNotFinite, "on_train_batch_end", crash)
+    monkeypatch.setattr(callbacks.StopIfNotFinite, "on_train_batch_end", crash)
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):

@@ -52,6 +52,15 @@ def test_other_class_names(tmp_path):
     assert read_voc(tmp_path, ("2012/train",), ("yak", "gnu"))[0].labels.tolist() == [1, 0]
 
 
+def test_archives_side_by_side_and_kaggles_inputs(tmp_path, monkeypatch):
+    write_tree(tmp_path / "a" / "VOCtrainval_06-Nov-2007", "2007", {"trainval": {"1": obj()}})
+    write_tree(tmp_path / "a" / "VOCtest_06-Nov-2007", "2007", {"test": {"2": obj()}})
+    wanted = ("2007/trainval", "2007/test")
+    assert [Path(r.image).stem for r in read_voc(tmp_path / "a", wanted, VOC_CLASSES)] == ["1", "2"]
+    monkeypatch.setattr("src.voc.KAGGLE_INPUTS", tmp_path)
+    assert [Path(r.image).stem for r in read_voc("nowhere", wanted, VOC_CLASSES)] == ["1", "2"]
+
+
 def test_a_missing_tree_names_the_list_and_the_way_out(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"VOC2007.ImageSets.Main.test\.txt is missing.*VOC_ROOT.*shapes"):
         read_voc(tmp_path, ("2007/test",), VOC_CLASSES)
