@@ -27,10 +27,10 @@ def class_colours(count: int) -> list[tuple[int, int, int]]:
     return [*COLOURS[:count], *(tuple(round(255 * part) for part in colour) for colour in further)]
 
 
-def _is_light(colour: Sequence[int]) -> bool:
-    """Whether black is easier to read on it than white: WCAG 2's relative luminance above 0.18."""
-    linear = [(c / 255) ** 2.2 for c in colour]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18
+def _contrast(colour: Sequence[int]) -> tuple[int, int, int]:
+    """Black or white, whichever reads better on it: black from WCAG 2's relative luminance 0.18 on."""
+    red, green, blue = ((part / 255) ** 2.2 for part in colour)
+    return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else (255, 255, 255)
 
 
 def draw_detections(
@@ -42,8 +42,8 @@ def draw_detections(
 ) -> np.ndarray:
     """A copy of uint8 [H, W, 3] RGB with its boxes, and class and confidence on each where `labels`.
 
-    Lines and letters grow with the picture; a dark edge keeps them readable on any background. rows: which of
-    the detections to draw, all by default. The best lies on top.
+    Lines and letters grow with the picture; an edge of the other brightness keeps them readable on any background.
+    rows: which of the detections to draw, all by default. The best lies on top.
     """
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
@@ -64,11 +64,11 @@ def draw_detections(
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple, line: int, size: tuple[int, int]) -> None:
-    """One box: a coloured line between two thin dark ones, within the picture."""
+    """One box: a coloured line between two thin ones that are dark where it is light and white where it is dark."""
     edge = max(1, line // 3)
     x1, y1 = np.floor(box[:2]).clip(0, np.array(size) - 1)
     x2, y2 = np.ceil(box[2:]).clip((x1 + 1, y1 + 1), np.maximum(np.array(size) - 1, (x1 + 1, y1 + 1)))
-    draw.rectangle((x1 - edge, y1 - edge, x2 + edge, y2 + edge), outline=(20, 20, 20), width=2 * edge + line)
+    draw.rectangle((x1 - edge, y1 - edge, x2 + edge, y2 + edge), outline=_contrast(colour), width=2 * edge + line)
     draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
 
 
@@ -87,8 +87,8 @@ def _draw_label(
         top += height
     top = float(np.clip(top, 0, max(0, size[1] - height)))
     chips.append((left, top, left + width, top + height))
-    draw.rectangle((left - 1, top - 1, left + width, top + height), fill=colour, outline=(20, 20, 20))
-    draw.text((left + pad, top + pad / 2), text, fill=(0, 0, 0) if _is_light(colour) else (255, 255, 255), font=font)
+    draw.rectangle((left - 1, top - 1, left + width, top + height), fill=colour, outline=_contrast(colour))
+    draw.text((left + pad, top + pad / 2), text, fill=_contrast(colour), font=font)
 
 
 def draw_heat(image: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:

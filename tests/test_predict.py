@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from planted import planted_model
 
 from src.boxes import decode, nms
 from src.predict import FLOOR, Predictor, letterbox, load_image
+from tests.planted import planted_model
 
 WIDTH, HEIGHT = 48, 32
 # stored orientation -> what a viewer does to the pixels, from the EXIF specification's table

@@ -1,0 +1,192 @@
+"""The page without a browser: what its functions draw and say, its endpoint, and many visitors at once."""
+
+import io
+
+import httpx
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from src.app import Page, about_html, build_app, detect, look, show_boxes, show_heat
+from src.drawing import class_colours, draw_detections, draw_heat
+from src.predict import Detections, Predictor
+from src.shapes import draw_shapes
+from tests.planted import CLASSES, planted_model
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    about = {"data": "nothing <yet>", "map50": 0.12345, "metrics": {"class": 50}}
+    return Predictor(planted_model(about=about), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "wide.png"
+    Image.fromarray(draw_shapes(1, 96, seed=3)[0].image).resize((150, 90)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(predictor):
+    page = build_app(predictor)
+    page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    yield page.local_url
+    page.close()
+
+
+def objects(boxes, labels=None, scores=None) -> Detections:
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    labels = np.array(labels if labels is not None else [0] * len(boxes), np.int64)
+    scores = np.array(scores if scores is not None else [0.9] * len(boxes), np.float32)
+    return Detections(boxes, scores, labels, np.arange(len(boxes)))
+
+
+def test_colours_are_fixed_and_all_different():
+    assert class_colours(3) == class_colours(20)[:3] == class_colours(80)[:3]
+    assert len(set(class_colours(80))) == 80
+    assert all(isinstance(part, int) and 0 <= part <= 255 for colour in class_colours(200) for part in colour)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (640, 480), (4000, 50), (50, 4000)])
+def test_boxes_are_drawn_on_any_size(size):
+    width, height = size
+    image = np.full((height, width, 3), 128, np.uint8)
+    boxes = [[0, 0, width, height], [width / 2, height / 2, width / 2, height / 2], [-5, -5, width + 9, height + 9]]
+    drawn = draw_detections(image, objects(boxes, [0, 1, 2]), CLASSES)
+    assert drawn.shape == image.shape and drawn.dtype == np.uint8
+    assert (image == 128).all() and (drawn != image).any()
+
+
+def luminance(pixels) -> np.ndarray:
+    """WCAG 2's, plus the 0.05 of its contrast ratio."""
+    return (np.asarray(pixels) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722] + 0.05
+
+
+@pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255), *class_colours(20)[::3]])
+def test_boxes_and_labels_show_on_any_background(background):
+    """A line and its edge, or they and the background, differ as WCAG asks of graphics; letters and chip as of text."""
+    image = np.full((800, 800, 3), background, np.uint8)
+    for label, colour in enumerate(class_colours(20)):
+        drawn = draw_detections(image, objects([[160, 200, 640, 700]], [label]), [f"class {i}" for i in range(20)])
+        across = luminance(drawn[450, 140:180])
+        assert across.max() / across.min() > 2
+        rows, columns = np.nonzero((drawn[:190] == colour).all(axis=-1))
+        chip = luminance(drawn[rows.min() + 1 : rows.max(), columns.min() + 1 : columns.max()])
+        assert chip.max() / chip.min() > 4.5
+
+
+def test_labels_keep_clear_of_each_other():
+    image = np.zeros((400, 400, 3), np.uint8)
+    same = objects([[100, 100, 300, 300]] * 3, [0, 1, 2])
+    drawn = draw_detections(image, same, CLASSES)
+    for colour in class_colours(3):
+        assert (drawn == colour).all(axis=-1).sum() > 300  # each chip is there
+
+
+def test_heat_hides_the_picture_only_where_it_is_hot():
+    image = np.full((20, 20, 3), (10, 200, 90), np.uint8)
+    heat = np.zeros((20, 20), np.float32)
+    heat[:, 10:] = 1
+    drawn = draw_heat(image, heat, 0.7).astype(int)
+    assert np.abs(np.diff(drawn[:, :10], axis=1)).max() == 0
+    assert np.abs(drawn[0, 0] - drawn[0, 15]).max() > 60
+    assert np.ptp(draw_heat(image, heat, 0.0)) == 0  # no opacity: grey alone
+
+
+def test_one_forward_pass_serves_every_threshold(predictor, photo):
+    visit = look(predictor, photo)
+    calls = []
+    hook = predictor.model.register_forward_hook(lambda *_: calls.append(1))
+    tables = {limit: show_boxes(visit, limit, 0.45)[2] for limit in (0.2, 0.4, 0.99)}
+    show_heat(visit, "all", "own", "gradcam", 0.5, 0.2, 0.45)
+    hook.remove()
+    assert not calls
+    assert len(tables[0.2]) > len(tables[0.4]) > len(tables[0.99]) == 0
+
+
+def test_the_table_says_what_the_predictor_found(predictor, photo):
+    found = predictor(photo, 0.2)
+    picture, line, table, choices = show_boxes(look(predictor, photo), 0.2, 0.45)
+    assert f"{len(found)} objects" in line and "150 &times; 90" in line and " s " in line
+    assert [row[0] for row in table] == [*range(1, len(found) + 1)]
+    for row, label, score, box in zip(table, found.labels, found.scores, found.boxes, strict=True):
+        assert CLASSES[label] in row[1] and row[2] == f"{100 * score:.1f}%"
+        assert [float(edge) for edge in row[3].split(", ")] == pytest.approx(box.tolist(), abs=0.51)
+    assert choices[0][1] == "all" and [value for _, value in choices[-len(found) :]] == [*range(len(found))]
+    assert max(picture.shape) == 480 and picture.shape[0] == 288  # shown larger, of the same shape
+
+
+def test_classes_cannot_write_html(photo):
+    model = planted_model()
+    model.classes = ["<script>", "b", "c"]
+    predictor = Predictor(model, device="cpu")
+    table = show_boxes(look(predictor, photo), 0.2, 0.45)[2]
+    assert "<script>" not in about_html(predictor, {"<b>": 'x"y'}) + "".join(row[1] for row in table)
+
+
+def test_the_map_says_what_it_is_about(predictor, photo):
+    visit = look(predictor, photo)
+    first, line = show_heat(visit, 0, "own", "hirescam", 0.7, 0.2, 0.45)
+    second, _ = show_heat(visit, 1, "own", "hirescam", 0.7, 0.2, 0.45)
+    assert first.shape == visit.view.shape and (first != second).any() and "looked" in line
+    assert "Nothing found above 99%" in show_heat(visit, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
+
+
+def test_the_page_states_the_facts(predictor):
+    text = about_html(predictor, {"The code": "https://example.org/code"})
+    for part in ("nothing &lt;yet&gt;", "0.123", "50", 'href="https://example.org/code"', *CLASSES):
+        assert part in text
+    assert "million" in about_html(Predictor(planted_model(), device="cpu"), {})
+
+
+def test_weights_are_taken_from_a_folder(tmp_path, photo):
+    planted_model().save_pretrained(tmp_path)
+    assert isinstance(build_app(tmp_path, samples=[photo]), Page)
+
+
+def test_the_endpoint_answers_as_the_predictor(predictor, photo, address):
+    answer = Client(address, verbose=False).predict(handle_file(photo), 0.3, 0.5, api_name="/detect")
+    found = predictor(photo, 0.3, 0.5)
+    assert (answer["width"], answer["height"]) == (150, 90) and answer["seconds"] > 0
+    assert [row["class"] for row in answer["detections"]] == [CLASSES[label] for label in found.labels]
+    assert [row["box"] for row in answer["detections"]] == pytest.approx(found.boxes.round(1), abs=0.06)
+    assert answer["detections"] == detect(predictor, photo, 0.3, 0.5)["detections"]
+
+
+def test_rubbish_gets_a_message_and_the_app_goes_on(photo, address, tmp_path):
+    client = Client(address, verbose=False)
+    bomb = io.BytesIO()
+    Image.new("1", (14_000, 14_000)).save(bomb, "PNG")
+    large = io.BytesIO()
+    Image.new("1", (9_000, 6_000)).save(large, "PNG")
+    rubbish = {"text.png": b"no picture", "short.png": photo.read_bytes()[:200], "bomb.png": bomb.getvalue()}
+    for name, content in {**rubbish, "large.png": large.getvalue()}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AppError, match="This file can't be read as a picture") as error:
+            client.predict(handle_file(tmp_path / name), api_name="/detect")
+        assert "tmp" not in str(error.value) and ("more than 50 million" in str(error.value)) == (name == "large.png")
+    assert client.predict(handle_file(photo), api_name="/detect")["width"] == 150
+
+
+def test_files_of_the_server_are_not_read(address, photo):
+    """Only what a visitor uploaded: a path in a hand-made request is refused."""
+    request = {"data": [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}, 0.3, 0.5]}
+    event = httpx.post(f"{address}gradio_api/call/detect", json=request).json()["event_id"]
+    answer = httpx.get(f"{address}gradio_api/call/detect/{event}").text
+    assert "event: error" in answer and "detections" not in answer
+
+
+def test_fifty_visitors_are_answered_in_order_each_about_their_own_picture(address, tmp_path):
+    client = Client(address, verbose=False)
+    for number in range(50):
+        Image.new("RGB", (100 + number, 60)).save(tmp_path / f"{number}.png")
+    finished, jobs = [], []
+    for number in range(50):
+        file = handle_file(tmp_path / f"{number}.png")
+        jobs.append(client.submit(file, api_name="/detect", result_callbacks=lambda *_, n=number: finished.append(n)))
+    assert [job.result(timeout=60)["width"] for job in jobs] == [100 + number for number in range(50)]
+    # uploads run side by side, so a few may come in another order than they were asked for
+    assert len(finished) == 50 and np.abs(np.argsort(finished) - np.arange(50)).mean() < 5
