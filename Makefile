@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 VENV = .venv
 BIN = $(VENV)/bin/python
 
-.PHONY: help run multi test app images space-test clean
+.PHONY: help run multi app test evaluate bench images space-test clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ images: $(VENV)/installed ## draw the README's figures again, from the last runs
 
 space-test: $(VENV)/installed ## the exported Space alone, in a new environment with its own requirements only
 	$(BIN) tests/space_alone.py
+
+evaluate: $(VENV)/installed ## measure the shipped weights again; VOC_ROOT names the folder that holds VOCdevkit
+	$(BIN) -m src.card check weights
+
+bench: $(VENV)/installed ## speed, as ratios against the obvious way
+	$(BIN) -m benchmarks
 
 clean: ## remove what running made, not the environment
 	rm -rf runs space data/cache

@@ -112,6 +112,7 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
             Head(channels_in, deep, mid, num_classes)
             for channels_in, deep, mid in ((c[5], 0, c[4]), (c[4], c[4], c[3]), (c[3], c[3], c[2]))
         )
+        self.anchor_sides = anchors  # as given: the buffer follows .half()
         self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32), persistent=False)  # [3, 3, 2]
         self._initialise()
 
@@ -143,7 +144,7 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         """The arguments that build this net again; `config.json` holds them."""
         return {
             "num_classes": len(self.classes), "width": self.width, "classes": self.classes,
-            "anchors": self.anchors.tolist(), "image_size": self.image_size, "about": self.about,
+            "anchors": self.anchor_sides, "image_size": self.image_size, "about": self.about,
         }  # fmt: skip
 
     def _save_pretrained(self, save_directory: Path) -> None:

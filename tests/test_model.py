@@ -70,6 +70,7 @@ def test_half_precision_file_reads_as_float32(tmp_path):
     net.half().save_pretrained(tmp_path)
     again = YOLOv3.from_pretrained(tmp_path)
     assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert torch.equal(again.anchors, YOLOv3(3, 0.125).anchors)
 
 
 def test_weights_of_another_class_count_are_refused(tmp_path):
