@@ -10,6 +10,7 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+SHAPE_CLASSES = ("circle", "triangle", "star", "ring", "crescent", "heart", "arrow", "bolt")  # the built-in set
 
 # YOLOv3 (Redmon & Farhadi 2018), section 2.3: widths and heights in pixels of a 416 x 416 image,
 # large objects (stride 32) first. Kept as fractions of the image side.
@@ -112,3 +113,12 @@ class Config:
 def _tuples(value):
     """JSON's lists back to the tuples they were."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+SETTINGS = {
+    "voc": Config(),  # the assignment: full kernels, 416 pixels, 07+12 trainval to 07 test; wants a GPU
+    "shapes": Config(  # the built-in set on 2 CPU cores, in minutes
+        data="shapes", classes=SHAPE_CLASSES, image_size=160, width=0.25, epochs=24, batch_size=16, mosaic_off_epochs=4,
+        run_dir="runs/shapes",
+    ),
+}  # fmt: skip
