@@ -55,7 +55,7 @@ def paste(canvas: np.ndarray, region: tuple[int, int, int, int], image: np.ndarr
 def place_boxes(boxes: np.ndarray, matrix: np.ndarray, region: tuple, min_visible: float) -> tuple:
     """Boxes [n, 4] xyxy moved by `matrix` and cut at `region`; which keep enough of their area: bool [n]."""
     moved = boxes * matrix[[0, 1, 0, 1], [0, 1, 0, 1]] + matrix[[0, 1, 0, 1], 2]
-    cut = np.clip(moved, np.tile(region[:2], 2), np.tile(region[2:], 2))
+    cut = np.clip(moved, region[:2] * 2, region[2:] * 2)
     sides, whole = cut[:, 2:] - cut[:, :2], moved[:, 2:] - moved[:, :2]
     kept = (sides >= MIN_SIDE).all(axis=1) & (sides.prod(axis=1) >= min_visible * whole.prod(axis=1))
     return cut.astype(np.float32), kept
@@ -79,12 +79,15 @@ class MosaicDataset(Dataset):
 
     def is_mosaic(self, draw: int) -> bool:
         """Whether this draw is a four-image mosaic."""
-        return self._random(draw).random() < self.config.mosaic and draw // len(self) < self.whole_from
+        return self._wants_mosaic(draw, self._random(draw))
+
+    def _wants_mosaic(self, draw: int, random: np.random.Generator) -> bool:
+        return random.random() < self.config.mosaic and draw // len(self) < self.whole_from
 
     def __getitem__(self, draw: int) -> Sample:
         random = self._random(draw)
-        random.random()  # the number that is_mosaic looks at
-        canvas, boxes, labels = (self._mosaic if self.is_mosaic(draw) else self._single)(draw % len(self), random)
+        draw_canvas = self._mosaic if self._wants_mosaic(draw, random) else self._single
+        canvas, boxes, labels = draw_canvas(draw % len(self), random)
         self.augment.set_random_seed(int(random.integers(2**31)))
         out = self.augment(image=canvas, bboxes=boxes, labels=labels)
         return to_sample(out["image"], np.float32(out["bboxes"]).reshape(-1, 4), np.int64(out["labels"]))
@@ -100,7 +103,7 @@ class MosaicDataset(Dataset):
             return fit_inside(load_image(record.image, side), side), picture_size(record.image)
 
         small, original = self.cache.fetch(index, read) if self.cache else read()
-        return small, record.boxes * np.tile(np.float32(small.shape[1::-1]) / original, 2)
+        return small, record.boxes * np.array((small.shape[1] / original[0], small.shape[0] / original[1]) * 2)
 
     def _jitter(self, random: np.random.Generator) -> tuple[float, float]:
         """Scale in x and in y."""
@@ -120,11 +123,12 @@ class MosaicDataset(Dataset):
         found = []
         for corner, (number, region) in enumerate(zip((index, *random.integers(len(self), size=3)), regions, strict=True)):
             scale = self._jitter(random)
-            image, _ = self.image(number)
+            image, around = self.image(number)
             free = np.subtract(region[2:], region[:2]) - image.shape[1::-1] * np.float64(scale)
             towards_centre = np.maximum(free, 0) * ((corner in (0, 2)), (corner in (0, 1)))
             start = region[:2] + np.where(free > 0, towards_centre, free * random.random(2))
-            found.append(self._place(canvas, region, number, scale, start))
+            labels = self.records[number].labels
+            found.append(self._place(canvas, region, (image, around, labels), scale, start))
         return canvas, np.concatenate([boxes for boxes, _ in found]), np.concatenate([labels for _, labels in found])
 
     def _single(self, index: int, random: np.random.Generator) -> tuple:
@@ -132,17 +136,18 @@ class MosaicDataset(Dataset):
         side = self.config.image_size
         canvas = np.empty((side, side, 3), dtype=np.uint8)
         scale = self._jitter(random)
-        image, _ = self.image(index)
-        free = np.float64([side - image.shape[1] * scale[0], side - image.shape[0] * scale[1]])
-        return canvas, *self._place(canvas, (0, 0, side, side), index, scale, free * random.random(2))
-
-    def _place(self, canvas: np.ndarray, region: tuple, index: int, scale: tuple, corner: tuple) -> tuple:
-        """Draw picture `index`, its top left at `corner`, within `region`; the boxes and labels that remain."""
         image, boxes = self.image(index)
+        free = np.float64([side - image.shape[1] * scale[0], side - image.shape[0] * scale[1]])
+        picture = image, boxes, self.records[index].labels
+        return canvas, *self._place(canvas, (0, 0, side, side), picture, scale, free * random.random(2))
+
+    def _place(self, canvas: np.ndarray, region: tuple, picture: tuple, scale: tuple, corner: tuple) -> tuple:
+        """Draw a picture (image, boxes, labels), its top left at `corner`, within `region`; what remains of the last two."""
+        image, boxes, labels = picture
         matrix = np.float64([[scale[0], 0, corner[0]], [0, scale[1], corner[1]]])
         paste(canvas, region, image, matrix)
         cut, kept = place_boxes(boxes, matrix, region, self.config.min_visible)
-        return cut[kept], self.records[index].labels[kept]
+        return cut[kept], labels[kept]
 
 
 class HeldOutDataset(Dataset):
@@ -218,8 +223,9 @@ class DetectionData(pl.LightningDataModule):
             return
         config = self.config
         if config.data == "voc":
-            self.train_records = read_voc(config.voc_root, config.train_splits, config.classes)
-            self.val_records = read_voc(config.voc_root, config.val_splits, config.classes)
+            where, how = config.voc_root, (config.classes, config.skip_bad_files)
+            self.val_records = read_voc(where, config.val_splits, *how)
+            self.train_records = read_voc(where, config.train_splits, *how)  # last: nothing is read again once it is there
         else:
             self.train_records = draw_shapes(config.shapes_train, seed=2 * config.seed)
             self.val_records = draw_shapes(config.shapes_val, seed=2 * config.seed + 1)
