@@ -1,5 +1,6 @@
 """A notebook executed from top to bottom, its output shown as it comes."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -57,12 +58,41 @@ def inject(book: NotebookNode, settings: dict) -> None:
     book.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-settings"]}))
 
 
+def rendered(text: str) -> str:
+    """What a terminal shows after printing `text`: of a progress bar only its last state."""
+    rows, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[A|[\n\r]|[^\n\r\x1b]+|\x1b", text):
+        if part == "\n":
+            row, column = row + 1, 0
+            rows += [""] * (row == len(rows))
+        elif part == "\r":
+            column = 0
+        elif part == "\x1b[A":  # a line up; tqdm's way to keep several bars
+            row = max(0, row - 1)
+        else:
+            line = rows[row].ljust(column)
+            rows[row] = line[:column] + part + line[column + len(part) :]
+            column += len(part)
+    return "\n".join(line.rstrip() for line in rows)
+
+
 def tidy(book: NotebookNode) -> None:
-    """Leave out what only a running kernel can show: widgets. What they showed first stands beside them as a figure."""
+    """Outputs as a page shows them: a cell's text in one piece, and nothing that only a running kernel can show."""
     book.metadata.pop("widgets", None)
     for cell in book.cells:
+        kept, streams = [], {}
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if output.output_type == "stream" and output.name in streams:
+                streams[output.name].text += output.text
+            elif WIDGET not in data and "<iframe" not in data.get("text/html", ""):
+                kept.append(output)
+                if output.output_type == "stream":
+                    streams[output.name] = output
+        for output in streams.values():
+            output.text = rendered(output.text)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = kept
 
 
 def run(source: str | Path, target: str | Path, settings: dict | None = None) -> str:
@@ -76,10 +106,11 @@ def run(source: str | Path, target: str | Path, settings: dict | None = None) ->
     if settings:
         inject(book, settings)
     client = LiveClient(
-        book, kernel_manager_class=Kernel, timeout=None, coalesce_streams=True,
-        record_timing=False, store_widget_state=True, resources={"metadata": {"path": str(source.resolve().parent)}},
+        book, kernel_manager_class=Kernel, timeout=None, record_timing=False,
+        store_widget_state=True,  # else nbclient 0.11 fails at the first widget; tidy drops it
+        resources={"metadata": {"path": str(source.resolve().parent)}},
     )  # fmt: skip
-    client.on_cell_start = client.announce  # widget state: nbclient fails without (0.11), and tidy drops it
+    client.on_cell_start = client.announce
     about = book.metadata.get("about", {})
     print(f"{source.name}: {about.get('does', 'executing it')}\nTime: {about.get('takes', 'not known')}", flush=True)
     try:

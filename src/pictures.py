@@ -1,6 +1,7 @@
 """Figures full of pictures: records, samples, detections, heat maps, and the cells that answer for an object."""
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -18,19 +19,20 @@ from src.style import SOFT, WIDTH, Sheet, colours, styled
 
 DARK = "#141414"  # edge of lines and chips, so that they are seen on any picture
 DASHED = (0, (3, 2))
+BETWEEN = "   ·   "  # two parts of a caption
 
 
 def _grid(count: int, columns: int, shape: float = 1.0, caption: str = "", titled: bool = False) -> tuple[Sheet, list[Axes]]:
     """A figure for `count` pictures whose height is `shape` times their width; a caption stands below them."""
     columns = max(1, min(columns, count))
-    rows = -(-count // columns)
-    height = rows * (WIDTH / columns * shape + 0.22 * titled) + 0.25 * bool(caption)
-    figure = Sheet(height, pictures=True)
+    rows, side = -(-count // columns), WIDTH / max(columns, 3)  # inches
+    height = rows * (side * shape + 0.22 * titled) + 0.25 * bool(caption)
+    figure = Sheet(height, pictures=True, width=columns * side)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
     if caption:
-        figure.supxlabel(caption, fontsize=8.5, color=SOFT)
+        figure.supxlabel(caption if columns > 1 else caption.replace(BETWEEN, "\n"), fontsize=8.5, color=SOFT)
     return figure, list(axes[:count])
 
 
@@ -91,7 +93,7 @@ def show_detections(
     images: Sequence[np.ndarray], found: Sequence, classes: Sequence[str], records: Sequence = (), columns: int = 4
 ) -> Figure:
     """Detections over their pictures uint8 [H, W, 3], confidence in %; of `records`, the true boxes dashed."""
-    caption = "coloured: found, with confidence in %" + ("   ·   white, dashed: what is there" if len(records) else "")
+    caption = "coloured: found, with confidence in %" + (BETWEEN + "white, dashed: what is there" if len(records) else "")
     figure, axes = _grid(len(images), columns, max(image.shape[0] / image.shape[1] for image in images), caption)
     for number, (axis, image, here) in enumerate(zip(axes, images, found, strict=True)):
         _show(axis, image)
@@ -106,8 +108,8 @@ def show_detections(
 def show_explanations(
     images: Sequence[np.ndarray], explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()
 ) -> Figure:
-    """Above each picture with what is explained, below where the network looked (an `Explanation` each)."""
-    caption = "above: what is explained   ·   below: the brighter, the more the network relied on it"
+    """Above each picture with what is explained, below where the network looked (an `Explanation` each) and its message."""
+    caption = "above: what is explained" + BETWEEN + "below: the brighter, the more the network relied on it"
     shape = max(image.shape[0] / image.shape[1] for image in images)
     figure, axes = _grid(2 * len(images), len(images), shape, caption, titled=bool(titles))
     for number, (image, found) in enumerate(zip(images, explanations, strict=True)):
@@ -116,7 +118,7 @@ def show_explanations(
         names = [f"{classes[label]} {100 * score:.0f}" for label, score in zip(labels, scores, strict=True)]
         _show(axes[number], image, titles[number] if titles else "")
         _boxes(axes[number], boxes, labels, names, len(classes))
-        _show(axes[len(images) + number], draw_heat(image, found.heat, 0.75))
+        _show(axes[len(images) + number], draw_heat(image, found.heat, 0.75), fill(found.message, 42))
         for box, label in zip(boxes, labels, strict=True):
             _frame(axes[len(images) + number], box, colours(len(classes))[label], linewidth=0.9)
     return figure
@@ -128,7 +130,7 @@ def show_scales(sample: tuple, anchors: torch.Tensor, classes: Sequence[str]) ->
     image, boxes, labels = sample[:3]
     side = image.shape[-1]
     targets = torch.cat((torch.zeros(len(labels), 1), labels[:, None].float(), boxes), dim=1)
-    caption = "filled: the cell that holds an object's centre   ·   dashed: its anchor, before the network adjusts it"
+    caption = "filled: the cell that holds an object's centre" + BETWEEN + "dashed: its anchor, before the network adjusts it"
     figure, axes = _grid(3, 3, caption=caption, titled=True)
     assigned = assign_targets(targets, [side // stride for stride in STRIDES], anchors, batch=1)
     for axis, stride, found, scale in zip(axes, STRIDES, assigned, anchors, strict=True):

@@ -117,7 +117,8 @@ def training_curves(path: str | Path, targets: dict[str, float], thresholds: Seq
     for key, title in {"loss": "Total loss", **{term: f"Loss: {name}" for term, name in TERMS.items()}}.items():
         _curve(axes[key], path, f"train/{key}", color=TRAIN, linestyle=(0, (4, 1.2)), label="training, mosaics")
         _curve(axes[key], path, f"val/{key}", color=HELD_OUT, label="held out")
-        axes[key].set(title=title, ylim=(0, None))
+        axes[key].set_title(title)
+        _from_zero(axes[key])
     axes["loss"].legend()
     for key, name in ACCURACIES.items():
         _accuracy(axes[f"a {key}"], path, key, targets[key], thresholds)
@@ -139,7 +140,14 @@ def _rate(axis: Axes, path: str | Path) -> None:
         names = [name for name in file.readline().strip().split(",") if name.startswith("lr-")]
     for name in names[:1]:
         axis.plot(*read_curve(path, name, "step"), color=INK)
-    axis.set(title="Learning rate (OneCycle)", xlabel="step", ylim=(0, None))
+    axis.set(title="Learning rate (OneCycle)", xlabel="step")
+    _from_zero(axis)
+
+
+def _from_zero(axis: Axes) -> None:
+    """Start the y axis at 0 and leave a little room above the highest value."""
+    highest = axis.dataLim.y1
+    axis.set_ylim(0, 1.08 * highest if 0 < highest < np.inf else 1)
 
 
 def _accuracy(axis: Axes, path: str | Path, key: str, wanted: float, thresholds: Sequence[float]) -> None:
