@@ -35,6 +35,7 @@ class Config:
     train_splits: tuple[str, ...] = ("2007/trainval", "2012/trainval")
     val_splits: tuple[str, ...] = ("2007/test",)
     classes: tuple[str, ...] = VOC_CLASSES
+    skip_bad_files: bool = False  # leave out pictures that can't be used, instead of refusing to start
     shapes_train: int = 1200  # pictures of the built-in set
     shapes_val: int = 300
     cache_gb: float = 12.0  # most that a memory-mapped file of resized images may take; 0 turns it off
@@ -118,7 +119,7 @@ def _tuples(value):
 SETTINGS = {
     "voc": Config(),  # the assignment: full kernels, 416 pixels, 07+12 trainval to 07 test; wants a GPU
     "shapes": Config(  # the built-in set on 2 CPU cores, in minutes
-        data="shapes", classes=SHAPE_CLASSES, image_size=160, width=0.25, epochs=24, batch_size=16, mosaic_off_epochs=4,
+        data="shapes", classes=SHAPE_CLASSES, image_size=160, width=0.25, epochs=20, batch_size=16, mosaic_off_epochs=3,
         run_dir="runs/shapes",
     ),
 }  # fmt: skip

@@ -1,14 +1,26 @@
-"""Records read from a VOCdevkit tree, and the tree's download."""
+"""Records read from a VOCdevkit tree, what is wrong with it, and its download.
 
-import os
-import xml.etree.ElementTree as ElementTree
+    python -m src.voc check FOLDER --classes cat,dog
+"""
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
+
+from src.annotation import Problem, read_annotation
+from src.config import VOC_CLASSES
+from src.predict import load_image, picture_size
 
 PUBLISHED = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)
 KAGGLE_INPUTS = Path("/kaggle/input")
+SHOWN = 10  # problems that a refusal lists
 
 
 class Record(NamedTuple):
@@ -26,69 +38,67 @@ def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: l
     return Record(image, boxes, np.asarray(labels, dtype=np.int64), np.asarray(difficult, dtype=bool))
 
 
-def read_annotation(path: Path, classes: tuple[str, ...]) -> tuple[list, list, list]:
-    """Boxes, labels and difficult flags of one annotation file; VOC counts pixels from 1, both ends included.
+def read_size(path: Path, decode: bool = False) -> tuple[int, int]:
+    """(width, height) of a picture that can be read to its end.
 
-    Raises ValueError that names the file and the field.
+    A JPEG is taken for whole where its end mark is there; every other file, and with `decode` all, is decoded.
+    Raises FileNotFoundError, or ValueError that names the file.
     """
     try:
-        text = path.read_bytes()
+        with open(path, "rb") as file:
+            start = file.read(2)
+            file.seek(max(0, file.seek(0, 2) - 1024))
+            whole = start == b"\xff\xd8" and b"\xff\xd9" in file.read()
+        if decode or not whole:
+            load_image(path)
+        return picture_size(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing, but its split lists it; download the tree again") from None
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        raise ValueError(f"{path}: DOCTYPE and entities have no place in a VOC annotation; remove them")
+        raise
+    except Exception as error:  # decoders raise anything where bytes are damaged
+        text = str(error) if str(path) in str(error) else f"{path} can't be read as a picture ({error})"
+        raise ValueError(text) from None
+
+
+def read_picture(
+    folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False
+) -> tuple[Record | None, list[Problem]]:
+    """The record of one picture of a folder VOC2007 or VOC2012, or None and what is wrong with it."""
+    image, annotation = folder / "JPEGImages" / f"{stem}.jpg", folder / "Annotations" / f"{stem}.xml"
     try:
-        root = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise ValueError(f"{path} is not an XML annotation: {error}") from None
-    boxes, labels, difficult = [], [], []
-    for number, item in enumerate(root.findall("object"), start=1):
-        name = (item.findtext("name") or "").strip()
-        if name not in classes:
-            raise ValueError(f"{path}: object {number} is a {name!r}, which is not in Config.classes {classes}")
-        labels.append(classes.index(name))
-        boxes.append(_read_box(item.find("bndbox"), f"{path}: object {number} ({name})"))
-        difficult.append((item.findtext("difficult") or "0").strip() == "1")
-    return boxes, labels, difficult
+        objects, problems = read_annotation(annotation, classes, read_size(image, decode))
+    except (FileNotFoundError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        text = f"{image} is missing, but its split lists it" if missing else str(error)
+        problems = [Problem("missing file" if missing else "picture", text), *read_annotation(annotation, classes)[1]]
+    if problems:
+        return None, problems
+    return make_record(str(image), *([item[column] for item in objects] for column in range(3))), []
 
 
-def _read_box(box: ElementTree.Element | None, where: str) -> tuple[float, ...]:
-    """(left, top, right, bottom) from 0. Raises ValueError that says where and which field."""
-    if box is None:
-        raise ValueError(f"{where} has no <bndbox>; give it one, or remove the object")
-    sides = []
-    for field in ("xmin", "ymin", "xmax", "ymax"):
-        text = box.findtext(field)
-        try:
-            sides.append(float(text))
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: <{field}> is {text!r}, not a number of pixels") from None
-    left, top, right, bottom = sides[0] - 1, sides[1] - 1, sides[2], sides[3]
-    if not (0 <= left < right < 1e6 and 0 <= top < bottom < 1e6):
-        raise ValueError(f"{where}: box xmin, ymin, xmax, ymax = {sides} is empty or lies outside the picture")
-    return left, top, right, bottom
-
-
-def split_folder(root: str | Path, split: str) -> Path:
-    """The folder VOC2007 or VOC2012 that lists a "year/split": under `root`, or among Kaggle's inputs.
+def _find(root: str | Path, pattern: str) -> Iterator[Path]:
+    """Files of VOCdevkit trees under `root`, or among Kaggle's inputs.
 
     The published archives may lie side by side, each with its own VOCdevkit, up to three folders down.
     """
-    year, _, name = split.partition("/")
     for place in (Path(root), KAGGLE_INPUTS):
         for depth in ("", "*/", "*/*/", "*/*/*/"):
-            for listed in sorted(place.glob(f"{depth}VOCdevkit/VOC{year}/ImageSets/Main/{name}.txt")):
-                return listed.parents[2]
+            yield from sorted(place.glob(f"{depth}VOCdevkit/{pattern}"))
+
+
+def split_folder(root: str | Path, split: str) -> Path:
+    """The folder VOC2007 or VOC2012 that lists a "year/split"."""
+    year, _, name = split.partition("/")
+    for listed in _find(root, f"VOC{year}/ImageSets/Main/{name}.txt"):
+        return listed.parents[2]
     return Path(root) / "VOCdevkit" / f"VOC{year}"
 
 
-def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...]) -> list[Record]:
-    """Records of the listed splits, each "year/split" such as "2007/trainval", in the order of their lists.
+def list_pictures(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str]]:
+    """(the folder VOC2007 or VOC2012, name without ending) of each listed picture, in the order of the lists.
 
-    root: the folder that holds VOCdevkit. Raises FileNotFoundError where a list, an annotation or a photograph
-    is missing and ValueError where an annotation is wrong; both name the file and the way out.
+    Raises FileNotFoundError where a list is missing, ValueError where it is no text or lists nothing.
     """
-    records = []
+    pictures = []
     for split in splits:
         folder = split_folder(root, split)
         listed = folder / "ImageSets" / "Main" / f"{split.partition('/')[2]}.txt"
@@ -97,18 +107,65 @@ def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...]
                 f"{listed} is missing. Set Config.voc_root or the environment variable VOC_ROOT to the folder that "
                 'holds VOCdevkit, or use Config(data="shapes"), which needs no download'
             )
-        images = set(os.listdir(folder / "JPEGImages"))
-        for line in listed.read_text(encoding="utf-8").split("\n"):
-            if not line.strip():
-                continue
-            stem = line.split()[0]
-            if f"{stem}.jpg" not in images:
-                raise FileNotFoundError(f"{folder / 'JPEGImages' / stem}.jpg is missing, but {listed} lists it")
-            annotation = read_annotation(folder / "Annotations" / f"{stem}.xml", classes)
-            records.append(make_record(str(folder / "JPEGImages" / f"{stem}.jpg"), *annotation))
-    if not records:
-        raise ValueError(f"the splits {splits} under {root} list no picture")
+        try:
+            lines = listed.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{listed} is not a list of pictures in UTF-8: {error}") from None
+        pictures += [(folder, line.split()[0]) for line in lines if line.strip()]
+    if not pictures:
+        raise ValueError(f"the splits {tuple(splits)} under {root} list no picture")
+    return pictures
+
+
+def read_voc(
+    root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool = False
+) -> list[Record]:
+    """Records of the listed splits, each "year/split" such as "2007/trainval", in the order of their lists.
+
+    root: the folder that holds VOCdevkit. skip_bad: go on without pictures that can't be used, saying how many.
+    Raises FileNotFoundError where a list is missing, and ValueError that lists what is wrong and the way out.
+    """
+    found = [read_picture(*picture, classes) for picture in list_pictures(root, splits)]
+    records = [record for record, _ in found if record is not None]
+    problems = [problem for _, wrong in found for problem in wrong]
+    bad = len(found) - len(records)
+    named = () if classes == VOC_CLASSES else ("--classes", ",".join(classes))
+    command = shlex.join(("python", "-m", "src.voc", "check", str(root), *named))
+    says = f"{bad:,} of {len(found):,} pictures of {', '.join(splits)} can't be used ({count(problems)})"
+    if bad and not (skip_bad and records):
+        shown = "\n  ".join(problem.text for problem in problems[:SHOWN])
+        more = f"and {len(problems) - SHOWN:,} more problems\n" if len(problems) > SHOWN else ""
+        way = f"`{command}` lists all; Config(skip_bad_files=True) goes on without these pictures"
+        raise ValueError(f"{says}:\n  {shown}\n{more}{way if records else 'no picture is left'}")
+    if bad:
+        print(f"{says} and are left out; `{command}` lists them")
     return records
+
+
+def count(problems: list[Problem]) -> str:
+    """For example "2 box, 1 missing file"."""
+    kinds = Counter(problem.kind for problem in problems)
+    return ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())
+
+
+def check(root: str | Path, classes: tuple[str, ...]) -> list[Problem]:
+    """Everything that is wrong with the listed pictures of a tree, each decoded in full; printed, with counts.
+
+    Lists of one class, such as cat_train.txt, are not read. Raises what `list_pictures` raises.
+    """
+    named = {*classes, *VOC_CLASSES}
+    lists = [f for f in _find(root, "VOC*/ImageSets/Main/*.txt") if f.stem.rpartition("_")[0] not in named]
+    pictures = dict.fromkeys(list_pictures(root, [f"{f.parents[2].name[3:]}/{f.stem}" for f in lists]))
+    problems, boxes, good = [], 0, 0
+    for folder, stem in tqdm(pictures, unit="picture", leave=False, disable=None):
+        record, wrong = read_picture(folder, stem, classes, decode=True)
+        problems += wrong
+        good, boxes = good + (record is not None), boxes + (len(record.labels) if record else 0)
+        for problem in wrong:
+            tqdm.write(problem.text, file=sys.stdout)
+    bad = f"{len(pictures) - good:,} bad: {count(problems)}" if problems else "none bad"
+    print(f"{len(pictures):,} pictures in {len(lists)} lists: {good:,} good, with {boxes:,} boxes; {bad}")
+    return problems
 
 
 def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
@@ -127,6 +184,24 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
             VOCDetection(root, year=year, image_set=name, download=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise RuntimeError(
-                f"VOC {split} is not under {Path(root).resolve()} and can't be downloaded ({error}). Set Config.voc_root "
-                'or VOC_ROOT to the folder that holds VOCdevkit, or use Config(data="shapes")'
+                f"VOC {split} is not under {Path(root).resolve()} and can't be downloaded ({error}). Set "
+                'Config.voc_root or VOC_ROOT to the folder that holds VOCdevkit, or use Config(data="shapes")'
             ) from error
+
+
+def main() -> None:
+    """The command above; ends with status 1 where a picture can't be used."""
+    parser = argparse.ArgumentParser(prog="python -m src.voc", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("check", help="list everything that is wrong with a tree's pictures, with counts")
+    command.add_argument("folder", help="the folder that holds VOCdevkit")
+    command.add_argument("--classes", default=",".join(VOC_CLASSES), help="names, with commas between; left out: VOC's")
+    given = parser.parse_args()
+    try:
+        sys.exit(bool(check(given.folder, tuple(name.strip() for name in given.classes.split(",")))))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.config import VOC_CLASSES
-from src.voc import download_voc, read_annotation, read_voc
+from src.annotation import read_annotation
+from src.config import VOC_CLASSES, Config
+from src.dataset import DetectionData
+from src.voc import check, download_voc, main, read_voc
 
 BOX = "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax></bndbox>"
 
@@ -70,14 +72,17 @@ def test_a_missing_tree_names_the_list_and_the_way_out(tmp_path):
     ("inside", "message"),
     [
         (obj("unicorn"), r"object 1 is a 'unicorn', which is not in Config.classes"),
-        (obj() + obj("dog", box=""), r"object 2 \(dog\) has no <bndbox>"),
-        (obj(box=BOX.replace("<xmin>11</xmin>", "")), r"<xmin> is None"),
-        (obj(box=BOX.replace("60", "sixty")), r"<ymax> is 'sixty'"),
+        (obj() + obj("dog", box=""), r"object 2 \(dog\): no <bndbox> where one is wanted"),
+        (obj(box=BOX.replace("<xmin>11</xmin>", "")), r"no <bndbox/xmin> where one is wanted"),
+        (obj(box=BOX.replace("60", "sixty")), r"<bndbox/ymax> is 'sixty'"),
         (obj(box=BOX.replace("11", "51")), r"is empty or lies outside"),
         (obj(box=BOX.replace("11", "-9")), r"is empty or lies outside"),
-        (obj(box=BOX.replace("60", "nan")), r"is empty or lies outside"),
+        (obj(box=BOX.replace("60", "90")), r"lies outside the picture of 100 x 80 pixels"),
+        (obj(box=BOX.replace("60", "nan")), r"<bndbox/ymax> is 'nan', not a number"),
         (obj(box=BOX.replace("60", "inf")), r"is empty or lies outside"),
         ("<object>", r"is not an XML annotation"),
+        (obj(difficult="<difficult>yes</difficult>"), r"<difficult> is 'yes', not 0 or 1"),
+        ("<size><width>80</width><height>100</height></size>", r"<size> is 80 x 100, but the picture has 100 x 80"),
     ],
 )
 def test_bad_annotations_name_file_and_field(tmp_path, inside, message):
@@ -86,21 +91,87 @@ def test_bad_annotations_name_file_and_field(tmp_path, inside, message):
         read_voc(tmp_path, ("2007/test",), VOC_CLASSES)
 
 
-def test_entities_are_refused(tmp_path):
-    file = tmp_path / "1.xml"
-    file.write_text('<!DOCTYPE a [<!ENTITY x "ha">]><annotation>&x;</annotation>')
-    with pytest.raises(ValueError, match="DOCTYPE"):
-        read_annotation(file, VOC_CLASSES)
+def test_entities_are_refused_in_any_encoding(tmp_path):
+    for encoding in ("utf-8", "utf-16"):
+        file = tmp_path / f"{encoding}.xml"
+        file.write_bytes('<!DOCTYPE a [<!ENTITY x "ha">]><annotation>&x;</annotation>'.encode(encoding))
+        assert "DOCTYPE" in read_annotation(file, VOC_CLASSES)[1][0].text
 
 
-def test_listed_but_missing_files_are_named(tmp_path):
-    folder = write_tree(tmp_path, "2007", {"test": {"1": obj(), "2": obj()}}) / "VOCdevkit" / "VOC2007"
-    (folder / "Annotations" / "2.xml").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2\.xml is missing"):
+def test_a_box_one_pixel_too_far_is_cut(tmp_path):
+    box = "<bndbox><xmin>0</xmin><ymin>0</ymin><xmax>101</xmax><ymax>81</ymax></bndbox>"
+    write_tree(tmp_path, "2007", {"test": {"1": obj(box=box)}})
+    assert read_voc(tmp_path, ("2007/test",), VOC_CLASSES)[0].boxes.tolist() == [[0, 0, 100, 80]]
+
+
+def bad_tree(root: Path) -> Path:
+    """Seven pictures, five of them bad, in six ways."""
+    good, wrong = obj(), obj("unicorn") + obj("dog", box=BOX.replace("60", "600"))
+    trainval = {"1": good, "2": wrong, "3": good, "4": good}
+    write_tree(root, "2007", {"trainval": trainval, "test": {"5": "<object>", "6": good}})
+    folder = write_tree(root, "2007", {"cat_trainval": {"7": good}}) / "VOCdevkit" / "VOC2007"
+    whole = (folder / "JPEGImages" / "4.jpg").read_bytes()
+    (folder / "JPEGImages" / "4.jpg").write_bytes(whole[:400])
+    (folder / "JPEGImages" / "3.jpg").unlink()
+    (folder / "Annotations" / "3.xml").unlink()
+    return root
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path, capsys):
+    assert len(check(bad_tree(tmp_path), VOC_CLASSES)) == 6
+    *lines, last = capsys.readouterr().out.splitlines()
+    for name, what in (("2.xml: object 1", "unicorn"), ("2.xml: object 2 (dog)", "600.0"), ("3.jpg", "missing"),
+                       ("3.xml", "missing"), ("4.jpg", "be read as a picture"), ("5.xml", "not an XML")):  # fmt: skip
+        assert sum(name in line and what in line for line in lines) == 1, name
+    assert last.startswith("6 pictures in 2 lists: 2 good, with 2 boxes; 4 bad: 2 missing file, 1 ")
+
+
+def test_the_command_ends_with_a_status(tmp_path, monkeypatch, capsys):
+    write_tree(tmp_path / "good", "2012", {"train": {"1": obj("gnu")}})
+    for folder, status in ((tmp_path / "good", 0), (bad_tree(tmp_path / "bad"), 1)):
+        monkeypatch.setattr("sys.argv", ["voc", "check", str(folder), "--classes", "gnu, cat"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == status
+    monkeypatch.setattr("sys.argv", ["voc", "check", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="list no picture"):
+        main()
+
+
+def test_training_refuses_a_bad_tree_or_leaves_bad_pictures_out(tmp_path, capsys):
+    splits = {"train_splits": ("2007/trainval",), "val_splits": ("2007/test",)}
+    config = Config(voc_root=str(bad_tree(tmp_path)), cache_gb=0, **splits)
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 pictures of 2007/test.*5\.xml.*src.voc check .*skip_bad_files=True"):
+        DetectionData(config).setup()
+    with pytest.raises(ValueError, match=r"(?s)3 of 4 pictures of 2007/trainval.*2\.xml.*3\.jpg.*3\.xml.*4\.jpg"):
+        DetectionData(config.replace(val_splits=("2007/cat_trainval",))).setup()
+    data = DetectionData(config.replace(skip_bad_files=True))
+    data.setup()
+    assert (len(data.train_records), len(data.val_records)) == (1, 1)
+    assert "3 of 4 pictures of 2007/trainval can't be used" in capsys.readouterr().out
+
+
+def test_a_long_refusal_shows_ten_and_the_number(tmp_path):
+    write_tree(tmp_path, "2007", {"test": {str(number): obj("unicorn") for number in range(40)} | {"good": obj()}})
+    with pytest.raises(ValueError, match="40 of 41 pictures.*40 class") as refusal:
         read_voc(tmp_path, ("2007/test",), VOC_CLASSES)
-    (folder / "JPEGImages" / "1.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1\.jpg is missing"):
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == 1 + 10 + 2 and lines[11] == "and 30 more problems"
+
+
+def test_nothing_left_is_refused_even_so(tmp_path):
+    write_tree(tmp_path, "2007", {"test": {"1": obj("unicorn")}})
+    with pytest.raises(ValueError, match="no picture is left"):
+        read_voc(tmp_path, ("2007/test",), VOC_CLASSES, skip_bad=True)
+
+
+def test_a_list_that_is_no_text(tmp_path):
+    folder = write_tree(tmp_path, "2007", {"test": {"1": obj()}}) / "VOCdevkit/VOC2007/ImageSets/Main"
+    (folder / "test.txt").write_bytes(b"\xff\xfe1\x00")
+    with pytest.raises(ValueError, match=r"test\.txt is not a list"):
         read_voc(tmp_path, ("2007/test",), VOC_CLASSES)
+    (folder / "test.txt").write_bytes(b"\xef\xbb\xbf1\r\n")  # a byte order mark and Windows' line ends
+    assert len(read_voc(tmp_path, ("2007/test",), VOC_CLASSES)) == 1
 
 
 def test_download_asks_torchvision_for_what_is_missing_only(tmp_path, monkeypatch):
