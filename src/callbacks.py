@@ -3,6 +3,7 @@
 import sys
 import time
 
+import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
@@ -37,6 +38,25 @@ class StopIfNotFinite(pl.Callback):
                     f"checkpoint stands in {module.config.run_dir}. Try a lower Config.max_lr or precision='32-true'"
                 )
             self.finite = None
+
+
+class RangeTest(pl.Callback):
+    """Trains each step at the next of `rates` and keeps its loss in `losses`."""
+
+    def __init__(self, rates: np.ndarray):
+        self.rates, self.losses = rates, []
+        self.bar = tqdm(total=len(rates), desc="learning rates", unit="step", file=sys.stdout, mininterval=2, ncols=90)
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = self.rates[len(self.losses)]
+
+    def on_train_batch_end(self, trainer, module, outputs, *_) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.bar.update()
+
+    def on_train_end(self, *_) -> None:
+        self.bar.close()
 
 
 class Progress(pl.callbacks.ProgressBar):

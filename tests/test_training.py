@@ -143,7 +143,7 @@ def test_learning_rate_finder_leaves_no_trace(tmp_path):
     data = DetectionData(config)
     before = build_model(config).state_dict()
     found = find_lr(config, data, steps=30)
-    assert 1e-6 <= found.suggestion <= 0.1 and len(found.rates) == len(found.losses) > 10
+    assert 1e-5 <= found.suggestion <= 0.1 and len(found.rates) == len(found.losses) > 10
     assert found.rates == sorted(found.rates)
     for one, other in zip(before.values(), Detector(config).model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
