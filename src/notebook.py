@@ -1,15 +1,14 @@
 """Notebooks: what their first cell needs, and the address of the repository they fetch.
 
-    python -m src.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
-    python -m src.notebook address https://github.com/NAME/REPOSITORY
-    python -m src.notebook images
+python -m src.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
+python -m src.notebook address https://github.com/NAME/REPOSITORY
+python -m src.notebook images
 """
 
 import argparse
 import base64
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -26,7 +25,7 @@ HARMLESS = (  # beginnings of libraries' warnings that a reader can do nothing a
     r"The number of training batches \(\d+\) is smaller than the logging interval",  # a very small run
     r"The '\w+' does not have many workers",  # Config.workers says how many
 )
-FIGURES = {"image/jpeg", "image/png"}
+FIGURES = {"image/jpeg": "jpg", "image/png": "png"}
 TALKATIVE = ("pytorch_lightning", "lightning.pytorch", "httpx")  # loggers whose mere information is left out
 
 
@@ -79,21 +78,21 @@ def set_address(url: str) -> list[str]:
 
 
 def keep_images(folder: str | Path = "images") -> list[Path]:
-    """Write the figures of cells tagged "image:NAME" into `folder`, and return the files: what the README shows.
+    """Write the first figures of cells tagged "image:NAME" into `folder`, and return the files: what the README shows.
 
     They come from the executed notebooks under runs/, or where there are none from the notebooks as they lie here.
     """
     written = []
     for name in NOTEBOOKS:
         executed = sorted(ROOT.glob(f"runs/*/{name}"), key=lambda path: path.stat().st_mtime)
-        cells = json.loads([ROOT / name, *executed][-1].read_text(encoding="utf-8"))["cells"]
-        for cell in cells:
-            figures = [part for part in (output.get("data", {}) for output in cell.get("outputs", ())) if FIGURES & set(part)]
-            for tag in (tag for tag in cell["metadata"].get("tags", ()) if tag.startswith("image:") and figures):
-                kind = min(FIGURES & set(figures[0]))
-                path = Path(folder) / f"{tag.removeprefix('image:')}.{kind.removeprefix('image/')}"
+        for cell in json.loads([ROOT / name, *executed][-1].read_text(encoding="utf-8"))["cells"]:
+            tags = [tag.removeprefix("image:") for tag in cell["metadata"].get("tags", ()) if tag.startswith("image:")]
+            figure = next((output["data"] for output in cell.get("outputs", ()) if output.get("data")), {})
+            kind = next((kind for kind in FIGURES if kind in figure), None)
+            if tags and kind:
+                path = Path(folder) / f"{tags[0]}.{FIGURES[kind]}"
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(base64.b64decode(figures[0][kind]))
+                path.write_bytes(base64.b64decode(figure[kind]))
                 written.append(path)
     return written
 
@@ -111,15 +110,16 @@ def main() -> None:
     commands.add_parser("images", help="take the README's figures from the last run's notebooks")
     given = parser.parse_args()
     if given.command == "images":
-        sys.exit(print("Written:", ", ".join(map(str, keep_images())) or "nothing: execute the notebooks first"))
-    if given.command == "address":
+        print("Written:", ", ".join(map(str, keep_images())) or "nothing: execute the notebooks first")
+    elif given.command == "address":
         try:
-            sys.exit(print("Changed:", ", ".join(set_address(given.url)) or "nothing"))
+            print("Changed:", ", ".join(set_address(given.url)) or "nothing")
         except ValueError as error:
             sys.exit(str(error))
-    from src.execution import run  # needs nbclient, which a notebook in Colab does without
+    else:
+        from src.execution import run  # needs nbclient, which a notebook in Colab does without
 
-    sys.exit(run(given.source, given.target, given.settings) or 0)
+        sys.exit(run(given.source, given.target, given.settings) or 0)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ DASHED = (0, (3, 2))
 BETWEEN = "   ·   "  # two parts of a caption
 
 
-def _grid(count: int, columns: int, shape: float = 1.0, caption: str = "", titled: bool = False) -> tuple[Sheet, list[Axes]]:
+def _grid(
+    count: int, columns: int, shape: float = 1.0, caption: str = "", titled: bool = False
+) -> tuple[Sheet, list[Axes]]:
     """A figure for `count` pictures whose height is `shape` times their width; a caption stands below them."""
     columns = max(1, min(columns, count))
     rows, side = -(-count // columns), WIDTH / max(columns, 3)  # inches
@@ -78,7 +80,9 @@ def show_records(records: Sequence, classes: Sequence[str], columns: int = 4) ->
 
 
 @styled
-def show_samples(samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4) -> Figure:
+def show_samples(
+    samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4
+) -> Figure:
     """Samples as the network gets them: uint8 [3, S, S], boxes cxcywh in 0..1 [n, 4], labels [n]."""
     figure, axes = _grid(len(samples), columns, titled=bool(titles))
     for number, (axis, (image, boxes, labels, *_)) in enumerate(zip(axes, samples, strict=True)):
@@ -93,7 +97,9 @@ def show_detections(
     images: Sequence[np.ndarray], found: Sequence, classes: Sequence[str], records: Sequence = (), columns: int = 4
 ) -> Figure:
     """Detections over their pictures uint8 [H, W, 3], confidence in %; of `records`, the true boxes dashed."""
-    caption = "coloured: found, with confidence in %" + (BETWEEN + "white, dashed: what is there" if len(records) else "")
+    caption = "coloured: found, with confidence in %" + (
+        BETWEEN + "white, dashed: what is there" if len(records) else ""
+    )
     figure, axes = _grid(len(images), columns, max(image.shape[0] / image.shape[1] for image in images), caption)
     for number, (axis, image, here) in enumerate(zip(axes, images, found, strict=True)):
         _show(axis, image)
@@ -108,19 +114,19 @@ def show_detections(
 def show_explanations(
     images: Sequence[np.ndarray], explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()
 ) -> Figure:
-    """Above each picture with what is explained, below where the network looked (an `Explanation` each) and its message."""
-    caption = "above: what is explained" + BETWEEN + "below: the brighter, the more the network relied on it"
+    """Above what was found in each picture, below an `Explanation` of what is framed: where the network looked."""
+    caption = "above: found, confidence in %" + BETWEEN + "below: the brighter, the more it counted for what is framed"
     shape = max(image.shape[0] / image.shape[1] for image in images)
-    figure, axes = _grid(2 * len(images), len(images), shape, caption, titled=bool(titles))
+    titled = any(titles) or any(found.message for found in explanations)
+    figure, axes = _grid(2 * len(images), len(images), shape, caption, titled=titled)
     for number, (image, found) in enumerate(zip(images, explanations, strict=True)):
-        what = found.detections
-        boxes, labels, scores = (part[found.explained] for part in (what.boxes, what.labels, what.scores))
-        names = [f"{classes[label]} {100 * score:.0f}" for label, score in zip(labels, scores, strict=True)]
-        _show(axes[number], image, titles[number] if titles else "")
-        _boxes(axes[number], boxes, labels, names, len(classes))
-        _show(axes[len(images) + number], draw_heat(image, found.heat, 0.75), fill(found.message, 42))
-        for box, label in zip(boxes, labels, strict=True):
-            _frame(axes[len(images) + number], box, colours(len(classes))[label], linewidth=0.9)
+        above, below, what = axes[number], axes[len(images) + number], found.detections
+        names = [f"{classes[label]} {100 * score:.0f}" for label, score in zip(what.labels, what.scores, strict=True)]
+        _show(above, image, titles[number] if titles else "")
+        _boxes(above, what.boxes, what.labels, names, len(classes))
+        _show(below, draw_heat(image, found.heat, 0.75), fill(found.message, 42))
+        for row in found.explained:
+            _frame(below, what.boxes[row], colours(len(classes))[what.labels[row]])
     return figure
 
 
@@ -130,7 +136,9 @@ def show_scales(sample: tuple, anchors: torch.Tensor, classes: Sequence[str]) ->
     image, boxes, labels = sample[:3]
     side = image.shape[-1]
     targets = torch.cat((torch.zeros(len(labels), 1), labels[:, None].float(), boxes), dim=1)
-    caption = "filled: the cell that holds an object's centre" + BETWEEN + "dashed: its anchor, before the network adjusts it"
+    caption = (
+        "filled: the cell that holds an object's centre" + BETWEEN + "dashed: its anchor, before the network adjusts it"
+    )
     figure, axes = _grid(3, 3, caption=caption, titled=True)
     assigned = assign_targets(targets, [side // stride for stride in STRIDES], anchors, batch=1)
     for axis, stride, found, scale in zip(axes, STRIDES, assigned, anchors, strict=True):

@@ -1,4 +1,4 @@
-"""Figures of numbers: data sets, training curves, precision, speed. They show what they are given, and decide nothing."""
+"""Figures of numbers: data sets, training curves, precision, speed. They show what they get, and decide nothing."""
 
 import csv
 from collections.abc import Sequence
@@ -55,12 +55,15 @@ def anchors_over_boxes(records: Sequence, anchors: Sequence) -> Figure:
     left.scatter(*_box_sides(records).T, s=6, color=SOFT, alpha=0.3, linewidths=0)
     for scale, (stride, colour, marker) in enumerate(zip(STRIDES, SCALES, "s^o", strict=True)):
         name = f"anchors of stride {stride}"
-        left.scatter(*np.transpose(anchors[scale]), s=75, c=colour, marker=marker, edgecolors="white", label=name, zorder=3)
+        left.scatter(
+            *np.transpose(anchors[scale]), s=75, c=colour, marker=marker, edgecolors="white", label=name, zorder=3
+        )
         for width, height in anchors[scale]:
             corner = 0.5 - width / 2, 0.5 - height / 2
             right.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8))
-    left.set(xscale="log", yscale="log", xlabel="width, in % of the picture's side", xlim=(0.012, 1.1), ylim=(0.012, 1.1),
-             ylabel="height, in % of the picture's side", title="Shapes of the objects (grey)", aspect="equal")  # fmt: skip
+    left.set(xscale="log", yscale="log", xlim=(0.012, 1.1), ylim=(0.012, 1.1), aspect="equal")
+    left.set(xlabel="width, in % of the picture's side", ylabel="height, in % of the picture's side")
+    left.set_title("Shapes of the objects (grey)")
     for axis in (left.xaxis, left.yaxis):
         axis.set_ticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ["2", "5", "10", "20", "50", "100"])
         axis.set_ticks([], minor=True)
@@ -156,11 +159,18 @@ def _accuracy(axis: Axes, path: str | Path, key: str, wanted: float, thresholds:
         _curve(axis, path, "val/accuracy/class", color=HELD_OUT)
     else:
         for threshold, line in zip(thresholds, ("-", (0, (1, 1))), strict=True):
-            _curve(axis, path, f"val/accuracy/{key}@{threshold}", color=HELD_OUT, linestyle=line, label=f"above {threshold}")
+            _curve(
+                axis,
+                path,
+                f"val/accuracy/{key}@{threshold}",
+                color=HELD_OUT,
+                linestyle=line,
+                label=f"above {threshold}",
+            )
         axis.legend(loc="lower right", title="objectness", title_fontsize=8)
     axis.axhline(wanted, color=TARGET, linestyle="--", linewidth=1.2)
-    axis.annotate(f"asked: {100 * wanted:.0f}", (0.02, wanted), xycoords=("axes fraction", "data"), color=TARGET, fontsize=8,
-                  va="top", xytext=(0, -2), textcoords="offset points")  # fmt: skip
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
+    axis.annotate(f"asked: {100 * wanted:.0f}", (0.02, wanted), (0, -2), color=TARGET, fontsize=8, **place)
     axis.set_ylim(0.9 if key == "no_object" else 0, 1.005)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
@@ -200,10 +210,17 @@ def class_precisions(table: Sequence[dict]) -> Figure:
     axis.bar_label(bars, texts, padding=3, fontsize=8, bbox=clear, zorder=4)
     mean = np.nanmean(values)
     axis.axvline(mean, color=INK, linestyle="--", linewidth=1.2)
-    axis.annotate(f"mean {mean:.3f}", (mean, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5)
+    axis.annotate(
+        f"mean {mean:.3f}", (mean, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5
+    )
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.set(xlim=(0, 1.06), xlabel="average precision at IoU 0.5", ylabel="class (held-out objects)", xticks=np.arange(0, 1.1, 0.2))
+    axis.set(
+        xlim=(0, 1.06),
+        xlabel="average precision at IoU 0.5",
+        ylabel="class (held-out objects)",
+        xticks=np.arange(0, 1.1, 0.2),
+    )
     return figure
 
 
@@ -234,7 +251,9 @@ def drawn_sizes(sides: Sequence[int]) -> Figure:
     figure = Sheet(2.8)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
     left.step(np.arange(len(sides)), sides, where="post", color=HELD_OUT, linewidth=1.2)
-    left.set(xlabel="step", ylabel="side of the batch, pixels", title="Drawn as training goes", yticks=sorted(set(sides)))
+    left.set(
+        xlabel="step", ylabel="side of the batch, pixels", title="Drawn as training goes", yticks=sorted(set(sides))
+    )
     drawn, counts = np.unique(sides, return_counts=True)
     gap = np.diff(drawn).min() if len(drawn) > 1 else 32
     bars = right.barh(drawn, counts / len(sides), height=0.7 * gap, color=HELD_OUT)

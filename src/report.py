@@ -19,12 +19,14 @@ def rows(evaluation: Evaluation) -> list[dict]:
         reached, strict = (
             evaluation.accuracies[key if key == "class" else f"{key}@{threshold}"] for threshold in (THRESHOLD, STRICT)
         )
-        table.append({"name": NAMES[key], "wanted": wanted, "reached": reached, "strict": strict, "passed": reached >= wanted})
+        table.append(
+            {"name": NAMES[key], "wanted": wanted, "reached": reached, "strict": strict, "passed": reached >= wanted}
+        )
     return table
 
 
 def assignment_table(evaluation: Evaluation, config: Config) -> str:
-    """The three accuracies beside the assignment's, and the average precisions, as text for a notebook or a terminal."""
+    """The three accuracies beside the assignment's, and the average precisions, as text for a terminal."""
     head = f"{'held-out split':<22}{'asked for':>10}{f'at {THRESHOLD}':>10}{f'at {STRICT}':>10}"
     lines = [head, "-" * (len(head) + 8)]
     for row in rows(evaluation):
@@ -32,7 +34,11 @@ def assignment_table(evaluation: Evaluation, config: Config) -> str:
         lines.append(f"{row['name']:<22}{numbers}  {'pass' if row['passed'] else 'NOT YET'}")
     lines.append("-" * len(lines[1]))
     lines += [f"{name:<22}{'':>10}{value:>10.4f}" for name, value in evaluation.precisions.items()]
-    lines += ["", f"Columns 'at 0.05' and 'at 0.5': threshold of objectness; {THRESHOLD} is the course's and decides.", ""]
+    lines += [
+        "",
+        f"Columns 'at 0.05' and 'at 0.5': threshold of objectness; {THRESHOLD} is the course's and decides.",
+        "",
+    ]
     lines.append(f"Weights, metrics.csv and settings of this run: {config.run_dir}/")
     return "\n".join(lines)
 

@@ -61,7 +61,14 @@ def local(folder, name):
 @pytest.fixture(scope="module")
 def trained(folder):
     """The executed main notebook, through the command line, and what the terminal showed."""
-    command = [sys.executable, "-m", "src.notebook", "run", str(local(folder, "s13_assignment.ipynb")), "runs/out.ipynb"]
+    command = [
+        sys.executable,
+        "-m",
+        "src.notebook",
+        "run",
+        str(local(folder, "s13_assignment.ipynb")),
+        "runs/out.ipynb",
+    ]
     done = subprocess.run([*command, "--settings", json.dumps(SMALL)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return nbformat.read(folder / "runs/out.ipynb", as_version=4), done.stdout
