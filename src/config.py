@@ -94,9 +94,11 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     def save(self, path: str | Path) -> None:
-        """Write the settings as JSON."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write the settings as JSON, whole or not at all."""
+        part = Path(f"{path}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Config":

@@ -1,7 +1,5 @@
 """The Lightning module, the learning-rate finder, training and evaluation."""
 
-import csv
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -20,6 +18,7 @@ from src.loss import YOLOLoss
 from src.metrics import CellAccuracy, DetectionStore, class_table, coco_average_precision, mean_average_precision
 from src.model import YOLOv3
 from src.predict import to_input
+from src.run_folder import BEFORE, LAST, MetricsFile, WholeCheckpoints, damage, held, last_good
 
 
 def build_model(config: Config) -> YOLOv3:
@@ -164,34 +163,56 @@ def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRa
 def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None = None) -> Detector:
     """Train by `config` and return the detector, its weights the averaged ones of the last epoch.
 
-    Writes config.json, metrics.csv and checkpoints best.ckpt (by VOC AP) and last.ckpt to `config.run_dir`.
-    ckpt_path: "last" goes on where last.ckpt of that folder stopped, at the start of the epoch after it.
+    Writes config.json, metrics.csv and checkpoints best.ckpt (by VOC AP), last.ckpt and last-1.ckpt (of the epoch
+    before) to `config.run_dir`, which no other process can train in meanwhile.
+    ckpt_path: "last" goes on where that folder's last good checkpoint was written, at the start of the epoch after
+    it; "auto" does so if there is one, and otherwise starts; None starts anew, and the folder's last ones go.
     """
-    folder = Path(config.run_dir)
-    if ckpt_path == "last":
-        ckpt_path = str(folder / "last.ckpt")
-    if ckpt_path and not Path(ckpt_path).exists():
-        raise FileNotFoundError(f"{ckpt_path} is missing: there is no run to go on with; call fit without ckpt_path")
-    data = data or DetectionData(config)
-    if ckpt_path:
+    folder, data = Path(config.run_dir), data or DetectionData(config)
+    with held(folder):
+        config, checkpoint = start(config, data, ckpt_path)
+        step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"] if checkpoint else 0
+        pl.seed_everything(config.seed, verbose=False)
+        options = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+        trainer = make_trainer(
+            config, max_epochs=config.epochs, log_every_n_steps=10, default_root_dir=folder, plugins=WholeCheckpoints(),
+            logger=MetricsFile(folder / "metrics.csv", before=step), enable_checkpointing=True, enable_progress_bar=True,
+            callbacks=[
+                Progress(), StopIfNotFinite(), ema(config.ema_decay), LearningRateMonitor("step"),
+                ModelCheckpoint(folder, "best", monitor="val/map50", mode="max", **options),
+                ModelCheckpoint(folder, "last", **options),  # save_last would save only when the best improves
+            ],
+        )  # fmt: skip
+        detector = Detector(config)
+        trainer.fit(detector, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return detector
+
+
+def start(config: Config, data: DetectionData, ckpt_path: str | None) -> tuple[Config, Path | None]:
+    """The settings to train by, written to the run's folder, and the checkpoint to go on from, see `fit`.
+
+    Raises FileNotFoundError where there is none, and ValueError where it is damaged or the settings don't fit it.
+    """
+    folder, checkpoint = Path(config.run_dir), Path(ckpt_path or "")
+    if ckpt_path in (None, "last", "auto"):
+        checkpoint = last_good(folder) if ckpt_path else None
+    elif checkpoint.exists() and damage(checkpoint):
+        raise ValueError(f"{checkpoint} is damaged: {damage(checkpoint)}")
+    if ckpt_path == "last" and not checkpoint or checkpoint and not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint or folder / LAST} is missing: there is no run to go on with; leave ckpt_path out")
+    if rank_zero_only.rank:  # the process that started this one has done the rest
+        return Config.load(folder / "config.json"), checkpoint
+    if checkpoint:
         config = settings_to_go_on(config, folder / "config.json")
     elif not config.max_lr:
         config = config.replace(max_lr=find_lr(config, data).suggestion)
+    if checkpoint == folder / BEFORE:
+        checkpoint = checkpoint.replace(folder / LAST)
+    if not checkpoint:
+        for name in (LAST, BEFORE):
+            (folder / name).unlink(missing_ok=True)
     config.save(folder / "config.json")
-    pl.seed_everything(config.seed, verbose=False)
-    checkpoint = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    trainer = make_trainer(
-        config, max_epochs=config.epochs, log_every_n_steps=10, logger=csv_logger(folder, ckpt_path),
-        enable_checkpointing=True, enable_progress_bar=True,
-        callbacks=[
-            Progress(), StopIfNotFinite(), ema(config.ema_decay), LearningRateMonitor("step"),
-            ModelCheckpoint(folder, "best", monitor="val/map50", mode="max", **checkpoint),
-            ModelCheckpoint(folder, "last", **checkpoint),  # save_last would save only when the best improves
-        ],
-    )  # fmt: skip
-    detector = Detector(config)
-    trainer.fit(detector, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return detector
+    return config, checkpoint
 
 
 def settings_to_go_on(config: Config, path: Path) -> Config:
@@ -209,25 +230,18 @@ def settings_to_go_on(config: Config, path: Path) -> Config:
     return config.replace(max_lr=saved.max_lr)
 
 
-def csv_logger(folder: Path, ckpt_path: str | None) -> CSVLogger:
-    """metrics.csv in `folder`; on resume it keeps the rows up to the checkpoint, which Lightning would delete."""
-    kept, file = [], folder / "metrics.csv"
-    if ckpt_path and file.exists():
-        step = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        with open(file, newline="") as lines:
-            kept = [row for row in csv.DictReader(lines) if int(row["step"]) < step]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")
-        logger = CSVLogger(folder, name="", version="")
-        logger.experiment.metrics = kept
-    return logger
-
-
 def load_detector(folder: str | Path, which: str = "best") -> Detector:
-    """The detector of a run's folder, with the averaged weights of its best or last checkpoint."""
+    """The detector of a run's folder, with the averaged weights of its best or last checkpoint.
+
+    Raises FileNotFoundError where there is none, ValueError where it is damaged.
+    """
     path = Path(folder) / f"{which}.ckpt"
+    if which == "last":
+        path = last_good(Path(folder)) or path
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: train first, or name the folder of a run")
+    if which != "last" and damage(path):
+        raise ValueError(f'{path} is damaged ({damage(path)}); load_detector(folder, "last") reads another one')
     detector = Detector(Config.load(Path(folder) / "config.json").replace(weights=""))
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     detector.on_load_checkpoint(checkpoint)

@@ -1,0 +1,139 @@
+"""The folder of a run: its files written whole or not at all, its last good checkpoint, one process at a time."""
+
+import csv
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LAST, BEFORE = "last.ckpt", "last-1.ckpt"
+
+
+def write_whole(path: Path, write: Callable, mode: str = "wb", keep_as: Path | None = None, **options) -> None:
+    """Call `write(file)` on a file beside `path`, and give it that name once it lies on the disk.
+
+    keep_as: what bore the name until then gets this one.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, mode, **options) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if keep_as and path.exists():
+        os.replace(path, keep_as)
+    os.replace(part, path)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints through `write_whole`; of a run the last but one is kept too.
+
+    Lightning by itself writes to the system's temporary folder and moves from there, which between disks is a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        """Raises OSError that says what is left where the file can't be written, as on a full disk."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_as = path.with_name(BEFORE) if path.name == LAST else None
+        try:
+            write_whole(path, lambda file: torch.save(checkpoint, file), keep_as=keep_as)
+        except (OSError, RuntimeError) as error:  # of a full disk torch tells as a RuntimeError
+            raise OSError(
+                f"{path} can't be written ({error}). Is the disk full? The checkpoint of the epoch before stands: make room "
+                'and go on with fit(config, data, ckpt_path="last")'
+            ) from error
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint, by the checksums of its parts, which torch.load does not look at; "" if nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except Exception as error:  # a damaged archive leads its reader anywhere
+        return f"{error}"
+    return f"wrong checksum of {part}" if part else ""
+
+
+def last_good(folder: Path) -> Path | None:
+    """last.ckpt of a run's folder or, where it is damaged, the one before it, with a message; None if there is none.
+
+    Raises ValueError where both are damaged.
+    """
+    there = [path for path in (folder / LAST, folder / BEFORE) if path.exists()]
+    for path in there:
+        wrong = damage(path)
+        if not wrong:
+            return path
+        print(f"{path} is damaged ({wrong}): looking for the checkpoint before it")
+    if there:
+        raise ValueError(f"every last checkpoint in {folder} is damaged; start anew, or from best.ckpt's weights")
+    return None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep `folder` to this process until it ends, however it ends.
+
+    Not by flock: loader processes would inherit it, and outlive a killed trainer for seconds. Processes that another
+    one started to share the work pass. Raises RuntimeError where another process has the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            if fcntl and not rank_zero_only.rank:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RuntimeError(
+                f"another process is training in {folder}: wait for it, stop it, or choose another Config.run_dir"
+            ) from None
+        except OSError as error:
+            print(f"{folder} can't be locked ({error}): make sure that no other process trains there")
+        yield
+
+
+class MetricsFile(Logger):
+    """metrics.csv: a row for each time something was logged; on resume the rows before the checkpoint's step stay."""
+
+    name, version = "", ""
+
+    def __init__(self, path: Path, before: int = 0):
+        super().__init__()
+        self.path, self.rows, self.saved = path, [], 0
+        if before and path.exists():
+            with open(path, encoding="utf-8", newline="") as lines:
+                self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) < before]
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float | Tensor], step: int) -> None:
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self.rows.append(values | {"step": step})
+
+    @rank_zero_only
+    def save(self) -> None:
+        if self.saved < len(self.rows):
+            write_whole(self.path, self._write, "w", encoding="utf-8", newline="")
+            self.saved = len(self.rows)
+
+    def _write(self, file) -> None:
+        writer = csv.DictWriter(file, sorted(set().union(*self.rows)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+
+    def log_hyperparams(self, *_) -> None:
+        """They stand in config.json."""
