@@ -19,10 +19,11 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return box_convert(boxes, "xyxy", "cxcywh")
 
 
-def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int) -> Tensor:
+def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int | Tensor) -> Tensor:
     """The paper's box equations (YOLOv3, section 2.1), in float32 whatever comes in.
 
-    offsets [..., 4]: the network's x, y, w, h; column, row [...]: the cell; anchor [..., 2]: in sides of the image.
+    offsets [..., 4]: the network's x, y, w, h; column, row [...]: the cell; anchor [..., 2]: in sides of the
+    image; grid: cells a side, of all or of each [...].
     Returns [..., 4] cxcywh in 0..1 of the image.
     """
     offsets = offsets.float()

@@ -1,16 +1,18 @@
 """Which prediction answers for which object, and what it costs to be wrong."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
-from torchvision.ops import complete_box_iou_loss
+from torch.nn.functional import softplus
 
 from src.boxes import cxcywh_to_xyxy, decode_boxes
 from src.config import Config
 
 IGNORE_OVERLAP = 0.5
+EPSILON = 1e-7
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,42 @@ def assign_targets(targets: Tensor, grids: list[int], anchors: Tensor, batch: in
     anchors [3, 3, 2] in sides of the image; batch: number of images. Of objects that want the same cell and
     anchor the last has it. All shapes are known beforehand, so a GPU is never waited for.
     """
-    image = targets[:, 0].long()
-    assigned = []
+    image, assigned = targets[:, 0].long(), []
+    number = torch.arange(len(targets), device=targets.device)
     for grid, scale_anchors in zip(grids, anchors, strict=True):
+        shape, count = (batch, 3, grid, grid), batch * 3 * grid * grid
         overlap = shape_overlap(targets[:, 4:6], scale_anchors)  # [N, 3]
         anchor = overlap.argmax(dim=1)
         column, row = (targets[:, 2:4] * grid).long().clamp(0, grid - 1).unbind(dim=1)
-        cell = (image * 3 * grid + row) * grid + column  # flat index of anchor 0
-        place = cell + anchor * grid * grid
-        number = torch.arange(1, len(targets) + 1, device=targets.device)
-        last = torch.zeros(batch * 3 * grid * grid, dtype=torch.long, device=targets.device)
-        last.scatter_reduce_(0, place, number, "amax")
-        near = torch.zeros_like(last)
-        for other in range(3):
-            near.scatter_reduce_(0, cell + other * grid * grid, (overlap[:, other] > IGNORE_OVERLAP).long(), "amax")
-        positive = (last > 0).view(batch, 3, grid, grid)
-        ignored = (near > 0).view(batch, 3, grid, grid) & ~positive
-        assigned.append(Assigned(image, anchor, row, column, last[place] == number, positive, ignored))
+        cells = (image * 3 * grid + row) * grid + column  # flat index of anchor 0
+        cells = torch.stack((cells, cells + grid * grid, cells + 2 * grid * grid), dim=1)  # [N, 3]
+        place = cells.gather(1, anchor[:, None]).flatten()
+        last = torch.empty(count, dtype=torch.long, device=targets.device)  # read only where it is written
+        last.scatter_reduce_(0, place, number, "amax", include_self=False)
+        taken = torch.zeros(2, count + 1, dtype=torch.bool, device=targets.device)  # one cell more, for "none"
+        taken[0].scatter_(0, place, True)
+        taken[1].scatter_(0, torch.where(overlap > IGNORE_OVERLAP, cells, count).flatten(), True)
+        positive, near = (part[:count].view(shape) for part in taken)
+        assigned.append(Assigned(image, anchor, row, column, last[place] == number, positive, near & ~positive))
     return assigned
+
+
+def complete_iou_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Complete IoU loss of boxes cxcywh [N, 4] -> [N]; Zheng et al. 2020, https://arxiv.org/abs/1911.08287.
+
+    Equals torchvision's complete_box_iou_loss, which selects the boxes that meet and so makes a GPU wait.
+    """
+    corners, wanted_corners = cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted)
+    larger, smaller = torch.maximum(corners, wanted_corners), torch.minimum(corners, wanted_corners)
+    across, down = (smaller[:, 2:] - larger[:, :2]).clamp(min=0).unbind(dim=1)
+    shared = across * down
+    iou = shared / (found[:, 2] * found[:, 3] + wanted[:, 2] * wanted[:, 3] - shared + EPSILON)
+    diagonal = (larger[:, 2:] - smaller[:, :2]).square().sum(dim=1)
+    apart = (found[:, :2] - wanted[:, :2]).square().sum(dim=1) / (diagonal + EPSILON)
+    angle = torch.atan(wanted[:, 2] / wanted[:, 3]) - torch.atan(found[:, 2] / found[:, 3])
+    shape = 4 / math.pi**2 * angle.square()
+    trade = (shape / (1 - iou + shape + EPSILON)).detach()
+    return 1 - iou + apart + trade * shape
 
 
 class YOLOLoss(nn.Module):
@@ -68,7 +88,7 @@ class YOLOLoss(nn.Module):
 
     forward(logits: three [B, 3, G, G, 5 + C], targets [N, 6], anchors [3, 3, 2]) -> dict of scalars
     "loss", "box", "object", "no_object", "class". Computed in float32. Classes are independent logistic
-    outputs (YOLOv3, section 2.2); complete IoU is Zheng et al. 2020, https://arxiv.org/abs/1911.08287.
+    outputs (YOLOv3, section 2.2).
     """
 
     def __init__(self, config: Config):
@@ -78,26 +98,30 @@ class YOLOLoss(nn.Module):
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         grids = [level.shape[2] for level in logits]
-        total = torch.zeros(4, device=targets.device)
-        for level, found, scale_anchors in zip(
-            logits, assign_targets(targets, grids, anchors, len(logits[0])), anchors, strict=True
-        ):
-            total = total + self._scale(level, found, scale_anchors, targets)
-        box, positive, background, label = total / max(1, 3 * len(targets))
+        found = assign_targets(targets, grids, anchors, len(logits[0]))
+        background = sum(map(self._background, logits, found))
+        terms = torch.stack((*self._positives(logits, found, targets, anchors), background))
+        box, positive, label, background = terms / max(1, 3 * len(targets))
         loss = self.box_weight * box + self.object_weight * (positive + background) + self.class_weight * label
         return {"loss": loss, "box": box, "object": positive, "no_object": background, "class": label}
 
-    def _scale(self, level: Tensor, found: Assigned, anchors: Tensor, targets: Tensor) -> Tensor:
-        """Sums over one scale: box, object, background and class terms, [4]."""
-        objectness = level[..., 0].float()
-        background = bce(objectness, torch.zeros_like(objectness), reduction="none")
-        background = (background * ~(found.positive | found.ignored)).sum()
-        own = found.owner.float()
-        rows = found.gather(level).float()  # [N, 5 + C]
-        boxes = decode_boxes(rows[:, 1:5], found.column, found.row, anchors[found.anchor], level.shape[2])
-        box = complete_box_iou_loss(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets[:, 2:6]), reduction="none")
-        positive = bce(rows[:, 0], torch.ones_like(rows[:, 0]), reduction="none")
-        wanted = nn.functional.one_hot(targets[:, 1].long(), rows.shape[1] - 5).float()
-        wanted = wanted * (1 - self.smoothing) + self.smoothing / wanted.shape[1]
-        label = bce(rows[:, 5:], wanted, reduction="none").sum(dim=1)
-        return torch.stack(((box * own).sum(), (positive * own).sum(), background, (label * own).sum()))
+    @staticmethod
+    def _background(level: Tensor, found: Assigned) -> Tensor:
+        """Sum over the background of one scale; softplus is the cross entropy of a logit whose answer is no."""
+        cost = softplus(level[..., 0].float().contiguous())
+        return cost.masked_fill(found.positive | found.ignored, 0).sum()
+
+    def _positives(self, logits: list[Tensor], found: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
+        """Sums over the positives of all scales, 3 N rows at once: box, object and class terms, [3]."""
+        scales = range(len(logits))
+        rows = torch.cat([found[scale].gather(logits[scale]) for scale in scales]).float()  # [3 N, 5 + C]
+        column, row, own = (torch.cat([getattr(part, name) for part in found]) for name in ("column", "row", "owner"))
+        anchor = torch.cat([anchors[scale][found[scale].anchor] for scale in scales])
+        grid = torch.cat([torch.full_like(targets[:, 0], logits[scale].shape[2]) for scale in scales])
+        boxes = decode_boxes(rows[:, 1:5], column, row, anchor, grid)
+        wanted = targets.repeat(len(logits), 1)
+        box = complete_iou_loss(boxes, wanted[:, 2:6])
+        classes = (wanted[:, 1:2] == torch.arange(rows.shape[1] - 5, device=rows.device)).float()
+        classes = classes * (1 - self.smoothing) + self.smoothing / classes.shape[1]
+        label = bce(rows[:, 5:], classes, reduction="none").sum(dim=1)
+        return (torch.stack((box, softplus(-rows[:, 0]), label)) * own).sum(dim=1)
