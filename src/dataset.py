@@ -121,7 +121,8 @@ class MosaicDataset(Dataset):
         regions = (0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)
         canvas = np.empty((side, side, 3), dtype=np.uint8)
         found = []
-        for corner, (number, region) in enumerate(zip((index, *random.integers(len(self), size=3)), regions, strict=True)):
+        numbers = index, *random.integers(len(self), size=3)
+        for corner, (number, region) in enumerate(zip(numbers, regions, strict=True)):
             scale = self._jitter(random)
             image, around = self.image(number)
             free = np.subtract(region[2:], region[:2]) - image.shape[1::-1] * np.float64(scale)
@@ -142,7 +143,7 @@ class MosaicDataset(Dataset):
         return canvas, *self._place(canvas, (0, 0, side, side), picture, scale, free * random.random(2))
 
     def _place(self, canvas: np.ndarray, region: tuple, picture: tuple, scale: tuple, corner: tuple) -> tuple:
-        """Draw a picture (image, boxes, labels), its top left at `corner`, within `region`; what remains of the last two."""
+        """Draw a picture (image, boxes, labels), its top left at `corner`, in `region`; the boxes and labels left."""
         image, boxes, labels = picture
         matrix = np.float64([[scale[0], 0, corner[0]], [0, scale[1], corner[1]]])
         paste(canvas, region, image, matrix)
@@ -186,7 +187,8 @@ def collate(samples: list[tuple]) -> dict[str, Tensor]:
     """
     images = torch.stack([sample[0].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
     owner = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s[2]) for s in samples]))
-    columns = owner[:, None].float(), torch.cat([s[2] for s in samples])[:, None].float(), torch.cat([s[1] for s in samples])
+    boxes, labels = (torch.cat([sample[part] for sample in samples]) for part in (1, 2))
+    columns = owner[:, None].float(), labels[:, None].float(), boxes
     batch = {"images": images, "targets": torch.cat(columns, dim=1)}
     if len(samples[0]) == 4:
         batch["difficult"] = torch.cat([sample[3] for sample in samples])
