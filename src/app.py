@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +23,10 @@ LAYERS = [
     ("The one that found it", "own"), ("All, averaged", "all"),
     ("Large things (stride 32)", 0), ("Middle (stride 16)", 1), ("Small things (stride 8)", 2),
 ]  # fmt: skip
-METHOD_NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM", "eigencam": "EigenCAM"}
+METHOD_NAMES = {
+    "hirescam": "HiResCAM: Grad-CAM cell by cell", "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++",
+    "eigencam": "EigenCAM: the same for every object",
+}  # fmt: skip
 FACTS = {"data": "Trained on", "epochs": "Epochs", "map50": "mAP at IoU 0.5", "weights": "Weights"}
 EVERYTHING = ("Everything found", "all")
 HEIGHT = 360  # pixels of each of the three pictures
@@ -42,9 +46,9 @@ CSS = """
 #found, #why { min-height: 1.5rem; font-size: .95rem }
 #why { color: var(--body-text-color-subdued) }
 .problem { border-left: 3px solid #d55e00; padding: .3rem .7rem; background: #d55e0018 }
-#found, #why { padding: 0 .2rem }
-#table td { cursor: pointer; font-family: inherit; font-variant-numeric: tabular-nums }
-#table th, #table th * { font-family: inherit; font-weight: 600 }
+#table { --font-mono: inherit; font-variant-numeric: tabular-nums }
+#table .header-row { margin-bottom: .3rem }
+#table .body-cell { cursor: pointer }
 .about { border-top: 1px solid var(--border-color-primary); margin-top: 1rem; padding-top: .2rem; line-height: 1.5 }
 .about h2 { font-size: 1rem; font-weight: 600; margin: 1rem 0 .4rem }
 .about .chip { display: inline-flex; align-items: center; gap: .4em; margin: 0 .9em .3em 0 }
@@ -177,7 +181,7 @@ def build_app(
     """
     predictor = source if isinstance(source, Predictor) else Predictor.load(source)
     with Page(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.HTML(f"<h1>{html.escape(title)}</h1><p>{INTRODUCTION}</p>", elem_id="top")
+        gr.HTML(f"<h1>{html.escape(title)}</h1><p>{INTRODUCTION}</p>", padding=False, elem_id="top")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
                 photo = _photo_column(samples)
@@ -185,7 +189,7 @@ def build_app(
                 found, thresholds = _found_column()
             with gr.Column(min_width=320):
                 why, choices = _why_column()
-        gr.HTML(about_html(predictor, links or {}))
+        gr.HTML(about_html(predictor, links or {}), padding=False)
         _connect(predictor, photo, found, thresholds, why, choices)
         gr.api(_endpoint(predictor), api_name="detect", **ONE_AT_A_TIME)
     return page.queue(max_size=200)
@@ -208,20 +212,21 @@ def _photo_column(samples: Sequence[str | Path]) -> gr.Image:
 
 def _found_column() -> tuple[list, list]:
     """(picture, line of text, table), (confidence, overlap)."""
-    picture, line = _picture("What is there", "boxes"), gr.HTML(HINT, elem_id="found")
+    picture, line = _picture("What is there", "boxes"), gr.HTML(HINT, padding=False, elem_id="found")
     with gr.Group():
         confidence = gr.Slider(0.01, 0.95, 0.25, step=0.01, label="Confidence, at least", elem_id="confidence")
         overlap = gr.Slider(0.05, 0.95, 0.45, step=0.05, label="Overlap of two boxes, at most", elem_id="overlap")
     table = gr.Dataframe(
-        headers=["#", "Class", "Confidence", "Box (x1, y1, x2, y2)"], datatype=["number", "html", "str", "str"],
-        label="Click a row to explain it", max_height=260, interactive=False, buttons=[], elem_id="table",
+        headers=["#", "Class", "Sure", "Left, top, right, bottom"], datatype=["number", "html", "str", "str"],
+        column_widths=["12%", "30%", "18%", "40%"], wrap=True, max_height=260, interactive=False, buttons=[],
+        label="Click a row to explain it", elem_id="table",
     )  # fmt: skip
     return [picture, line, table], [confidence, overlap]
 
 
 def _why_column() -> tuple[list, list]:
     """(picture, line of text), (target, scale, method, opacity)."""
-    picture, line = _picture("Why", "heat"), gr.HTML(elem_id="why")
+    picture, line = _picture("Why", "heat"), gr.HTML(padding=False, elem_id="why")
     with gr.Group():
         target = gr.Dropdown([EVERYTHING], value="all", label="Explain", elem_id="target")
         layer = gr.Dropdown(LAYERS, value="own", label="Scale of the network", elem_id="layer")
@@ -284,3 +289,8 @@ def _connect(predictor: Predictor, photo: gr.Image, found: list, thresholds: lis
     ).then(**heat)  # fmt: skip
     found[2].select(click, None, target, api_visibility="private", show_progress="hidden").then(**heat)
     gr.on([choice.input for choice in choices], **heat)
+
+
+if __name__ == "__main__":  # python -m src.app weights
+    FOLDER = Path(sys.argv[1])
+    build_app(FOLDER, samples=sorted(FOLDER.glob("samples/*.jpg"))).launch()

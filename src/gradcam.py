@@ -13,8 +13,10 @@ from src.config import STRIDES
 from src.model import YOLOv3
 from src.predict import Detections, Predictor, load_image
 
-TAP = 0
-METHODS = {"gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "hirescam": HiResCAM, "eigencam": EigenCAM}
+METHODS = {"hirescam": HiResCAM, "gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
+TAP = 2  # the layer of a head's neck that is mapped; a prediction sees 5 x 5 of its cells
+MOST = 24  # detections explained at once, the best
+BATCH = 8  # of them in one backward pass
 
 
 @dataclass(frozen=True)
@@ -45,34 +47,36 @@ class Explainer:
             self.features = self.model.backbone(self.inputs)
             logits = self.model.detect(self.features)
             self.candidates = predictor.read(logits, self.placement, *self.size)
-        self.last = np.cumsum([level[0, ..., 0].numel() for level in logits])  # scale s ends before prediction last[s]
+        self.ends = np.cumsum([level[0, ..., 0].numel() for level in logits])  # where each scale's predictions end
 
     def explain(
         self,
         target: str | int = "all",
         layer: str | int = "own",
-        method: str = "gradcam",
+        method: str = "hirescam",
         confidence: float = 0.25,
         overlap: float = 0.45,
     ) -> Explanation:
         """As the function `explain`, without its forward pass."""
         if method not in METHODS:
             raise ValueError(f"explain: no method {method!r}; choose one of {', '.join(METHODS)}")
+        if layer not in ("own", "all", *range(len(self.ends))):
+            raise ValueError(f'explain: no layer {layer!r}; choose "own", "all" or a scale of 0..{len(self.ends) - 1}')
         detections, rows, message = self._choose(target, confidence, overlap)
-        scales = np.searchsorted(self.last, detections.index, side="right")
-        if layer == "own":
-            parts = [(rows[scales[rows] == scale], [scale]) for scale in sorted({*scales[rows].tolist()})]
-        elif layer == "all":
-            parts = [(rows, [*range(scales[rows].max() + 1)])]
-        elif layer in range(len(self.last)):
+        if len(rows) > MOST:
+            message = f"The map is about the best {MOST} of {len(rows)}."
+        rows, heat = rows[:MOST], np.zeros(self.inputs.shape[2:], np.float32)
+        scales = np.searchsorted(self.ends, detections.index, side="right")
+        if isinstance(layer, int):
             rows = rows[scales[rows] >= layer]
-            parts = [(rows, [layer])] if len(rows) else []
             message = message if len(rows) else f"Stride {STRIDES[layer]} had no part in this: coarser scales decided."
-        else:
-            raise ValueError(f'explain: no layer {layer!r}; choose "own", "all" or a scale of 0..{len(self.last) - 1}')
-        maps = [self._heat(detections.index[part], detections.labels[part], taps, method) for part, taps in parts]
-        heat = np.max(maps, axis=0) if maps else np.zeros(self.inputs.shape[2:], np.float32)
-        if not (message or heat.any()):
+        for scale in sorted({*scales[rows].tolist()}):
+            taps = {"own": [scale], "all": [*range(scale + 1)]}.get(layer, [layer])
+            group = rows[scales[rows] == scale]
+            for part in np.split(group, range(BATCH, len(group), BATCH)):
+                one = self._heat(detections.index[part], detections.labels[part], scale, taps, method)
+                heat = np.maximum(heat, one)
+        if len(rows) and not (message or heat.any()):
             message = "No part of the picture speaks for it, seen with this method on this layer."
         return Explanation(self._cut(heat), detections, rows, message)
 
@@ -96,14 +100,19 @@ class Explainer:
         seen = f"the strongest candidate is {classes[best.labels[0]]} at {100 * best.scores[0]:.1f}%"
         return best, np.zeros(1, np.int64), f"{what} found above {100 * confidence:.0f}%; {seen}."
 
-    def _heat(self, index: np.ndarray, labels: np.ndarray, taps: list[int], method: str) -> np.ndarray:
-        """One CAM for the summed scores of predictions index [m], on the scales `taps`: [S, S] in 0..1."""
-        heads = _Heads(self.model, self.features, taps)
-        layers = [self.model.heads[scale].neck[TAP] for scale in taps]
+    def _heat(self, index: np.ndarray, labels: np.ndarray, scale: int, taps: list[int], method: str) -> np.ndarray:
+        """The CAMs of predictions index [m], made by one scale, each at most 1, laid over each other: [S, S]."""
+        start = self.ends[scale - 1] if scale else 0
+        scores = [_Score(*pair) for pair in zip((index - start).tolist(), labels.tolist(), strict=True)]
+        scores = scores[:1] if method == "eigencam" else scores  # it is the same for every prediction
+        heads = _Heads(self.model.heads[: scale + 1], self.features, taps[0], len(scores))
+        layers = [heads.heads[tap].neck[TAP] for tap in taps]
+        copies = layers[0].register_forward_hook(lambda _, __, activation: activation.expand(len(scores), -1, -1, -1))
         cam = METHODS[method](heads, layers, reshape_transform=Tensor.float)  # numpy knows no bfloat16
         try:
-            return cam(self.inputs, [_Score(torch.from_numpy(index), torch.from_numpy(labels))])[0]
+            return cam(self.inputs, scores).max(axis=0)
         finally:
+            copies.remove()
             cam.activations_and_grads.release()
 
     def _cut(self, heat: np.ndarray) -> np.ndarray:
@@ -119,16 +128,21 @@ def explain(
     image,
     target: str | int = "all",
     layer: str | int = "own",
-    method: str = "gradcam",
+    method: str = "hirescam",
     confidence: float = 0.25,
     overlap: float = 0.45,
 ) -> Explanation:
     """Where the network looked when it found `target` in an image (whatever `load_image` takes).
 
-    target: "all" that is found, the name of a class, or one detection's row (0: the best).
+    target: "all" that is found, the name of a class, or one detection's row (0: the best). Each detection has its own
+        map of 0 to 1; several are laid over each other.
     layer: "own", the scale that made a detection; "all", the mean over the scales with a part in it; or one scale,
         0 to 2 (strides 32, 16, 8), of the detections it had a part in.
-    method: a key of METHODS. confidence, overlap: thresholds of the detections; only those that survive count.
+    method: "hirescam" multiplies activations by gradients cell by cell (Draelos & Carin 2020,
+        https://arxiv.org/abs/2011.08891). "gradcam" (Selvaraju et al. 2017) and "gradcam++" first average the
+        gradients over the map: made for a score of the whole picture, they also light up other objects of the kind,
+        while a detection is the score of one cell. "eigencam" knows no target.
+    confidence, overlap: thresholds of the detections; only those that survive count.
     Raises ValueError that lists the choices where target, layer or method is none of them.
     """
     return Explainer(predictor, image).explain(target, layer, method, confidence, overlap)
@@ -141,30 +155,36 @@ def _twin(model: YOLOv3) -> YOLOv3:
 
 
 class _Heads(nn.Module):
-    """The heads on features the backbone has computed, as the classifier that pytorch-grad-cam asks for.
+    """The heads up to one scale, on features the backbone has computed, as the classifier pytorch-grad-cam asks for.
 
-    forward(images, which only tell the library the size of the map) -> [1, K, 5 + C], in the order of boxes.decode.
+    forward(images, which only tell the library the size of a map) -> predictions of the last scale
+    [copies, 3 * G * G, 5 + C] in the order of boxes.decode. At the first tap there start to be `copies` of all.
     """
 
-    def __init__(self, model: YOLOv3, features: tuple[Tensor, ...], taps: list[int]):
+    def __init__(self, heads: nn.ModuleList, features: tuple[Tensor, ...], first_tap: int, copies: int):
         super().__init__()
-        self.model, self.features, self.taps = model, features, taps
+        self.heads, self.features, self.first_tap, self.copies = heads, features, first_tap, copies
 
     def forward(self, images: Tensor) -> Tensor:
-        features = [f.detach().requires_grad_(scale in self.taps) for scale, f in enumerate(self.features)]
-        return torch.cat([level.flatten(1, 3) for level in self.model.detect(features)], dim=1)
+        neck = logits = None
+        for scale, (head, features) in enumerate(zip(self.heads, self.features, strict=False)):
+            if scale >= self.first_tap:
+                features = features.detach().requires_grad_()
+            if scale > self.first_tap:
+                features = features.expand(self.copies, -1, -1, -1)
+            neck, logits = head(features, neck)
+        return logits.flatten(1, 3)
 
 
 class _Score:
-    """What is explained: the objectness and class logits of chosen predictions, summed.
+    """What is explained: objectness and class logit of one prediction, summed.
 
-    Logits, since the product of probabilities is flat where the network is sure.
+    Logits, since the product of the probabilities is flat where the network is sure.
     """
 
-    def __init__(self, index: Tensor, labels: Tensor):
-        self.index, self.labels = index, labels
+    def __init__(self, index: int, label: int):
+        self.index, self.label = index, label
 
     def __call__(self, output: Tensor) -> Tensor:
-        """output [K, 5 + C] -> scalar."""
-        rows = output[self.index].float()
-        return rows[:, 0].sum() + rows[torch.arange(len(rows)), 5 + self.labels].sum()
+        """output [3 * G * G, 5 + C] -> scalar."""
+        return output[self.index, 0].float() + output[self.index, 5 + self.label].float()

@@ -1,6 +1,8 @@
-"""A small untrained network that finds things, for tests that need detections but not good ones."""
+"""A small untrained network that finds things, and a picture, for tests that need detections but not good ones."""
 
+import numpy as np
 import torch
+from PIL import Image
 
 from src.model import YOLOv3
 
@@ -21,3 +23,9 @@ def planted_model(image_size: int = 96, **options) -> YOLOv3:
             large[1] = torch.tensor([0, 0, 0, 0.2, 0.2, -3, 2, -3])
             middle[2] = torch.tensor([-0.3, 0, 0, 0, 0, -3, -3, 2])
     return model
+
+
+def blurred_noise(width: int = 96, height: int = 96, seed: int = 3) -> np.ndarray:
+    """A picture of soft coloured patches, uint8 [height, width, 3]."""
+    patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC))

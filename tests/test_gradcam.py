@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from src.gradcam import METHODS, TAP, Explainer, explain
+from src.gradcam import METHODS, MOST, TAP, Explainer, explain
 from src.predict import Predictor
 from src.shapes import SHAPE_CLASSES, draw_shapes
-from tests.planted import planted_model
+from tests.planted import blurred_noise, planted_model
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -23,7 +23,7 @@ def predictor():
 
 @pytest.fixture(scope="module")
 def image():
-    return draw_shapes(1, 96, seed=3)[0].image
+    return blurred_noise()
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +69,32 @@ def test_maps_are_those_of_plain_autograd(method, predictor, image):
 @pytest.mark.parametrize("layer", ["own", "all", 0, 1])
 def test_every_method_on_every_layer(method, layer, predictor, image):
     found = explain(predictor, image, layer=layer, method=method, confidence=0.2)
-    assert found.heat.shape == (96, 96) and found.heat.dtype == np.float32 and np.isfinite(found.heat).all()
+    assert found.heat.shape == (96, 96) and found.heat.dtype == np.float32
     assert found.heat.min() >= 0 and len(found.explained) <= len(found.detections)
     assert found.heat.max() == pytest.approx(0 if "No part" in found.message else 1, abs=1e-5)
 
 
 def test_targets_choose_rows(predictor, image):
-    detections = predictor(image, 0.2)
-    assert explain(predictor, image, confidence=0.2).explained.tolist() == [*range(len(detections))]
+    detections = predictor(image, 0.25)
+    assert explain(predictor, image).explained.tolist() == [*range(len(detections))]
     for label, name in enumerate(predictor.classes):
-        found = explain(predictor, image, target=name, confidence=0.2)
+        found = explain(predictor, image, target=name)
         assert found.explained.tolist() == np.flatnonzero(detections.labels == label).tolist() != []
     assert np.array_equal(found.detections.boxes, detections.boxes)
 
 
-def test_only_survivors_count(predictor, image):
-    """With a stricter threshold the map is that of the rows that stay, as if the others had never been there."""
-    strict = explain(predictor, image, confidence=0.5, method="hirescam")
-    assert 0 < len(strict.detections) < len(predictor(image, 0.2))
-    rows = [explain(predictor, image, row, method="hirescam", confidence=0.5).heat for row in strict.explained]
-    assert (strict.heat[np.max(rows, axis=0) == 0] < 1e-3).all()
+def test_a_map_of_several_lays_theirs_over_each_other(predictor, image):
+    """And only those that survive the thresholds count."""
+    together = explain(predictor, image, confidence=0.45)
+    assert 1 < len(together.detections) < len(predictor(image, 0.2))
+    alone = [explain(predictor, image, int(row), confidence=0.45).heat for row in together.explained]
+    assert together.heat == pytest.approx(np.max(alone, axis=0), abs=1e-4)
+
+
+def test_of_very_many_the_best_are_explained(predictor, image):
+    found = explain(predictor, image, confidence=0.02, overlap=0.95)
+    assert len(found.detections) > MOST and found.explained.tolist() == [*range(MOST)]
+    assert f"best {MOST} of {len(found.detections)}" in found.message
 
 
 @pytest.mark.parametrize(
@@ -136,9 +142,9 @@ def test_the_model_is_left_as_it_was(image):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, predictor, image):
     half = Predictor(planted_model().to(dtype), device="cpu")
-    row = explain(half, image, 0, confidence=0.2, method="hirescam")
+    row = explain(half, image, 0, confidence=0.2)
     same = np.flatnonzero(predictor(image, 0.2).index == row.detections.index[0])[0]
-    exact = explain(predictor, image, int(same), confidence=0.2, method="hirescam")
+    exact = explain(predictor, image, int(same), confidence=0.2)
     assert np.corrcoef(row.heat.ravel(), exact.heat.ravel())[0, 1] > 0.95
 
 
@@ -162,7 +168,7 @@ def test_the_bars_of_the_letterbox_are_cut_off(predictor, image):
 
 def test_costs_few_forward_passes():
     predictor = Predictor(planted_model(192), device="cpu")
-    image = draw_shapes(1, 192, seed=3)[0].image
+    image = blurred_noise(192, 192)
 
     def fastest(function):
         times = []
@@ -195,7 +201,8 @@ def test_each_map_points_at_its_own_object(trained):
     hits, mass, count = pointing_game(trained, records)
     eigen_hits, eigen_mass, _ = pointing_game(trained, records, method="eigencam")
     print(f"{count} detections: hit {hits:.3f}, mass {mass:.3f}; EigenCAM {eigen_hits:.3f}, {eigen_mass:.3f}")
-    assert count > 20 and hits >= 0.9 and mass > 0.5 > eigen_mass
+    assert count > 20 and hits >= 0.9 and mass > 0.6
+    assert eigen_hits < 0.6 and eigen_mass < 0.4  # the same map for every object
 
 
 def test_two_objects_have_two_maps(trained):
@@ -205,3 +212,5 @@ def test_two_objects_have_two_maps(trained):
         if len(boxes) > 1:
             first, second = (explainer.explain(row, confidence=0.5).heat for row in (0, 1))
             assert np.abs(first - second).max() > 0.5
+            same = [explainer.explain(row, layer=0, method="eigencam", confidence=0.5).heat for row in (0, 1)]
+            assert np.array_equal(*same)

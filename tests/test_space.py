@@ -1,0 +1,159 @@
+"""The exported folder: whole, pinned, by itself, and careful with what lies where it goes."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from src.predict import Predictor, load_image
+from src.space import MARK, SERVING, export_space, push_space, requirements
+from tests.planted import blurred_noise, planted_model
+
+# Run inside an exported folder: what starting it opens and imports, and what the page then finds.
+START = """
+import json, os, sys
+opened = set()
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        opened.add(os.path.realpath(arguments[0]))
+sys.addaudithook(hook)
+import app
+from src.predict import Predictor
+found = Predictor.load("weights")("samples/01.jpg", 0.2)
+json.dump([sorted(opened), sorted(sys.modules), found.index.tolist()], open("told.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return planted_model(about={"data": "nothing yet"})
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    samples = [blurred_noise(96, 96), blurred_noise(150, 90)]
+    return export_space(model, tmp_path / "space", samples, {"The code": "https://example.org/code"}, hub_model="a/b")
+
+
+def files(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_folder_holds_what_a_space_needs(folder, model):
+    held = files(folder)
+    assert {"app.py", "README.md", "requirements.txt", "weights/config.json", "weights/model.safetensors"} <= held
+    assert {name for name in held if name.startswith("src/")} == {f"src/{name}" for name in SERVING}
+    assert {name for name in held if name.startswith("samples/")} == {"samples/01.jpg", "samples/02.jpg"}
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pyc")) for name in held)
+    stored = load_file(folder / "weights" / "model.safetensors")
+    assert stored.keys() == model.state_dict().keys()
+
+
+def test_the_header_is_one_that_spaces_accept(folder):
+    _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert header["sdk"] == "gradio" and header["sdk_version"] == version("gradio") and header["license"] == "mit"
+    assert header["app_file"] == "app.py" and header["models"] == ["a/b"] and len(header["short_description"]) <= 60
+    assert re.fullmatch(r"3\.\d+", header["python_version"])
+    assert {header["colorFrom"], header["colorTo"]} <= {*"red yellow green blue indigo purple pink gray".split()}
+    assert "nothing yet" in text and "https://example.org/code" in text
+
+
+def test_titles_may_hold_any_letter(model, tmp_path):
+    title = "It's \"YOLO\": {x} \\ é"
+    folder = export_space(model, tmp_path / "space", title=title)
+    assert yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])["title"] == title
+    script = ast.parse((folder / "app.py").read_text(encoding="utf-8"))
+    assert title in [node.value for node in ast.walk(script) if isinstance(node, ast.Constant)]
+
+
+def test_requirements_are_pinned_to_what_is_installed(folder):
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith(("#", "-")))
+    assert {"torch", "torchvision", "gradio", "grad-cam", "opencv-python-headless", "safetensors"} <= pins.keys()
+    assert all(version(name).split("+")[0] == pin for name, pin in pins.items())
+    assert not {"pytorch-lightning", "albumentations"} & pins.keys()
+
+
+def test_an_older_export_is_replaced_as_a_whole(folder, model):
+    (folder / "weights" / "stale.bin").write_text("old")
+    (folder / "left.txt").write_text("old")
+    export_space(model, folder, [Image.fromarray(blurred_noise())])
+    assert not {"left.txt", "weights/stale.bin", "samples/02.jpg"} & files(folder)
+    assert "samples/01.jpg" in files(folder) and [path.name for path in folder.parent.iterdir()] == ["space"]
+
+
+def test_another_folder_is_never_emptied(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("five years of work")
+    with pytest.raises(FileExistsError, match="not made by export_space"):
+        export_space(model, tmp_path)
+    with pytest.raises(FileExistsError, match="not made by export_space"):
+        export_space(model, tmp_path / "thesis.txt")
+    assert files(tmp_path) == {"thesis.txt"}
+
+
+def test_a_failed_export_leaves_the_older_one(folder, model, tmp_path):
+    before = files(folder)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match="bad.jpg"):
+        export_space(model, folder, [tmp_path / "bad.jpg"])
+    assert files(folder) == before and {path.name for path in tmp_path.iterdir()} == {"space", "bad.jpg"}
+
+
+def test_an_empty_folder_is_taken(model, tmp_path):
+    (tmp_path / "space").mkdir()
+    assert (export_space(model, tmp_path / "space") / MARK).is_file()
+
+
+def test_samples_are_upright_and_of_a_size_for_the_page(model, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "turned.jpg", exif=exif)
+    folder = export_space(model, tmp_path / "space", [tmp_path / "turned.jpg"])
+    assert load_image(folder / "samples" / "01.jpg").shape == (640, 320, 3)
+
+
+def test_it_starts_from_its_own_files_alone(folder, model):
+    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    subprocess.run([sys.executable, "-c", START], cwd=folder, env=environment, check=True)
+    opened, modules, index = json.loads((folder / "told.json").read_text())
+    project = str(export_space.__code__.co_filename).removesuffix("src/space.py")
+    interpreter = (os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
+    assert not [path for path in opened if path.startswith(project) and not path.startswith(interpreter)]
+    assert not {"pytorch_lightning", "lightning", "albumentations"} & {name.partition(".")[0] for name in modules}
+    assert index == Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2).index.tolist()
+
+
+def test_pushing_without_a_token_says_what_to_do(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("src.space.get_token", lambda: None)
+    with pytest.raises(PermissionError, match="huggingface.co/settings/tokens"):
+        push_space(folder, "someone/space")
+    with pytest.raises(FileNotFoundError, match="export_space"):
+        push_space(tmp_path, "someone/space", token="x")
+
+
+def test_pushing_uploads_the_folder(folder, monkeypatch):
+    calls = []
+
+    class Hub:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, name, **options):
+            return f"https://huggingface.co/spaces/{name}"
+
+        def upload_folder(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr("src.space.HfApi", Hub)
+    assert push_space(folder, "someone/space", token="secret") == "https://huggingface.co/spaces/someone/space"
+    assert calls[0] == "secret" and calls[1]["folder_path"] == folder and calls[1]["repo_type"] == "space"
