@@ -50,6 +50,24 @@ def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
 
 
+def decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> list[tuple[Tensor, Tensor]]:
+    """What `decode` gives, of the cells whose objectness is above `confidence` alone: others can't score more.
+
+    Returns for each image its boxes [k, 4] xyxy in 0..1 and scores [k, C], in the order of `decode`.
+    """
+    images, boxes, scores = [], [], []
+    for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
+        image, anchor, row, column = (level[..., 0].float().sigmoid() > confidence).nonzero(as_tuple=True)
+        cells = level[image, anchor, row, column].float()  # [k, 5 + C]
+        found = decode_boxes(cells[:, 1:5], column, row, scale_anchors[anchor], level.shape[2])
+        images.append(image)
+        boxes.append(cxcywh_to_xyxy(found))
+        scores.append(cells[:, :1].sigmoid() * cells[:, 5:].sigmoid())
+    image = torch.cat(images)
+    order, counts = image.argsort(stable=True), image.bincount(minlength=len(logits[0])).tolist()
+    return list(zip(*(torch.cat(part)[order].split(counts) for part in (boxes, scores)), strict=True))
+
+
 def nms(
     boxes: Tensor, scores: Tensor, confidence: float, overlap: float, most: int = 300, candidates: int = 1000
 ) -> tuple[Tensor, Tensor]:

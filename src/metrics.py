@@ -2,12 +2,13 @@
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from src.boxes import cxcywh_to_xyxy, decode, nms
+from src.boxes import cxcywh_to_xyxy, decode_above, nms
 from src.loss import assign_targets
 
 THRESHOLDS = (0.05, 0.5)  # of objectness, for object and no-object accuracy; the course uses 0.05
@@ -71,12 +72,9 @@ class DetectionStore(Metric):
 
     def update(self, logits: list[Tensor], targets: Tensor, difficult: Tensor, anchors: Tensor) -> None:
         """logits of one batch, its targets [N, 6] and difficult bool [N]."""
-        rank, world = (
-            (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_initialized() else (0, 1)
-        )
-        all_boxes, all_scores = decode(logits, anchors)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         first = int(self.images)
-        for number, (boxes, scores) in enumerate(zip(all_boxes, all_scores, strict=True)):
+        for number, (boxes, scores) in enumerate(decode_above(logits, anchors, CONFIDENCE)):
             kept, labels = nms(boxes, scores, CONFIDENCE, OVERLAP, most=100)
             image = torch.full((len(kept), 1), float((first + number) * world + rank), device=boxes.device)
             rows = (image, labels[:, None].float(), scores[kept, labels][:, None], boxes[kept].clamp(0, 1))
@@ -84,14 +82,12 @@ class DetectionStore(Metric):
         image = (targets[:, :1] + first) * world + rank
         rows = (image, targets[:, 1:2], difficult[:, None].float(), cxcywh_to_xyxy(targets[:, 2:6]))
         self.truth.append(torch.cat(rows, dim=1))
-        self.images += len(all_boxes)
+        self.images += len(logits[0])
 
     def compute(self) -> tuple[np.ndarray, np.ndarray]:
         """(found [n, 7], truth [m, 7])."""
-        return tuple(
-            (torch.cat(rows) if isinstance(rows, list) and rows else rows if len(rows) else torch.zeros(0, 7)).cpu().numpy()
-            for rows in (self.found, self.truth)
-        )
+        parts = [rows if isinstance(rows, list) else [rows] for rows in (self.found, self.truth)]
+        return tuple(torch.cat([torch.zeros(0, 7), *(part.cpu() for part in rows)]).numpy() for rows in parts)
 
 
 def match(found: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +98,7 @@ def match(found: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     best, overlap = np.full(len(found), -1), np.zeros(len(found), dtype=np.float32)
     if not len(found):
         return best, overlap
-    groups = [rows[:, 0].astype(np.int64) * 10_000 + rows[:, 1].astype(np.int64) for rows in (found, truth)]  # one number for image and class
+    groups = [rows[:, :2].astype(np.int64) @ (10_000, 1) for rows in (found, truth)]  # one number for image and class
     orders = [np.argsort(group, kind="stable") for group in groups]
     found_keys, found_starts = np.unique(groups[0][orders[0]], return_index=True)
     starts, ends = (np.searchsorted(groups[1][orders[1]], found_keys, side=side) for side in ("left", "right"))
@@ -162,7 +158,8 @@ def class_table(found: np.ndarray, truth: np.ndarray, classes: tuple[str, ...]) 
         plain = precision_recall(found, truth, matched, label)
         curves = plain, plain, precision_recall(found, truth, matched, label, course=True)
         rules = ("area", "11 points", "course")
-        values = [area_under(*curve, rule) if any_ else np.nan for curve, rule, any_ in zip(curves, rules, there, strict=True)]
+        measured = zip(curves, rules, there, strict=True)
+        values = [area_under(*curve, rule) if any_ else np.nan for curve, rule, any_ in measured]
         table.append({"class": name, "objects": counted, **dict(zip(rules, values, strict=True))})
     return table
 
