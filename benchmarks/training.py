@@ -1,0 +1,123 @@
+"""The training step: targets and loss, what surrounds the network, layout, optimizer, precision."""
+
+import time
+import warnings
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from benchmarks.material import empty_logits, objects
+from benchmarks.measure import Row, milliseconds, seconds
+from benchmarks.obvious import dense_loss, dense_targets
+from src.callbacks import StopIfNotFinite, ema
+from src.config import ANCHORS, Config
+from src.loss import YOLOLoss
+from src.model import YOLOv3
+from src.predict import to_input
+from src.training import Detector, make_trainer, precision_here
+
+SIDE, GRIDS = 416, [13, 26, 52]
+BATCH = 16
+SMALL = 4  # images of the batches on which variants are compared
+
+
+def rows() -> Iterator[Row]:
+    """All rows of this file."""
+    yield from _targets()
+    yield _outside()
+    yield from _variants()
+
+
+def _targets() -> Iterator[Row]:
+    """Targets and loss of a batch of 16, against a loop that builds dense grids and a loss that masks them."""
+    targets, anchors = objects(BATCH, 6), torch.tensor(ANCHORS)
+    logits, loss = empty_logits(BATCH), YOLOLoss(Config())
+
+    def dense() -> dict[str, Tensor]:
+        pictures = [dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, anchors) for i in range(BATCH)]
+        return dense_loss(logits, [torch.stack(scale) for scale in zip(*pictures, strict=True)], anchors, len(targets))
+
+    ours, loop = seconds(lambda: loss(logits, targets, anchors), dense, rounds=7)
+    what = f"Targets and loss, {BATCH} images, {len(targets)} objects"
+    yield Row(what, milliseconds(ours), f"loop over boxes, dense grids, {milliseconds(loop)}", loop / ours, 50)
+
+
+class NetworkClock(pl.Callback):
+    """Times whole training steps, and within them the network's forward and backward pass.
+
+    The loss's part of the backward pass ends where the last of the three logits has its gradient.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.steps, self.inside, self.start, self.mark = [], [], 0.0, 0.0
+        network.register_forward_pre_hook(lambda *_: self._tick())
+        network.register_forward_hook(lambda module, inputs, logits: self._forward_done(logits))
+
+    def _tick(self) -> None:
+        self.mark = time.perf_counter()
+
+    def _forward_done(self, logits: list[Tensor]) -> None:
+        self.inside.append(time.perf_counter() - self.mark)
+        for level in logits:
+            level.register_hook(lambda _: self._tick())
+
+    def on_train_batch_start(self, *_) -> None:
+        self.start = time.perf_counter()
+
+    def on_after_backward(self, *_) -> None:
+        self.inside[-1] += time.perf_counter() - self.mark
+
+    def on_train_batch_end(self, *_) -> None:
+        self.steps.append(time.perf_counter() - self.start)
+
+
+def _outside(steps: int = 3) -> Row:
+    """The part of a real step (Lightning, loss, clipping, fused AdamW, averaging) that is not the network."""
+    config = Config(width=1.0, image_size=SIDE, epochs=1, max_lr=1e-4, batch_size=BATCH)
+    detector = Detector(config)
+    clock = NetworkClock(detector.model)
+    images = torch.randint(256, (BATCH, SIDE, SIDE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    batches = [{"images": images, "targets": objects(BATCH, 6)}] * (steps + 1)
+    trainer = make_trainer(config, max_epochs=1, log_every_n_steps=10, callbacks=[clock, StopIfNotFinite(), ema(0.998)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(detector, torch.utils.data.DataLoader(batches, batch_size=None))
+    whole, inside = sum(clock.steps[1:]) / steps, sum(clock.inside[1:]) / steps
+    ours = f"{1e3 * (whole - inside):.0f} ms outside the network"
+    against = f"whole step, {BATCH} images, {precision_here(config)}, {whole:.2f} s"
+    return Row("Step at width 1, 416, outside the network", ours, against, 100 * (1 - inside / whole), 5, True, "%")
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, bf16: bool):
+    """A training step of the network and the loss, to be timed."""
+    loss, targets, anchors = YOLOLoss(Config()), objects(len(images), 6), torch.tensor(ANCHORS)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            terms = loss(model(images), targets, anchors)
+        terms["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _variants() -> Iterator[Row]:
+    """One thing changed at a time."""
+    model = YOLOv3().train()
+    fused = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    images = to_input(torch.randint(256, (SMALL, SIDE, SIDE, 3), dtype=torch.uint8).permute(0, 3, 1, 2))
+    half = _step(model, fused, images, True)
+    jobs = half, _step(model, fused, images.contiguous(), True), _step(model, fused, images, False)
+    last, first, single = seconds(*jobs, rounds=2)
+    rates = [f"{SMALL / value:.2f} images/s" for value in (last, first, single)]
+    yield Row("Step, channels last, bfloat16", rates[0], f"contiguous, {rates[1]}", first / last)
+    yield Row("Step, channels last, bfloat16", rates[0], f"float32, {rates[2]}", single / last)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    plain = torch.optim.AdamW(model.parameters(), 1e-5, foreach=False)
+    one, two = seconds(fused.step, plain.step, rounds=3)
+    against = f"plain AdamW, {milliseconds(two)}"
+    yield Row("Optimizer step, 61.6 M weights, fused", milliseconds(one), against, two / one)

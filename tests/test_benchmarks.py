@@ -1,0 +1,90 @@
+"""The benchmarks' baselines give what src gives, so their times may be compared."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import complete_box_iou_loss
+
+from benchmarks import evaluation, obvious
+from benchmarks.material import empty_logits, objects, photographs, plant
+from benchmarks.measure import Row, seconds, table
+from src.boxes import cxcywh_to_xyxy, decode, decode_above
+from src.cache import ImageCache
+from src.config import ANCHORS, Config
+from src.dataset import MosaicDataset
+from src.loss import YOLOLoss, assign_targets, complete_iou_loss
+from tests.test_loss import random_targets
+
+ANCHOR, GRIDS = torch.tensor(ANCHORS), [3, 6, 12]
+
+
+def apart(images: int, seed: int = 0) -> torch.Tensor:
+    """Targets of which no two want the same cell."""
+    targets = random_targets(2 * images, images, seed=seed)
+    found = assign_targets(targets, GRIDS, ANCHOR, images)
+    return targets[torch.stack([scale.owner for scale in found]).all(dim=0)]
+
+
+def test_dense_targets_and_loss_equal_ours():
+    targets, logits = apart(4), empty_logits(4, side=96, classes=4)
+    pictures = [obvious.dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, ANCHOR) for i in range(4)]
+    dense = [torch.stack(scale) for scale in zip(*pictures, strict=True)]
+    for grid, found in zip(dense, assign_targets(targets, GRIDS, ANCHOR, 4), strict=True):
+        assert torch.equal(grid[..., 0] == 1, found.positive)
+        assert torch.equal(grid[..., 0] == -1, found.ignored)
+    ours = YOLOLoss(Config())(logits, targets, ANCHOR)
+    for name, value in obvious.dense_loss(logits, dense, ANCHOR, len(targets)).items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_complete_iou_equals_torchvisions_with_its_gradient():
+    random = torch.Generator().manual_seed(0)
+    wanted = torch.rand(50, 4, generator=random) * 0.5 + 0.1
+    gradients = []
+    for loss in (complete_iou_loss, lambda a, b: complete_box_iou_loss(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b))):
+        found = (torch.rand(50, 4, generator=random.manual_seed(1)) * 0.5 + 0.1).requires_grad_()
+        value = loss(found, wanted)
+        gradients.append((value, *torch.autograd.grad(value.sum(), found)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loops_find_the_same_average_precision(monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 4)
+    _, values, candidates = evaluation.scores(8)
+    assert candidates > 0
+    for iou in (obvious.tensor_iou, obvious.float_iou):
+        assert evaluation.obvious_scores(8, iou)[1] == pytest.approx(values["area"], abs=1e-4)
+
+
+def test_cells_that_are_sure_enough_are_decoded_as_all_are():
+    targets, logits = objects(3, 3), empty_logits(3, side=96)
+    plant(logits, targets, ANCHOR)
+    boxes, scores = decode(logits, ANCHOR)
+    sure = torch.cat([level[..., 0].flatten(1) for level in logits], dim=1).sigmoid() > 0.01
+    assert 0 < sure.sum() < sure.numel() / 2
+    for image, (some_boxes, some_scores) in enumerate(decode_above(logits, ANCHOR, 0.01)):
+        torch.testing.assert_close(some_boxes, boxes[image][sure[image]])
+        torch.testing.assert_close(some_scores, scores[image][sure[image]])
+        assert (scores[image][~sure[image]] <= 0.01).all()
+
+
+def test_loaders_give_samples_of_one_kind(tmp_path):
+    records = photographs(tmp_path, 4)
+    ours = MosaicDataset(records, Config(image_size=96), ImageCache(tmp_path / "cache", 4, 96))
+    for pipeline in (obvious.course_augmentations, obvious.same_augmentations):
+        theirs = obvious.ObviousDataset(records, 96, ANCHOR, pipeline(96))
+        for draw in range(4):
+            image, dense = theirs[draw]
+            assert image.shape == ours[draw][0].shape and 0 <= image.min() <= image.max() <= 1
+            assert [scale.shape for scale in dense] == [(3, grid, grid, 6) for grid in GRIDS]
+            rows = np.concatenate([scale[scale[..., 0] == 1][:, 1:5] for scale in dense])
+            assert ((rows >= 0) & (rows <= 1)).all()
+
+
+def test_table_says_what_is_met():
+    rows = [Row("a", "1 ms", "b, 5 ms", 5.0, 4), Row("c", "2 s", "d, 1 s", 2.0, 1.1, most=True), Row("e", "", "", 1.0)]
+    assert [row.met for row in rows] == ["met", "not met", "-"]
+    lines = table(rows).splitlines()
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1 and "at most 1.1x" in lines[3]
+    assert seconds(lambda: sum(range(20000)), lambda: None, rounds=2)[0] > 0
