@@ -154,23 +154,15 @@ def _from_zero(axis: Axes) -> None:
 
 
 def _accuracy(axis: Axes, path: str | Path, key: str, wanted: float, thresholds: Sequence[float]) -> None:
-    """One of the three accuracies in %, at both thresholds where it has any, and what the assignment asks."""
+    """One of the three accuracies in %, at both thresholds of objectness where it has any, and what the assignment asks."""
     if key == "class":
         _curve(axis, path, "val/accuracy/class", color=HELD_OUT)
     else:
         for threshold, line in zip(thresholds, ("-", (0, (1, 1))), strict=True):
-            _curve(
-                axis,
-                path,
-                f"val/accuracy/{key}@{threshold}",
-                color=HELD_OUT,
-                linestyle=line,
-                label=f"above {threshold}",
-            )
-        axis.legend(loc="lower right", title="objectness", title_fontsize=8)
-    axis.axhline(wanted, color=TARGET, linestyle="--", linewidth=1.2)
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
-    axis.annotate(f"asked: {100 * wanted:.0f}", (0.02, wanted), (0, -2), color=TARGET, fontsize=8, **place)
+            style = {"color": HELD_OUT, "linestyle": line, "label": f"threshold {threshold}"}
+            _curve(axis, path, f"val/accuracy/{key}@{threshold}", **style)
+    axis.axhline(wanted, color=TARGET, linestyle="--", linewidth=1.2, label=f"asked: {100 * wanted:.0f}%")
+    axis.legend(loc="lower right")
     axis.set_ylim(0.9 if key == "no_object" else 0, 1.005)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
@@ -178,9 +170,10 @@ def _accuracy(axis: Axes, path: str | Path, key: str, wanted: float, thresholds:
 @styled
 def precision_recall_curves(found: np.ndarray, truth: np.ndarray, table: Sequence[dict]) -> Figure:
     """One panel a class, at IoU 0.5; found [n, 7], truth [m, 7], table as in an `Evaluation`."""
-    rows = -(-len(table) // 5)
+    columns = 4 if len(table) % 5 else 5
+    rows = -(-len(table) // columns)
     figure = Sheet(1.75 * rows + 0.4)
-    axes = figure.subplots(rows, 5, sharex=True, sharey=True, squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     matched = match(found, truth)
     for label, (axis, row) in enumerate(zip(axes, table, strict=False)):
         precision, recall = precision_recall(found, truth, matched, label)
