@@ -121,7 +121,7 @@ def _tuples(value):
 SETTINGS = {
     "voc": Config(),  # the assignment: full kernels, 416 pixels, 07+12 trainval to 07 test; wants a GPU
     "shapes": Config(  # the built-in set on 2 CPU cores, in minutes
-        data="shapes", classes=SHAPE_CLASSES, image_size=160, width=0.25, epochs=20, batch_size=16, mosaic_off_epochs=3,
+        data="shapes", classes=SHAPE_CLASSES, image_size=160, width=0.25, epochs=24, batch_size=16, mosaic_off_epochs=4,
         run_dir="runs/shapes",
     ),
 }  # fmt: skip
