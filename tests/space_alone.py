@@ -1,0 +1,108 @@
+"""The exported Space as a stranger gets it: a new environment, its own requirements only, a folder of its own.
+
+    python tests/space_alone.py [width]     (or make space-test)
+
+Exports a Space of untrained weights at full width (or the width given), builds a virtual environment with nothing but
+its requirements.txt, starts app.py there, asks its endpoint about a sample, and prints what starting it took.
+Downloads about 3 GB the first time; removes all it made.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import venv
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from src.model import YOLOv3  # noqa: E402
+from src.shapes import SHAPE_CLASSES, draw_shapes  # noqa: E402
+from src.space import export_space  # noqa: E402
+
+MOST_SECONDS, MOST_BYTES = 20, 2e9  # what a start may take, and the memory held while in use
+ASK = """
+import sys
+from gradio_client import Client, handle_file
+answer = Client(sys.argv[1], verbose=False).predict(handle_file(sys.argv[2]), api_name="/detect")
+print(answer["width"], answer["height"], f'{answer["seconds"]:.2f}')
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def memory(pid: int) -> int:
+    """Bytes a process has held at most (Linux)."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1))
+
+
+def size(folder: Path) -> float:
+    """Megabytes of its files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
+
+
+def install(folder: Path, requirements: Path) -> Path:
+    """A new virtual environment with the requirements and nothing else. Returns its python."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    command = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "-r", requirements]
+    subprocess.run(command, check=True)
+    subprocess.run([python, "-m", "pip", "check"], check=True)
+    return python
+
+
+def start(python: Path, space: Path, port: int) -> tuple[subprocess.Popen, float]:
+    """Run app.py until it answers. Returns the process and the seconds that took."""
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    environment = {**keep, "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    begin = time.perf_counter()
+    server = subprocess.Popen([python, "app.py"], cwd=space, env=environment)
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2).read()
+            return server, time.perf_counter() - begin
+        except OSError:
+            if server.poll() is not None or time.perf_counter() - begin > 300:
+                server.kill()
+                raise SystemExit("the Space did not start") from None
+            time.sleep(0.1)
+
+
+def main(width: float) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        model = YOLOv3(len(SHAPE_CLASSES), width, list(SHAPE_CLASSES))
+        samples = [record.image for record in draw_shapes(2, 416, seed=1)]
+        space = export_space(model, Path(scratch) / "space", samples)
+        begin = time.perf_counter()
+        python = install(Path(scratch) / "venv", space / "requirements.txt")
+        print(f"installed in {time.perf_counter() - begin:.0f} s: {size(python.parents[1]):,.0f} MB")
+        port = free_port()
+        server, first = start(python, space, port)
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        server, again = start(python, space, port)  # the first start compiled the libraries' bytecode
+        try:
+            command = [python, "-c", ASK, f"http://127.0.0.1:{port}/", space / "samples" / "01.jpg"]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            held = memory(server.pid)
+        finally:
+            server.terminate()
+            server.wait(30)
+        print(f"Space: {size(space):,.0f} MB; started in {first:.1f} s, again in {again:.1f} s")
+        print(f"held at most {held / 1e6:,.0f} MB")
+        print(f"answered about {answer[0]} x {answer[1]} pixels in {answer[2]} s")
+        if again > MOST_SECONDS or held > MOST_BYTES:
+            raise SystemExit(f"more than {MOST_SECONDS} s or {MOST_BYTES / 1e6:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)
