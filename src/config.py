@@ -52,7 +52,7 @@ class Config:
 
     # model
     width: float = 1.0  # kernels of every layer, as a part of the paper's
-    anchors: tuple = ANCHORS  # [3 scales][3] (width, height) in sides of the image
+    anchors: tuple = ANCHORS  # [3 scales][3] (width, height) in sides of an image of image_size pixels
     weights: str = ""  # start from: a folder or hub id, darknet53.conv.74 or yolov3.weights
     freeze_epochs: int = 0  # first epochs that leave the backbone as it is
 

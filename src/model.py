@@ -87,7 +87,8 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
     """Images float [B, 3, S, S] in 0..1 -> three logits [B, 3, S/stride, S/stride, 5 + C], strides 32, 16, 8.
 
     Per cell: objectness, x, y, w, h, classes. `width` scales the kernels of every layer; `classes` and `anchors`
-    ([3][3] width, height in sides of the image) travel with the weights, `about` holds facts about their training.
+    ([3][3] width, height in sides of an image of `image_size`) travel with the weights, `about` holds facts about
+    their training.
     """
 
     def __init__(
@@ -139,6 +140,14 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
             neck, level = head(level_features, neck)
             logits.append(level)
         return logits
+
+    def anchors_at(self, side: int) -> Tensor:
+        """Anchors [3, 3, 2] in sides of an image of `side` pixels.
+
+        In pixels they are the same at every side, as in the paper: a convolution sees an object's pixels, not how
+        large the picture around it is. At `image_size` they are `anchors`.
+        """
+        return self.anchors * (self.image_size / side)
 
     def settings(self) -> dict:
         """The arguments that build this net again; `config.json` holds them."""

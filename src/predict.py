@@ -1,6 +1,7 @@
 """From an image of any size to detections in its own pixels."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +167,7 @@ class Predictor:
 
     def read(self, logits: list[Tensor], placement: np.ndarray, width: int, height: int) -> Candidates:
         """The network's logits for one image to candidates in its pixels; see `letterbox` for the placement."""
-        boxes, scores = decode(logits, self.model.anchors)
+        boxes, scores = decode(logits, self.model.anchors_at(self.image_size))
         boxes, scores = boxes[0].cpu(), scores[0].cpu()
         best = scores.amax(dim=1)
         kept = best > FLOOR
@@ -178,3 +179,15 @@ class Predictor:
     def __call__(self, image, confidence: float = 0.25, overlap: float = 0.45) -> Detections:
         """image: a path, PIL image or array. Boxes come in its pixels, after EXIF rotation."""
         return self.candidates(image).detections(confidence, overlap)
+
+    @torch.inference_mode()
+    def batch(self, images: Sequence, confidence: float = 0.25, overlap: float = 0.45) -> list[Detections]:
+        """Several images in one forward pass: what asking for one after the other gives, sooner."""
+        pictures = [load_image(image) for image in images]
+        inputs, placements = zip(*map(self.input, pictures), strict=True)
+        logits = self.model(torch.cat(inputs))
+        found = []
+        for number, (placement, picture) in enumerate(zip(placements, pictures, strict=True)):
+            own = [level[number : number + 1] for level in logits]
+            found.append(self.read(own, placement, picture.shape[1], picture.shape[0]).detections(confidence, overlap))
+        return found

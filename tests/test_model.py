@@ -49,6 +49,13 @@ def test_other_sides_are_refused(shape):
         YOLOv3(2, 0.125)(torch.zeros(shape))
 
 
+def test_anchors_keep_their_pixels_at_every_side():
+    net = YOLOv3(2, 0.125, image_size=160)
+    assert torch.equal(net.anchors_at(160), net.anchors)
+    for side in (96, 224):
+        torch.testing.assert_close(net.anchors_at(side) * side, net.anchors * 160)
+
+
 def test_starts_near_nothing_here():
     objectness = torch.cat([level[..., 0].flatten() for level in YOLOv3(20, 0.25)(torch.rand(4, 3, 64, 64))])
     assert 0.0001 < objectness.sigmoid().mean() < 0.01

@@ -147,7 +147,7 @@ def test_boxes_come_in_the_pixels_of_the_picture(size, predictor, rng=np.random.
     square, _ = letterbox(image, predictor.image_size)
     with torch.no_grad():
         inputs = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
-        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors)
+        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(predictor.image_size))
     inner = max(1, round(width * 96 / max(size))), max(1, round(height * 96 / max(size)))
     left, top = (96 - inner[0]) // 2, (96 - inner[1]) // 2
     for box, score, label, index in zip(found.boxes, found.scores, found.labels, found.index, strict=True):
@@ -174,7 +174,7 @@ def test_thresholds_need_no_other_forward_pass(predictor):
 def test_candidates_lose_nothing_above_the_floor(predictor):
     inputs, _ = predictor.input(picture())
     with torch.no_grad():
-        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors)
+        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(predictor.image_size))
     index, labels = nms(boxes[0], scores[0], 2 * FLOOR, 0.45)
     found = predictor.candidates(picture()).detections(2 * FLOOR, 0.45)
     assert found.index.tolist() == index.tolist() and found.labels.tolist() == labels.tolist()
