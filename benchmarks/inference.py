@@ -33,4 +33,8 @@ def rows() -> Iterator[Row]:
     ask, forward, heat = seconds(lambda: predictor(picture), bare, lambda: explain(predictor, picture), rounds=5)
     against = f"bare forward pass, {milliseconds(forward)}"
     yield Row("Predictor, a 500 x 375 picture", milliseconds(ask), against, ask / forward, 1.1, True)
+    pictures = [picture] * MANY
+    one, many = seconds(lambda: [predictor(p) for p in pictures], lambda: predictor.batch(pictures), rounds=2)
+    ours = f"{MANY / many:.2f} pictures/s"
+    yield Row(f"Predictor, batches of {MANY}", ours, f"one at a time, {MANY / one:.2f} pictures/s", one / many)
     yield Row("Grad-CAM, detections included", milliseconds(heat), against, heat / forward, 3.5, True)

@@ -35,8 +35,8 @@ def rows() -> Iterator[Row]:
         course = ObviousDataset(records, SIDE, anchors, course_augmentations(SIDE))
         same = ObviousDataset(records, SIDE, anchors, same_augmentations(SIDE))
         cv2.setNumThreads(0)
-        first = _one_each([cached], range(PICTURES))[0]
-        warm, cold, slow, plain = _one_each([cached, bare, course, same], range(PICTURES, 5 * PICTURES))
+        first = _each([cached], range(PICTURES))[0]
+        warm, cold, slow, plain = _each([cached, bare, course, same], range(PICTURES, 5 * PICTURES))
         against = f"course's loader, {slow:.1f} ms"
         yield Row("Loader, one core, cache warm", f"{warm:.2f} ms a sample", against, slow / warm, 5)
         yield Row("Loader, one core, first epoch", f"{first:.2f} ms a sample", against, slow / first, 1.5)
@@ -47,15 +47,16 @@ def rows() -> Iterator[Row]:
         yield _memory(cached, records)
 
 
-def _one_each(datasets: list[Dataset], draws: range) -> list[float]:
-    """Mean milliseconds a sample of each dataset; they take turns of one sample, since pictures differ."""
+def _each(datasets: list[Dataset], draws: range) -> list[float]:
+    """Milliseconds of one core's time a sample, for each dataset; they take turns of PICTURES samples."""
     random.seed(0)
     spent = [0.0] * len(datasets)
-    for draw in draws:
+    for first in range(draws.start, draws.stop, PICTURES):
         for number, dataset in enumerate(datasets):
-            start = time.perf_counter()
-            dataset[draw if isinstance(dataset, MosaicDataset) else draw % PICTURES]
-            spent[number] += time.perf_counter() - start
+            start = time.process_time()
+            for draw in range(first, first + PICTURES):
+                dataset[draw if isinstance(dataset, MosaicDataset) else draw % PICTURES]
+            spent[number] += time.process_time() - start
     return [1e3 * value / len(draws) for value in spent]
 
 

@@ -14,9 +14,10 @@ from benchmarks.obvious import dense_loss, dense_targets
 from src.callbacks import StopIfNotFinite, ema
 from src.config import ANCHORS, Config
 from src.loss import YOLOLoss
+from src.machine import make_trainer, precision_here
 from src.model import YOLOv3
 from src.predict import to_input
-from src.training import Detector, make_trainer, precision_here
+from src.training import Detector
 
 SIDE, GRIDS = 416, [13, 26, 52]
 BATCH = 16

@@ -13,6 +13,8 @@ from src.cache import ImageCache
 from src.config import ANCHORS, Config
 from src.dataset import MosaicDataset
 from src.loss import YOLOLoss, assign_targets, complete_iou_loss
+from src.model import YOLOv3
+from src.predict import Predictor
 from tests.test_loss import random_targets
 
 ANCHOR, GRIDS = torch.tensor(ANCHORS), [3, 6, 12]
@@ -80,6 +82,18 @@ def test_loaders_give_samples_of_one_kind(tmp_path):
             assert [scale.shape for scale in dense] == [(3, grid, grid, 6) for grid in GRIDS]
             rows = np.concatenate([scale[scale[..., 0] == 1][:, 1:5] for scale in dense])
             assert ((rows >= 0) & (rows <= 1)).all()
+
+
+def test_a_batch_of_pictures_gives_what_one_after_the_other_gives():
+    torch.manual_seed(0)
+    predictor = Predictor(YOLOv3(4, 0.125), 64, device="cpu")
+    pictures = [np.random.default_rng(n).integers(256, size=(40 + 9 * n, 70, 3), dtype=np.uint8) for n in range(3)]
+    many = predictor.batch(pictures, confidence=1e-4)
+    assert sum(map(len, many)) > 0
+    for picture, found in zip(pictures, many, strict=True):
+        alone = predictor(picture, confidence=1e-4)
+        np.testing.assert_array_equal(found.labels, alone.labels)
+        np.testing.assert_allclose(found.boxes, alone.boxes, atol=0.05)
 
 
 def test_table_says_what_is_met():
