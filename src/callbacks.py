@@ -32,7 +32,7 @@ class StopIfNotFinite(pl.Callback):
         finite = outputs["loss"].isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
         if batch_idx % FINITE_EVERY == 0 or trainer.is_last_batch:
-            if not self.finite:
+            if not trainer.strategy.reduce(self.finite.float(), reduce_op="min"):  # of all processes
                 raise FloatingPointError(
                     f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); the last good "
                     f"checkpoint stands in {module.config.run_dir}. Try a lower Config.max_lr or precision='32-true'"
@@ -66,14 +66,18 @@ class Progress(pl.callbacks.ProgressBar):
 
     def __init__(self):
         super().__init__()
-        self.bar = None
+        self.bar, self.shown = None, True
+
+    def disable(self) -> None:
+        """Lightning asks all processes but the first to be quiet."""
+        self.shown = False
 
     def on_train_start(self, trainer, module) -> None:
         steps = trainer.estimated_stepping_batches
         self.bar = tqdm(total=steps, initial=trainer.global_step, desc="training", unit="step", file=sys.stdout,
-                        mininterval=2, dynamic_ncols=False, ncols=90)  # fmt: skip
+                        mininterval=2, dynamic_ncols=False, ncols=90, disable=not self.shown)  # fmt: skip
         self.started = time.monotonic()
-        self.bar.write(self.TITLE + "   (accuracies in %, objectness threshold 0.05)")
+        self.line(self.TITLE + "   (accuracies in %, objectness threshold 0.05)")
 
     def on_train_batch_end(self, trainer, *_) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
@@ -84,7 +88,7 @@ class Progress(pl.callbacks.ProgressBar):
         row += [100 * values.get(f"accuracy/{name}", float("nan")) for name in ("class", "no_object@0.05", "object@0.05")]
         cells = f"{row[0]:>9.3f}{row[1]:>10.3f}" + "".join(f"{value:>8.1f}" for value in row[2:])
         minutes = (time.monotonic() - self.started) / 60
-        self.bar.write(f"{trainer.current_epoch + 1:>7}{cells}{values.get('map50', float('nan')):>8.3f}{minutes:>9.1f}")
+        self.line(f"{trainer.current_epoch + 1:>7}{cells}{values.get('map50', float('nan')):>8.3f}{minutes:>9.1f}")
 
     def on_train_end(self, *_) -> None:
         self.bar.close()
@@ -94,4 +98,9 @@ class Progress(pl.callbacks.ProgressBar):
             self.bar.close()
 
     def print(self, *args, **_) -> None:
-        tqdm.write(" ".join(map(str, args)), file=sys.stdout)
+        self.line(" ".join(map(str, args)))
+
+    def line(self, text: str) -> None:
+        """Print above the bar."""
+        if self.shown:
+            tqdm.write(text, file=sys.stdout)

@@ -1,6 +1,8 @@
 """Records to batches: mosaics, augmentation, the held-out letterbox, loaders."""
 
 import os
+import shutil
+from functools import cached_property
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
 
@@ -20,6 +22,7 @@ from src.predict import PAD, fit_inside, letterbox, letterbox_placement, load_im
 from src.shapes import draw_shapes
 from src.voc import Record, download_voc, read_voc
 
+SHARED = "/dev/shm"  # where loader processes leave their batches; 64 MB in a Docker container that asks for no more
 MIN_SIDE = 2  # pixels; smaller remains of a box are dropped
 
 Sample = tuple[Tensor, Tensor, Tensor]  # uint8 [3, S, S]; boxes float32 [n, 4] cxcywh in 0..1; labels int64 [n]
@@ -34,7 +37,7 @@ def augmentations() -> A.Compose:
             A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=40, val_shift_limit=20, p=0.5),
             A.ToGray(p=0.05),
         ],
-        bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels"]),
+        bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels"], check_each_transform=False),
     )
 
 
@@ -170,13 +173,13 @@ class HeldOutDataset(Dataset):
         placement = letterbox_placement(width, height, side)
         boxes = record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)
         boxes = np.clip(boxes, 0, side).astype(np.float32)
-        return *to_sample(square, boxes, record.labels), torch.from_numpy(record.difficult)
+        return *to_sample(np.array(square), boxes, record.labels), torch.from_numpy(record.difficult)
 
 
 def to_sample(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> Sample:
     """uint8 [S, S, 3] and boxes xyxy in its pixels -> what `collate` takes."""
     boxes = xyxy_to_cxcywh(torch.from_numpy(boxes)) / image.shape[0]
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1), boxes, torch.from_numpy(labels)
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), boxes, torch.from_numpy(labels)
 
 
 def collate(samples: list[tuple]) -> dict[str, Tensor]:
@@ -227,7 +230,7 @@ class DetectionData(pl.LightningDataModule):
         if config.data == "voc":
             where, how = config.voc_root, (config.classes, config.skip_bad_files)
             self.val_records = read_voc(where, config.val_splits, *how)
-            self.train_records = read_voc(where, config.train_splits, *how)  # last: nothing is read again once it is there
+            self.train_records = read_voc(where, config.train_splits, *how)  # last: see above
         else:
             self.train_records = draw_shapes(config.shapes_train, seed=2 * config.seed)
             self.val_records = draw_shapes(config.shapes_val, seed=2 * config.seed + 1)
@@ -249,13 +252,25 @@ class DetectionData(pl.LightningDataModule):
         return self._loader(self.val_data, range(rank, len(self.val_data), world))
 
     def _loader(self, dataset: Dataset, sampler, **options) -> DataLoader:
-        workers = self.config.workers
-        if workers < 0:
-            workers = min(8, os.cpu_count() or 1)
         return DataLoader(
-            dataset, self.config.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate,
-            worker_init_fn=_quiet_worker, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(), **options,
+            dataset, self.config.batch_size, sampler=sampler, num_workers=self.workers, collate_fn=collate, **options,
+            worker_init_fn=_quiet_worker, persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
+
+    @cached_property
+    def workers(self) -> int:
+        """Loader processes: as many as asked for and as have room in SHARED, where a full disk kills by a bus error.
+
+        Two finished batches wait there for each, and two more are on their way.
+        """
+        wanted = self.config.workers if self.config.workers >= 0 else min(8, os.cpu_count() or 1)
+        batch = 3 * self.config.image_size**2 * self.config.batch_size * self.config.devices
+        free = shutil.disk_usage(SHARED).free if os.path.isdir(SHARED) else 2 * batch * (wanted + 1)
+        room = max(0, free // (2 * batch) - 1)
+        if room < wanted:
+            print(f"{SHARED} has {free / 1e6:.0f} MB free: room for the batches of {room} loader processes, not of "
+                  f"{wanted}; going on with {room} (docker run --shm-size=2g gives more)")  # fmt: skip
+        return min(wanted, room)
 
 
 def _quiet_worker(_: int) -> None:

@@ -1,11 +1,13 @@
 """The Lightning module, the learning-rate finder, training and evaluation."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
@@ -15,6 +17,7 @@ from src.callbacks import Progress, RangeTest, StopIfNotFinite, ema
 from src.config import Config
 from src.dataset import DetectionData
 from src.loss import YOLOLoss
+from src.machine import make_trainer
 from src.metrics import CellAccuracy, DetectionStore, class_table, coco_average_precision, mean_average_precision
 from src.model import YOLOv3
 from src.predict import to_input
@@ -55,18 +58,25 @@ class Detector(pl.LightningModule):
         images, side = to_input(batch["images"]), drawn_side(self.config, self.trainer.global_step)
         if side != images.shape[-1]:  # multi-resolution: targets are fractions of the image and stay
             images = interpolate(images, (side, side), mode="bilinear", antialias=True)
-        terms = self.loss(self.network(images), batch["targets"], self.model.anchors)
+        terms = self.loss(self.network(images), batch["targets"], self.model.anchors_at(side))
         logged = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(images))
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         logits, targets = self.model(to_input(batch["images"])), batch["targets"]
-        terms = self.loss(logits, targets, self.model.anchors)
+        anchors = self.model.anchors_at(batch["images"].shape[-1])
+        terms = self.loss(logits, targets, anchors)
         logged = {f"val/{name}": value for name, value in terms.items()}
         self.log_dict(logged, on_epoch=True, batch_size=len(batch["images"]), sync_dist=True)
-        self.cells.update(logits, targets, self.model.anchors)
-        self.store.update(logits, targets, batch["difficult"], self.model.anchors)
+        self.cells.update(logits, targets, anchors)
+        self.store.update(logits, targets, batch["difficult"], anchors)
+
+    def on_validation_epoch_start(self) -> None:
+        """One net on all devices: each has its own running means of batch normalization."""
+        if dist.is_initialized():
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
 
     def on_validation_epoch_end(self) -> None:
         accuracies = {name: float(value) for name, value in self.cells.compute().items()}
@@ -112,25 +122,6 @@ class Detector(pl.LightningModule):
             )
 
 
-def precision_here(config: Config) -> str:
-    """`config.precision`, or for "auto" the fastest this machine computes: float16 on CUDA, bfloat16 on newer CPUs."""
-    if config.precision != "auto":
-        return config.precision
-    if torch.cuda.is_available():
-        return "16-mixed"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
-
-
-def make_trainer(config: Config, **options) -> pl.Trainer:
-    """A Trainer for this machine and these settings, silent but for what `options` add."""
-    return pl.Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=config.devices, precision=precision_here(config),
-        num_sanity_val_steps=0, enable_model_summary=False, use_distributed_sampler=False,
-        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class LearningRates:
     """A learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186)."""
@@ -148,7 +139,8 @@ def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRa
     running mean forgets 2 % a step, too slow for 100 steps.) Raises RuntimeError where the loss never falls.
     """
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
-    trainer = make_trainer(config, max_steps=steps, max_epochs=-1, limit_val_batches=0, callbacks=[test])
+    how = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
+    trainer = make_trainer(config.replace(devices=1), callbacks=[test], **how)
     trainer.fit(Detector(config.replace(max_lr=1e-3)), datamodule=data)
     losses = np.array(test.losses)
     exploded = np.flatnonzero(~(losses < 1.5 * losses[0]))
@@ -189,6 +181,10 @@ def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None
         )  # fmt: skip
         detector = Detector(config)
         trainer.fit(detector, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        if rank_zero_only.rank:
+            sys.exit()  # this process ran the script again only to share the training
     return detector
 
 
@@ -275,7 +271,7 @@ class Evaluation:
 def evaluate(detector: Detector, data: DetectionData) -> Evaluation:
     """Every number of the course and every average precision, on all held-out pictures."""
     data.setup()
-    make_trainer(detector.config).validate(detector, data.val_dataloader(), verbose=False)
+    make_trainer(detector.config.replace(devices=1)).validate(detector, data.val_dataloader(), verbose=False)
     accuracies = {name[9:]: value for name, value in detector.results.items() if name.startswith("accuracy/")}
     precisions = {f"VOC AP@.5, {rule}": mean_average_precision(detector.table, rule) for rule in ("area", "11 points")}
     precisions["course mAP@.5"] = mean_average_precision(detector.table, "course")

@@ -9,7 +9,8 @@ import torch
 from src import callbacks, training
 from src.config import Config
 from src.dataset import DetectionData
-from src.training import Detector, build_model, drawn_side, evaluate, find_lr, fit, load_detector, make_trainer, precision_here
+from src.machine import make_trainer, precision_here
+from src.training import Detector, build_model, drawn_side, evaluate, find_lr, fit, load_detector
 
 
 def tiny(folder, **changes) -> Config:
