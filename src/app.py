@@ -18,7 +18,7 @@ from src.gradcam import METHODS, Explainer
 from src.predict import Detections, Predictor, fit_inside, load_image
 
 MOST_PIXELS = 50_000_000
-VIEW = 480, 1280  # pixels of the long side a picture is shown at, at least and at most
+VIEW = 480, 1024  # pixels of the long side a picture is shown at, at least and at most
 LAYERS = [
     ("The one that found it", "own"), ("All, averaged", "all"),
     ("Large things (stride 32)", 0), ("Middle (stride 16)", 1), ("Small things (stride 8)", 2),
@@ -86,7 +86,8 @@ class Page(gr.Blocks):
 
     def launch(self, **options):
         defaults = {
-            "theme": THEME, "css": CSS, "max_file_size": "64mb", "ssr_mode": False, "footer_links": ["api"],
+            "theme": THEME, "css": CSS, "max_file_size": "64mb", "state_session_capacity": 64, "ssr_mode": False,
+            "footer_links": ["api"],
         }  # fmt: skip
         return super().launch(**{**defaults, **options})
 

@@ -36,15 +36,17 @@ def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
             raise ValueError(f"{size} are more than {most_pixels / 1e6:.0f} million")
         if side:
             image.draft("RGB", (side, side) if image.width == image.height else _reduced(image.size, side))
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: bring its range to 0..255
             values = np.asarray(image, dtype=np.float32)
             top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
             image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+            seen = image.convert("RGBA")
+            image = Image.new("RGB", seen.size, "white")
+            image.paste(seen, mask=seen)
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except FileNotFoundError:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError) as error:
