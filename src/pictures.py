@@ -115,7 +115,7 @@ def show_explanations(
     images: Sequence[np.ndarray], explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()
 ) -> Figure:
     """Above what was found in each picture, below an `Explanation` of what is framed: where the network looked."""
-    caption = "above: found, confidence in %" + BETWEEN + "below: the brighter, the more it counted for what is framed"
+    caption = "above: found, confidence in %" + BETWEEN + "below: brighter counted more"
     shape = max(image.shape[0] / image.shape[1] for image in images)
     titled = any(titles) or any(found.message for found in explanations)
     figure, axes = _grid(2 * len(images), len(images), shape, caption, titled=titled)
