@@ -9,7 +9,6 @@ Downloads about 3 GB the first time; removes all it made.
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -87,7 +86,7 @@ def main(width: float) -> None:
         print(f"installed in {time.perf_counter() - begin:.0f} s: {size(python.parents[1]):,.0f} MB")
         port = free_port()
         server, first = start(python, space, port)
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(30)
         server, again = start(python, space, port)  # the first start compiled the libraries' bytecode
         try:
