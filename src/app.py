@@ -38,25 +38,26 @@ THEME = gr.themes.Base(
 ).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600")  # fmt: skip
 
 CSS = """
-.gradio-container { max-width: 1480px !important; margin: auto }
-.gradio-container :is(main, .column, .block) { min-width: 0 !important }
+.gradio-container { max-width: min(1480px, 100%) !important; margin: auto }
+.gradio-container .app, .gradio-container .app > .wrap, .gradio-container main { min-width: 0; max-width: 100% }
 @media (max-width: 640px) { .gradio-container .app { padding: .5rem .75rem !important } }
 #top h1 { font-size: 1.7rem; font-weight: 650; letter-spacing: -.02em; margin: 0 0 .15rem }
 #top p { color: var(--body-text-color-subdued); margin: 0; font-size: 1rem }
 #found, #why { min-height: 1.5rem; font-size: .95rem }
 #why { color: var(--body-text-color-subdued) }
 .problem { border-left: 3px solid #d55e00; padding: .3rem .7rem; background: #d55e0018 }
-#table { --font-mono: inherit; font-variant-numeric: tabular-nums }
+#table { --font-mono: var(--font); font-variant-numeric: tabular-nums }
 #table .header-row { margin-bottom: .3rem }
 #table .body-cell { cursor: pointer }
-.about { border-top: 1px solid var(--border-color-primary); margin-top: 1rem; padding-top: .2rem; line-height: 1.5 }
-.about h2 { font-size: 1rem; font-weight: 600; margin: 1rem 0 .4rem }
-.about .chip { display: inline-flex; align-items: center; gap: .4em; margin: 0 .9em .3em 0 }
-.about .chip i { width: .75em; height: .75em; border-radius: 2px }
-.about dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: .6rem 1.2rem; margin: 0 }
-.about dt { font-size: .8rem; color: var(--body-text-color-subdued) }
-.about dd { margin: 0; font-variant-numeric: tabular-nums }
-.about .links { margin-top: 1rem }
+#about { border-top: 1px solid var(--border-color-primary); margin-top: 1rem; padding-top: .2rem; line-height: 1.5 }
+#about h2 { font-size: 1rem; font-weight: 600; margin: 1rem 0 .4rem }
+#about .chip { display: inline-flex; align-items: center; gap: .4em; margin: 0 .9em .3em 0 }
+#about .chip i { width: .75em; height: .75em; border-radius: 2px }
+#about dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: .6rem 1.2rem; margin: 0 }
+#about dt { font-size: .8rem; color: var(--body-text-color-subdued) }
+#about dd { margin: 0; font-variant-numeric: tabular-nums }
+#about a { margin: 0 }
+#about .links { margin-top: 1rem }
 """
 INTRODUCTION = "Give it a photograph. It names and frames what it knows, and shows where it looked to decide."
 HINT = "Add a photograph, or click a sample."
@@ -86,8 +87,8 @@ class Page(gr.Blocks):
 
     def launch(self, **options):
         defaults = {
-            "theme": THEME, "css": CSS, "max_file_size": "64mb", "state_session_capacity": 64, "ssr_mode": False,
-            "footer_links": ["api"],
+            "theme": THEME, "head": f"<style>{CSS}</style>", "footer_links": ["api"], "ssr_mode": False,
+            "max_file_size": "64mb", "state_session_capacity": 64,
         }  # fmt: skip
         return super().launch(**{**defaults, **options})
 
@@ -164,7 +165,7 @@ def about_html(predictor: Predictor, links: dict[str, str]) -> str:
         for name, url in links.items()
     )
     return (
-        f'<section class="about"><h2>What it can find</h2><p>{chips}</p><h2>The model</h2><dl>{rows}</dl>'
+        f'<section id="about"><h2>What it can find</h2><p>{chips}</p><h2>The model</h2><dl>{rows}</dl>'
         f'<p class="links">{where}</p></section>'
     )
 
@@ -218,8 +219,8 @@ def _found_column() -> tuple[list, list]:
         confidence = gr.Slider(0.01, 0.95, 0.25, step=0.01, label="Confidence, at least", elem_id="confidence")
         overlap = gr.Slider(0.05, 0.95, 0.45, step=0.05, label="Overlap of two boxes, at most", elem_id="overlap")
     table = gr.Dataframe(
-        headers=["#", "Class", "Sure", "Left, top, right, bottom"], datatype=["number", "html", "str", "str"],
-        column_widths=["12%", "30%", "18%", "40%"], wrap=True, max_height=260, interactive=False, buttons=[],
+        headers=["#", "Class", "Score", "x1, y1, x2, y2"], datatype=["number", "html", "str", "str"],
+        column_widths=["11%", "28%", "18%", "43%"], wrap=True, max_height=260, interactive=False, buttons=[],
         label="Click a row to explain it", elem_id="table",
     )  # fmt: skip
     return [picture, line, table], [confidence, overlap]

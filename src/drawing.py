@@ -48,8 +48,8 @@ def draw_detections(
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     side = max(picture.size)
-    line = max(1, round(side / 220))
-    font = ImageFont.load_default(size=max(9, side / 38))
+    line = max(1, round(side / 200))
+    font = ImageFont.load_default(size=max(9, side / 30))
     colours = class_colours(len(classes))
     chips: list[tuple[float, ...]] = []
     rows = range(len(detections)) if rows is None else rows
