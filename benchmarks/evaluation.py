@@ -1,14 +1,13 @@
 """Decode, NMS and every metric, for as many pictures as VOC07 test has."""
 
 import resource
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from benchmarks.material import empty_logits, objects, plant
-from benchmarks.measure import Row
+from benchmarks.measure import Row, Stopwatch, milliseconds
 from benchmarks.obvious import average_precision, detections, float_iou, loop_nms, tensor_iou
 from src.boxes import cxcywh_to_xyxy, decode
 from src.config import ANCHORS, VOC_CLASSES
@@ -31,56 +30,53 @@ def batches(images: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         yield logits, targets
 
 
-def scores(images: int) -> tuple[float, dict[str, float], float]:
-    """Seconds spent on `images` pictures, what came out, and candidates an image above 0.01 (of the first batch)."""
-    cells, store, anchors, spent, candidates = CellAccuracy(), DetectionStore(), torch.tensor(ANCHORS), 0.0, 0
+def scores(images: int) -> tuple[Stopwatch, dict[str, float], float]:
+    """Time spent on `images` pictures, what came out, and candidates an image above 0.01 (of the first batch)."""
+    cells, store, anchors, clock, candidates = CellAccuracy(), DetectionStore(), torch.tensor(ANCHORS), Stopwatch(), 0.0
     for logits, targets in batches(images):
-        start = time.perf_counter()
-        cells.update(logits, targets, anchors)
-        store.update(logits, targets, torch.zeros(len(targets), dtype=torch.bool), anchors)
-        spent += time.perf_counter() - start
+        with clock:
+            cells.update(logits, targets, anchors)
+            store.update(logits, targets, torch.zeros(len(targets), dtype=torch.bool), anchors)
         candidates = candidates or (decode(logits, anchors)[1].amax(dim=2) > CONFIDENCE).sum().item() / len(logits[0])
-    start = time.perf_counter()
-    found, truth = store.compute()
-    table = class_table(found, truth, VOC_CLASSES)
-    values = {name: float(value) for name, value in cells.compute().items()}
-    values |= {rule: mean_average_precision(table, rule) for rule in ("area", "11 points", "course")}
-    values |= coco_average_precision(found, truth)
-    confusion(found, truth, len(VOC_CLASSES))
-    return spent + time.perf_counter() - start, values, candidates
+    with clock:
+        found, truth = store.compute()
+        table = class_table(found, truth, VOC_CLASSES)
+        values = {name: float(value) for name, value in cells.compute().items()}
+        values |= {rule: mean_average_precision(table, rule) for rule in ("area", "11 points", "course")}
+        values |= coco_average_precision(found, truth)
+        confusion(found, truth, len(VOC_CLASSES))
+    return clock, values, candidates
 
 
-def obvious_scores(images: int, iou: Callable) -> tuple[float, float]:
-    """Seconds and mean average precision (area) by lists and loops; no other metric."""
-    anchors, found, truth, first, spent = torch.tensor(ANCHORS), [], [], 0, 0.0
+def obvious_scores(images: int, iou: Callable) -> tuple[Stopwatch, float]:
+    """Time and mean average precision (area) by lists and loops; no other metric."""
+    anchors, found, truth, first, clock = torch.tensor(ANCHORS), [], [], 0, Stopwatch()
     for logits, targets in batches(images):
-        start = time.perf_counter()
-        for number, rows in enumerate(detections(logits, anchors, CONFIDENCE)):
-            for label, score, *box in loop_nms(rows, OVERLAP, 100, iou):
-                found.append([first + number, label, score, *(min(max(side, 0), 1) for side in box)])
-        for row, box in zip(targets.tolist(), cxcywh_to_xyxy(targets[:, 2:]).tolist(), strict=True):
-            truth.append([first + row[0], row[1], 0, *box])
-        first += len(logits[0])
-        spent += time.perf_counter() - start
-    start = time.perf_counter()
-    labels = sorted({row[1] for row in truth})
-    values = [average_precision(found, truth, label, iou) for label in labels]
-    return spent + time.perf_counter() - start, sum(values) / len(values)
+        with clock:
+            for number, rows in enumerate(detections(logits, anchors, CONFIDENCE)):
+                for label, score, *box in loop_nms(rows, OVERLAP, 100, iou):
+                    found.append([first + number, label, score, *(min(max(side, 0), 1) for side in box)])
+            for row, box in zip(targets.tolist(), cxcywh_to_xyxy(targets[:, 2:]).tolist(), strict=True):
+                truth.append([first + row[0], row[1], 0, *box])
+            first += len(logits[0])
+    with clock:
+        values = [average_precision(found, truth, label, iou) for label in sorted({row[1] for row in truth})]
+    return clock, sum(values) / len(values)
 
 
 def rows() -> Iterator[Row]:
     """The whole split against the clock; an image of it against an image of a subset done by loops."""
     _, subset, candidates = scores(SUBSET)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    spent, _, _ = scores(IMAGES)
+    whole, _, _ = scores(IMAGES)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     what = f"Evaluation, {IMAGES:,} images, {candidates:.0f} candidates each"
-    yield Row(what, f"{spent:.1f} s, {grown:.0f} MB more", "the target of 60 s", spent / 60, 1, True)
-    each = 1e3 * spent / IMAGES
+    yield Row(what, f"{whole.wall:.1f} s, {grown:.0f} MB more", "the limit, 60 s", whole.wall / 60, 1, True)
+    each = whole.core / IMAGES
     for name, iou, wanted in (("torch", tensor_iou, 20), ("float", float_iou, 0)):
         slow, value = obvious_scores(SUBSET, iou)
         if abs(value - subset["area"]) > 1e-3:
             raise AssertionError(f"the loops find {value:.4f}, the metrics {subset['area']:.4f}")
-        slow *= 1e3 / SUBSET
-        against = f"Python NMS and mAP, {name} IoU, {slow:.1f} ms"
-        yield Row("Evaluation, an image", f"{each:.2f} ms, all metrics", against, slow / each, wanted)
+        slow = slow.core / SUBSET
+        against = f"Python NMS and mAP, {name} IoU, {milliseconds(slow)}"
+        yield Row("Evaluation, core time an image", f"{milliseconds(each)}, all metrics", against, slow / each, wanted)

@@ -60,6 +60,21 @@ def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
     return best
 
 
+class Stopwatch:
+    """Sums the time of `with` blocks: `wall` seconds, and `core` seconds that this process kept cores busy."""
+
+    def __init__(self):
+        self.wall = self.core = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self.start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.wall += time.perf_counter() - self.start[0]
+        self.core += time.process_time() - self.start[1]
+
+
 @contextlib.contextmanager
 def threads(count: int):
     """torch with this many threads within the block."""
