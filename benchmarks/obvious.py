@@ -100,24 +100,30 @@ class ObviousDataset(Dataset):
 def dense_targets(rows: list, grids: list[int], anchors: Tensor) -> list[Tensor]:
     """One grid a scale, [3, G, G, 6]: object (1; -1: ignored; 0: background), cx, cy, w, h in 0..1, class.
 
-    rows: class, cx, cy, w, h of each object of one picture; anchors [3, 3, 2] in sides of the image.
+    rows: class, cx, cy, w, h of each object of one picture; anchors [3, 3, 2] in sides of the image. As in the
+    course, an object goes through its nine anchors, the best first.
     """
     targets = [torch.zeros(3, grid, grid, 6) for grid in grids]
-    for row in rows:
-        label, cx, cy, width, height = row
-        for scale, grid in enumerate(grids):
-            i, j = min(int(cy * grid), grid - 1), min(int(cx * grid), grid - 1)
-            overlaps = anchor_overlaps(torch.tensor([width, height]), anchors[scale])
-            best = overlaps.argmax()
-            targets[scale][best, i, j] = torch.tensor([1, cx, cy, width, height, label])
-            for anchor in range(3):
-                if overlaps[anchor] > 0.5 and targets[scale][anchor, i, j, 0] != 1:
-                    targets[scale][anchor, i, j, 0] = -1
+    for label, cx, cy, width, height in rows:
+        overlaps = anchor_overlaps(torch.tensor([width, height]), anchors.reshape(9, 2))
+        has_anchor = [False, False, False]
+        for number in overlaps.argsort(descending=True):
+            scale, anchor = number // 3, number % 3
+            grid = grids[scale]
+            i, j = min(int(grid * cy), grid - 1), min(int(grid * cx), grid - 1)
+            taken = targets[scale][anchor, i, j, 0] == 1
+            if not has_anchor[scale]:
+                targets[scale][anchor, i, j, 0] = 1
+                targets[scale][anchor, i, j, 1:5] = torch.tensor([cx, cy, width, height])
+                targets[scale][anchor, i, j, 5] = label
+                has_anchor[scale] = True
+            elif not taken and overlaps[number] > 0.5:
+                targets[scale][anchor, i, j, 0] = -1
     return targets
 
 
 def anchor_overlaps(sides: Tensor, anchors: Tensor) -> Tensor:
-    """IoU of a box [2] with anchors [3, 2] that share its centre."""
+    """IoU of a box [2] with anchors [A, 2] that share its centre."""
     shared = torch.min(sides[0], anchors[:, 0]) * torch.min(sides[1], anchors[:, 1])
     return shared / (sides[0] * sides[1] + anchors[:, 0] * anchors[:, 1] - shared)
 

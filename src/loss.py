@@ -46,22 +46,19 @@ def assign_targets(targets: Tensor, grids: list[int], anchors: Tensor, batch: in
     anchor the last has it. All shapes are known beforehand, so a GPU is never waited for.
     """
     image, assigned = targets[:, 0].long(), []
-    number = torch.arange(len(targets), device=targets.device)
     for grid, scale_anchors in zip(grids, anchors, strict=True):
-        shape, count = (batch, 3, grid, grid), batch * 3 * grid * grid
+        count = batch * 3 * grid * grid
         overlap = shape_overlap(targets[:, 4:6], scale_anchors)  # [N, 3]
         anchor = overlap.argmax(dim=1)
         column, row = (targets[:, 2:4] * grid).long().clamp(0, grid - 1).unbind(dim=1)
         cells = (image * 3 * grid + row) * grid + column  # flat index of anchor 0
         cells = torch.stack((cells, cells + grid * grid, cells + 2 * grid * grid), dim=1)  # [N, 3]
         place = cells.gather(1, anchor[:, None]).flatten()
-        last = torch.empty(count, dtype=torch.long, device=targets.device)  # read only where it is written
-        last.scatter_reduce_(0, place, number, "amax", include_self=False)
-        taken = torch.zeros(2, count + 1, dtype=torch.bool, device=targets.device)  # one cell more, for "none"
-        taken[0].scatter_(0, place, True)
-        taken[1].scatter_(0, torch.where(overlap > IGNORE_OVERLAP, cells, count).flatten(), True)
-        positive, near = (part[:count].view(shape) for part in taken)
-        assigned.append(Assigned(image, anchor, row, column, last[place] == number, positive, near & ~positive))
+        owner = ~(place[:, None] == place).triu(1).any(dim=1)  # no later object has the same place
+        state = torch.zeros(count + 1, dtype=torch.uint8, device=targets.device)  # one cell more, for "none"
+        state.scatter_(0, torch.where(overlap > IGNORE_OVERLAP, cells, count).flatten(), 1)
+        state = state.scatter_(0, place, 2)[:count].view(batch, 3, grid, grid)
+        assigned.append(Assigned(image, anchor, row, column, owner, state == 2, state == 1))
     return assigned
 
 

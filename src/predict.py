@@ -184,7 +184,7 @@ class Predictor:
 
     @torch.inference_mode()
     def batch(self, images: Sequence, confidence: float = 0.25, overlap: float = 0.45) -> list[Detections]:
-        """Several images in one forward pass: what asking for one after the other gives, sooner."""
+        """Several images in one forward pass; the same as asking for one after the other."""
         pictures = [load_image(image) for image in images]
         inputs, placements = zip(*map(self.input, pictures), strict=True)
         logits = self.model(torch.cat(inputs))
