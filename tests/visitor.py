@@ -1,0 +1,137 @@
+"""A browser that visits the page: for the tests, and for the screenshots (tests/screenshots.py)."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+PATIENCE = 60  # seconds; busy machines are slow
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Run an exported Space in a process of its own; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    environment.pop("PYTHONPATH", None)
+    server = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(4 * PATIENCE):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
+                break
+            if server.poll() is not None:
+                raise RuntimeError("the Space ended before it answered")
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[webdriver.Chrome]:
+    """Headless Chromium that logs its console and speaks to nobody else."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                 "--disable-background-networking", "--hide-scrollbars", "--window-size=1280,1400"):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+class Visitor:
+    """One window of a browser on the page."""
+
+    def __init__(self, driver, address: str):
+        self.driver = driver
+        driver.get(address)
+        self.until(lambda: self.all("#photo input[type=file]") and self.all("#target input"))
+
+    def all(self, selector: str) -> list:
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return " ".join(element.text for element in self.all(selector))
+
+    def source(self, picture: str) -> str:
+        """Address of the picture in #boxes or #heat, empty where there is none."""
+        images = self.all(f"#{picture} img")
+        return images[0].get_attribute("src") if images else ""
+
+    def size(self, picture: str) -> list:
+        code = f"let image = document.querySelector('#{picture} img'); return [image.naturalWidth, image.naturalHeight]"
+        return self.script(code)
+
+    def script(self, code: str, *arguments):
+        return self.driver.execute_script(code, *arguments)
+
+    def until(self, condition):
+        """Wait for a condition, and return what it gave."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                if value := condition():
+                    return value
+            except StaleElementReferenceException:
+                pass
+            time.sleep(0.1)
+        raise TimeoutError(f"not in {PATIENCE} s; the page says {self.text('#found')!r} and {self.text('#why')!r}")
+
+    def upload(self, path) -> None:
+        if clear := self.all("#photo button[aria-label='Remove Image']"):
+            self.script("arguments[0].click()", clear[0])
+        field = self.until(lambda: self.all("#photo input[type=file]"))[0]
+        field.send_keys(str(path))
+
+    def see(self, width: int, height: int) -> None:
+        """Wait until picture and map of this shape, long side 480, are shown."""
+        scale = 480 / max(width, height)
+        expected = [round(width * scale), round(height * scale)]
+        for picture in ("boxes", "heat"):
+            self.until(lambda name=picture: self.source(name) and self.size(name) == expected)
+
+    def slide(self, name: str, value: float) -> None:
+        """Set a slider by its number field."""
+        field = self.all(f"#{name} input[type=number]")[0]
+        self.script(
+            "let set = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;"
+            "set.call(arguments[0], arguments[1]); arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
+            "arguments[0].dispatchEvent(new Event('change', {bubbles: true})); arguments[0].blur()",
+            field, str(value),
+        )  # fmt: skip
+
+    def rows(self) -> list[str]:
+        """Text of the table's rows that are in view."""
+        return [row.text for row in self.all("#table .virtual-row") if row.text.strip()]
+
+    def choose(self, name: str, choice: str) -> None:
+        """Click what begins with `choice` in a dropdown."""
+        self.all(f"#{name} input")[0].click()
+        self.until(lambda: [option for option in self.all("[role=option]") if choice in option.text])[0].click()
+
+    def resize(self, width: int, height: int = 900, density: float = 1) -> None:
+        """The window's inside in CSS pixels; narrow ones are phones."""
+        size = {"width": width, "height": height, "deviceScaleFactor": density, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def unsize(self) -> None:
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
