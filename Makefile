@@ -29,8 +29,9 @@ app: $(VENV)/installed ## the app of the last run (before any run: of the shippe
 test: $(VENV)/installed ## the tests
 	$(BIN) -m pytest
 
-images: $(VENV)/installed ## draw the README's figures again, from the last runs
+images: $(VENV)/installed ## draw the README's figures again, from the last runs (the app's with Chromium)
 	$(BIN) -m src.notebook images
+	$(if $(wildcard space/app.py),$(BIN) tests/screenshots.py space)
 
 space-test: $(VENV)/installed ## the exported Space alone, in a new environment with its own requirements only
 	$(BIN) tests/space_alone.py
