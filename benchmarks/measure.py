@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 
+TURN = 0.05
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table: what was measured, against what, and what was wanted of it."""
@@ -48,15 +51,20 @@ def table(rows: list[Row]) -> str:
 
 
 def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
-    """The best time of each job. They take turns, so that whatever else the machine does meets all of them."""
+    """The best time of each job. They take turns, so that whatever else the machine does meets all of them.
+
+    In its turn a job is repeated for TURN seconds, at least once, and the mean of these runs counts.
+    """
     for job in jobs:
         job()
     best = [float("inf")] * len(jobs)
     for _ in range(rounds):
         for number, job in enumerate(jobs):
-            start = time.perf_counter()
-            job()
-            best[number] = min(best[number], time.perf_counter() - start)
+            start, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - start < TURN:
+                job()
+                count += 1
+            best[number] = min(best[number], (time.perf_counter() - start) / count)
     return best
 
 

@@ -47,7 +47,7 @@ def _targets() -> Iterator[Row]:
         lambda: loss(logits, targets, anchors), lambda: dense_loss(logits, grids(), anchors, len(targets)),
     )  # fmt: skip
     with threads(1):
-        ours, loop, both, loop_both = seconds(*jobs, rounds=15)
+        ours, loop, both, loop_both = seconds(*jobs, rounds=8)
     many = f"{BATCH} images, {len(targets)} objects, one core"
     against = f"loop over boxes, dense grids, {milliseconds(loop)}"
     yield Row(f"Targets, {many}", milliseconds(ours), against, loop / ours, 50)

@@ -57,7 +57,7 @@ def decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> li
     """
     images, boxes, scores = [], [], []
     for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
-        image, anchor, row, column = (level[..., 0].float().sigmoid() > confidence).nonzero(as_tuple=True)
+        image, anchor, row, column = (level[..., 0].float().contiguous().sigmoid() > confidence).nonzero(as_tuple=True)
         cells = level[image, anchor, row, column].float()  # [k, 5 + C]
         found = decode_boxes(cells[:, 1:5], column, row, scale_anchors[anchor], level.shape[2])
         images.append(image)

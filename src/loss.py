@@ -45,21 +45,26 @@ def assign_targets(targets: Tensor, grids: list[int], anchors: Tensor, batch: in
     anchors [3, 3, 2] in sides of the image; batch: number of images. Of objects that want the same cell and
     anchor the last has it. All shapes are known beforehand, so a GPU is never waited for.
     """
-    image, assigned = targets[:, 0].long(), []
-    for grid, scale_anchors in zip(grids, anchors, strict=True):
-        count = batch * 3 * grid * grid
-        overlap = shape_overlap(targets[:, 4:6], scale_anchors)  # [N, 3]
-        anchor = overlap.argmax(dim=1)
+    image, cells, columns, rows = targets[:, 0].long(), [], [], []
+    sizes = [batch * 3 * grid * grid for grid in grids]
+    for number, grid in enumerate(grids):
         column, row = (targets[:, 2:4] * grid).long().clamp(0, grid - 1).unbind(dim=1)
-        cells = (image * 3 * grid + row) * grid + column  # flat index of anchor 0
-        cells = torch.stack((cells, cells + grid * grid, cells + 2 * grid * grid), dim=1)  # [N, 3]
-        place = cells.gather(1, anchor[:, None]).flatten()
-        owner = ~(place[:, None] == place).triu(1).any(dim=1)  # no later object has the same place
-        state = torch.zeros(count + 1, dtype=torch.uint8, device=targets.device)  # one cell more, for "none"
-        state.scatter_(0, torch.where(overlap > IGNORE_OVERLAP, cells, count).flatten(), 1)
-        state = state.scatter_(0, place, 2)[:count].view(batch, 3, grid, grid)
-        assigned.append(Assigned(image, anchor, row, column, owner, state == 2, state == 1))
-    return assigned
+        first = (image * 3 * grid + row) * grid + column + sum(sizes[:number])  # in a list of all cells of all scales
+        cells.append(torch.stack((first, first + grid * grid, first + 2 * grid * grid), dim=1))
+        columns.append(column)
+        rows.append(row)
+    cells = torch.stack(cells)  # [scales, N, 3]: the cell of each anchor
+    overlap = shape_overlap(targets[:, 4:6], anchors.flatten(0, 1)).unflatten(1, (-1, 3)).transpose(0, 1)
+    anchor = overlap.argmax(dim=2)  # [scales, N]
+    place = cells.gather(2, anchor[..., None]).squeeze(2)
+    owner = ~(place[:, :, None] == place[:, None]).triu(1).any(dim=2)  # no later object has the same place
+    positive, ignored = torch.zeros(2, sum(sizes) + 1, dtype=torch.bool, device=targets.device)  # one more, for "none"
+    positive.scatter_(0, place.flatten(), True)
+    ignored.scatter_(0, torch.where(overlap > IGNORE_OVERLAP, cells, sum(sizes)).flatten(), True)
+    ignored.scatter_(0, place.flatten(), False)
+    shapes = [(batch, 3, grid, grid) for grid in grids]
+    maps = [list(map(Tensor.view, flat[:-1].split(sizes), shapes)) for flat in (positive, ignored)]
+    return [Assigned(image, *fields) for fields in zip(anchor, rows, columns, owner, *maps, strict=True)]
 
 
 def complete_iou_loss(found: Tensor, wanted: Tensor) -> Tensor:
