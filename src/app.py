@@ -70,7 +70,6 @@ class Visit:
     explainer: Explainer
     view: np.ndarray  # uint8 [h, w, 3], the photograph at the size it is shown
     seconds: float  # reading the file and the forward pass
-    drawn: tuple = ()  # what the heat map on the page was drawn from
 
     def found(self, confidence: float, overlap: float) -> Detections:
         """In pixels of the photograph."""

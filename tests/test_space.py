@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from src.predict import Predictor, load_image
-from src.space import MARK, SERVING, export_space, push_space, requirements
+from src.space import MARK, SERVING, export_space, push_space
 from tests.planted import blurred_noise, planted_model
 
 # Run inside an exported folder: what starting it opens and imports, and what the page then finds.
