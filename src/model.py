@@ -160,6 +160,7 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         """Called by `save_pretrained`: config.json and model.safetensors, each complete or not there."""
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(weights, save_directory / "model.safetensors.part", metadata={"format": "pt"})
+        (save_directory / "model.safetensors.part").chmod(0o644)  # safetensors lets nobody else read it
         os.replace(save_directory / "model.safetensors.part", save_directory / "model.safetensors")
         (save_directory / "config.json").write_text(json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8")
 
