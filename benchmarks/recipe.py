@@ -1,0 +1,278 @@
+"""The training recipe, one change at a time against a fixed baseline, on photographs.
+
+python -m benchmarks.recipe NAME [NAME ...] --seed 0    trains each change that has no result yet, see CHANGES
+python -m benchmarks.recipe --table                     what is done so far, as the table of RECIPE.md
+VOC_ROOT names the folder that holds VOCdevkit. Results stand in runs/recipe/NAME-SEED/result.json.
+"""
+
+import argparse
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from unittest import mock
+
+import albumentations as A
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torchvision.ops import box_iou, distance_box_iou_loss, generalized_box_iou_loss, sigmoid_focal_loss
+
+from src.boxes import cxcywh_to_xyxy, decode, decode_above, decode_boxes
+from src.config import Config
+from src.dataset import DetectionData
+from src.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
+from src.model import YOLOv3
+from src.run_folder import write_whole
+from src.training import Detector, fit
+
+RUNS = Path("runs/recipe")
+BASE = Config(
+    train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, epochs=6, batch_size=16,
+    mosaic_off_epochs=1, max_lr=2e-3, workers=0,
+)  # fmt: skip
+
+
+def generalized_iou(found: Tensor, wanted: Tensor) -> Tensor:
+    return generalized_box_iou_loss(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+
+
+def distance_iou(found: Tensor, wanted: Tensor) -> Tensor:
+    return distance_box_iou_loss(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+
+
+def course_box(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of the offsets in a cell and of the logarithms of the sides, as the course's loss has it."""
+    grids = torch.tensor([BASE.image_size // stride for stride in (32, 16, 8)]).repeat_interleave(len(found) // 3)
+    offset = (found[:, :2] - wanted[:, :2]) * grids[:, None]
+    return torch.cat((offset, (found[:, 2:] / wanted[:, 2:]).log()), dim=1).square().mean(dim=1)
+
+
+class OverlapAsObjectness(YOLOLoss):
+    """A positive's objectness should be the overlap of its box, as in the course and in YOLOv5, instead of 1."""
+
+    def _positives(self, logits: list[Tensor], found: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
+        terms = super()._positives(logits, found, targets, anchors)
+        missing = 0
+        for level, part, scale in zip(logits, found, anchors, strict=True):
+            rows = part.gather(level).float()
+            boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[part.anchor], level.shape[2])
+            overlap = 1 - generalized_iou(boxes, targets[:, 2:6]).detach().clamp(0, 1)
+            missing = missing + ((1 - overlap) * rows[:, 0] * part.owner).sum()  # cross entropy: softplus(-x) + (1 - t) x
+        return terms + torch.stack((terms[0] * 0, missing, terms[0] * 0))
+
+
+class FocalObjectness(YOLOLoss):
+    """Focal loss (Lin et al. 2017) for objectness, gamma 2."""
+
+    @staticmethod
+    def _background(level: Tensor, found: Assigned) -> Tensor:
+        logit = level[..., 0].float().contiguous()
+        cost = logit.sigmoid().square() * softplus(logit)
+        return cost.masked_fill(found.positive | found.ignored, 0).sum()
+
+    def _positives(self, logits: list[Tensor], found: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
+        terms = super()._positives(logits, found, targets, anchors)
+        logit, own = (torch.cat(parts) for parts in zip(
+            *((part.gather(level)[:, 0].float(), part.owner) for level, part in zip(logits, found, strict=True)),
+            strict=True))  # fmt: skip
+        focal = ((-logit).sigmoid().square() * softplus(-logit) * own).sum()
+        return torch.stack((terms[0], focal, terms[2]))
+
+
+class EveryFittingAnchor(YOLOLoss):
+    """Anchors that overlap an object's shape by more than 0.5 are positives too, instead of ignored."""
+
+    def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
+        terms = super().forward(logits, targets, anchors)
+        found = assign_targets(targets, [level.shape[2] for level in logits], anchors, len(logits[0]))
+        more = 0.0
+        for level, part, scale in zip(logits, found, anchors, strict=True):
+            for number, overlap in enumerate(shape_overlap(targets[:, 4:6], scale).unbind(dim=1)):
+                cell = part.image, number, part.row, part.column
+                rows, fits = level[cell].float(), (overlap > 0.5) & ~part.positive[cell]
+                boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[number], level.shape[2])
+                label = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5)).float()
+                cost = self.box_weight * complete_iou_loss(boxes, targets[:, 2:6]) + softplus(-rows[:, 0])
+                cost = cost + binary_cross_entropy_with_logits(rows[:, 5:], label, reduction="none").sum(dim=1)
+                more = more + (cost * fits).sum()
+        return terms | {"loss": terms["loss"] + more / max(1, 3 * len(targets))}
+
+
+class PredictionsIgnored(YOLOLoss):
+    """Ignored is what *predicts* a box that overlaps an object by more than 0.5: YOLOv3, section 2.1."""
+
+    def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
+        boxes, _ = decode([level.detach() for level in logits], anchors)
+        wanted, near = cxcywh_to_xyxy(targets[:, 2:6]), torch.zeros(boxes.shape[:2], dtype=torch.bool)
+        for image in targets[:, 0].long().unique().tolist():
+            near[image] = box_iou(boxes[image], wanted[targets[:, 0] == image]).amax(dim=1) > 0.5
+        self.near = iter(near.split([level[0, ..., 0].numel() for level in logits], dim=1))
+        return super().forward(logits, targets, anchors)
+
+    def _background(self, level: Tensor, found: Assigned) -> Tensor:
+        near = next(self.near).view_as(found.positive)
+        return super()._background(level, replace(found, ignored=near & ~found.positive))
+
+
+def softmax_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
+    """The course's class loss: one class of C, cross entropy."""
+    return -classes * logits.log_softmax(dim=1)
+
+
+def softmax_decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> list:
+    """As `decode_above` for classes by softmax: the logistic function of these logits is the softmax."""
+    levels = []
+    for level in logits:
+        level = level.float()
+        levels.append(torch.cat((level[..., :5], level[..., 5:].softmax(dim=-1).logit(eps=1e-6)), dim=-1))
+    return decode_above(levels, anchors, confidence)
+
+
+def mirror_only() -> A.Compose:
+    boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], check_each_transform=False)
+    return A.Compose([A.HorizontalFlip(p=0.5)], bbox_params=boxes)
+
+
+def focal_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
+    return sigmoid_focal_loss(logits, classes, alpha=-1, gamma=2)
+
+
+def decay_everything(self) -> dict:
+    """Weight decay on biases and batch norm as well."""
+    made = configure_optimizers(self)
+    for group in made["optimizer"].param_groups:
+        group["weight_decay"] = self.config.weight_decay
+    return made
+
+
+def unbiased(self) -> None:
+    """Objectness starts at 0.5 and so do the classes."""
+    initialise(self)
+    for head in self.heads:
+        torch.nn.init.zeros_(head.predict.bias)
+
+
+configure_optimizers, initialise = Detector.configure_optimizers, YOLOv3._initialise
+
+
+def kmeans_anchors() -> tuple:
+    """Nine anchors by k-means on the boxes of 1,000 training draws, with 1 - IoU as distance; YOLO9000, section 2."""
+    data = DetectionData(BASE)
+    data.setup()
+    sides = torch.cat([data.train_data[draw][1][:, 2:] for draw in range(1000)])
+    anchors = sides[sides.prod(dim=1).argsort()][torch.linspace(0, len(sides) - 1, 9).long()]
+    for _ in range(50):
+        owner = shape_overlap(sides, anchors).argmax(dim=1)
+        anchors = torch.stack([sides[owner == number].mean(dim=0) for number in range(9)])
+    anchors = anchors[anchors.prod(dim=1).argsort(descending=True)]
+    return tuple(tuple(map(tuple, scale)) for scale in anchors.view(3, 3, 2).tolist())
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference to the baseline: settings, and what stands in for parts of `src`."""
+
+    what: str
+    settings: dict = field(default_factory=dict)
+    instead: dict = field(default_factory=dict)
+
+
+def loss(instead: type[YOLOLoss]) -> dict:
+    return {"src.training.YOLOLoss": instead}
+
+
+CHANGES = {
+    "baseline": Change("nothing"),
+    "box-giou": Change("box loss: generalized IoU", instead={"src.loss.complete_iou_loss": generalized_iou}),
+    "box-diou": Change("box loss: distance IoU", instead={"src.loss.complete_iou_loss": distance_iou}),
+    "box-course": Change("box loss: the course's squared errors", instead={"src.loss.complete_iou_loss": course_box}),
+    "box-1": Change("weight of the box term 1", {"box_weight": 1.0}),
+    "box-5": Change("weight of the box term 5", {"box_weight": 5.0}),
+    "object-overlap": Change("objectness of a positive: its box's overlap", instead=loss(OverlapAsObjectness)),
+    "object-focal": Change("objectness: focal loss, gamma 2", instead=loss(FocalObjectness)),
+    "object-3": Change("weight of the objectness terms 3", {"object_weight": 3.0}),
+    "object-unbiased": Change("no initial bias", instead={"src.model.YOLOv3._initialise": unbiased}),
+    "class-softmax": Change("classes: softmax, as in the course", instead={
+        "src.loss.bce": softmax_classes, "src.metrics.decode_above": softmax_decode_above}),
+    "class-focal": Change("classes: focal loss, gamma 2", instead={"src.loss.bce": focal_classes}),
+    "class-smooth": Change("classes: label smoothing 0.1", {"label_smoothing": 0.1}),
+    "class-3": Change("weight of the class term 3", {"class_weight": 3.0}),
+    "ignore-0.3": Change("ignored from a shape overlap of 0.3", instead={"src.loss.IGNORE_OVERLAP": 0.3}),
+    "ignore-never": Change("nothing ignored", instead={"src.loss.IGNORE_OVERLAP": 1.0}),
+    "ignore-predicted": Change("ignored: predictions that overlap an object, as in the paper", instead=loss(PredictionsIgnored)),
+    "positives-fitting": Change("every anchor of shape overlap 0.5 is positive", instead=loss(EveryFittingAnchor)),
+    "anchors-kmeans": Change("anchors by k-means on the training draws", {"anchors": kmeans_anchors}),
+    "decay-0.005": Change("weight decay 0.005", {"weight_decay": 0.005}),
+    "decay-0.2": Change("weight decay 0.2", {"weight_decay": 0.2}),
+    "decay-everything": Change("weight decay on biases and batch norm too", instead={
+        "src.training.Detector.configure_optimizers": decay_everything}),
+    "lr-1e-3": Change("peak learning rate 1e-3", {"max_lr": 1e-3}),
+    "lr-4e-3": Change("peak learning rate 4e-3", {"max_lr": 4e-3}),
+    "warmup-0.3": Change("warm-up over 0.3 of the steps", {"warmup": 0.3}),
+    "ema-0.99": Change("decay of the average 0.99", {"ema_decay": 0.99}),
+    "ema-0.9998": Change("decay of the average 0.9998", {"ema_decay": 0.9998}),
+    "ema-none": Change("no averaging", {"ema_decay": 0.0}),
+    "batch-8": Change("8 images a batch, twice the steps", {"batch_size": 8}),
+    "mosaic-0": Change("no mosaics", {"mosaic": 0.0}),
+    "mosaic-0.75-end": Change("mosaics to the end", {"mosaic_off_epochs": 0}),
+    "mosaic-off-3": Change("no mosaics in the last 3 epochs of 6", {"mosaic_off_epochs": 3}),
+    "scale-weak": Change("scales 0.7 to 1.1", {"scale_range": (0.7, 1.1)}),
+    "scale-strong": Change("scales 0.25 to 1.6", {"scale_range": (0.25, 1.6)}),
+    "colour-none": Change("light and colours left alone", instead={"src.dataset.augmentations": mirror_only}),
+    "sizes": Change("multi-resolution, 96 to 192", {"sizes": (96, 128, 160, 192)}),
+}  # fmt: skip
+
+
+def train(name: str, seed: int) -> None:
+    """Train with one change and write what it reached in the last epoch."""
+    change, folder = CHANGES[name], RUNS / f"{name}-{seed}"
+    if (folder / "result.json").exists():
+        return
+    settings = {key: value() if callable(value) else value for key, value in change.settings.items()}
+    config = BASE.replace(seed=seed, run_dir=str(folder), **settings)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        for target, instead in change.instead.items():
+            stack.enter_context(mock.patch(target, instead))
+        results = fit(config, ckpt_path="auto").results
+    for checkpoint in folder.glob("*.ckpt"):
+        checkpoint.unlink()
+    write_whole(folder / "result.json", lambda file: json.dump(results | {"minutes": (time.monotonic() - started) / 60}, file), "w")
+
+
+def table() -> str:
+    """What is done so far in Markdown; each change beside the baseline's mean over the same seeds."""
+    done = {}
+    for path in sorted(RUNS.glob("*/result.json")):
+        name, seed = path.parent.name.rsplit("-", 1)
+        done.setdefault(name, {})[int(seed)] = json.loads(path.read_text())
+    lines = ["| change | mAP@.5, by seed | against the baseline | class | object | no-object |", "| --- " * 6 + "|"]
+    for name in sorted(done, key=list(CHANGES).index):
+        runs = done[name]
+        found = " ".join(f"{run['map50']:.3f}" for _, run in sorted(runs.items()))
+        gain = mean(run["map50"] - done["baseline"][seed]["map50"] for seed, run in runs.items())
+        means = (mean(run[f"accuracy/{key}"] for run in runs.values()) for key in ("class", "object@0.05", "no_object@0.05"))
+        cells = " | ".join(f"{100 * value:.1f}" for value in means)
+        lines.append(f"| {CHANGES[name].what} (`{name}`) | {found} | {gain:+.3f} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"changes to train: {', '.join(CHANGES)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print what is done")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(CHANGES):
+        parser.error(f"unknown changes {sorted(unknown)}; choose from {', '.join(CHANGES)}")
+    for name in arguments.names:
+        train(name, arguments.seed)
+    if arguments.table:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
