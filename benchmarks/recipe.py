@@ -24,7 +24,7 @@ from src.boxes import cxcywh_to_xyxy, decode, decode_above, decode_boxes
 from src.config import Config
 from src.dataset import DetectionData
 from src.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
-from src.model import YOLOv3
+from src.model import Residual, YOLOv3
 from src.run_folder import write_whole
 from src.training import Detector, fit
 
@@ -155,6 +155,14 @@ def unbiased(self) -> None:
         torch.nn.init.zeros_(head.predict.bias)
 
 
+def quiet_residuals(self) -> None:
+    """Every residual block starts as the identity: Goyal et al. 2017, section 5.1."""
+    initialise(self)
+    for module in self.modules():
+        if isinstance(module, Residual):
+            torch.nn.init.zeros_(module.body[1][1].weight)
+
+
 configure_optimizers, initialise = Detector.configure_optimizers, YOLOv3._initialise
 
 
@@ -215,6 +223,7 @@ CHANGES = {
     "ema-0.99": Change("decay of the average 0.99", {"ema_decay": 0.99}),
     "ema-0.9998": Change("decay of the average 0.9998", {"ema_decay": 0.9998}),
     "ema-none": Change("no averaging", {"ema_decay": 0.0}),
+    "residual-zero": Change("residual blocks start as the identity", instead={"src.model.YOLOv3._initialise": quiet_residuals}),
     "batch-8": Change("8 images a batch, twice the steps", {"batch_size": 8}),
     "mosaic-0": Change("no mosaics", {"mosaic": 0.0}),
     "mosaic-0.75-end": Change("mosaics to the end", {"mosaic_off_epochs": 0}),
