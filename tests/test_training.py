@@ -2,15 +2,20 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from src import callbacks, training
-from src.config import Config
-from src.dataset import DetectionData
+from src.config import ANCHORS, Config
+from src.dataset import DetectionData, HeldOutDataset, collate
+from src.loss import assign_targets
 from src.machine import make_trainer, precision_here
+from src.predict import to_input
 from src.training import Detector, build_model, drawn_side, evaluate, find_lr, fit, load_detector
+from src.voc import make_record
 
 
 def tiny(folder, **changes) -> Config:
@@ -168,6 +173,31 @@ def test_multi_resolution_trains_at_the_drawn_sides(tmp_path):
     detector.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
     make_trainer(config, max_epochs=2, limit_val_batches=0).fit(detector, datamodule=DetectionData(config))
     assert seen == [drawn_side(config, step) for step in range(8)] and len(set(seen)) > 1
+
+
+@pytest.mark.parametrize("side", [256, 288, 352, 448])
+def test_a_resized_batch_is_one_read_at_that_size(side):
+    """What training_step does to a batch of 416 pixels, against a data set of `side` pixels."""
+    config = Config(data="shapes", classes=training_classes(), width=0.125, sizes=(side,))
+    smooth = np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)  # sides divide by 13
+    corners = np.random.default_rng(side).uniform(0, 700, (20, 2))
+    record = make_record(smooth, np.hstack((corners, corners + np.geomspace(30, 130, 20)[:, None])), [0] * 20, [False] * 20)
+    home, there = (collate([HeldOutDataset([record], config.replace(image_size=size))[0]]) for size in (416, side))
+    torch.testing.assert_close(home["targets"], there["targets"], atol=1e-6, rtol=0)
+
+    given, model = [], build_model(config)
+    detector = SimpleNamespace(
+        config=config, model=model, trainer=SimpleNamespace(global_step=0), log_dict=lambda *_, **__: None,
+        network=lambda images: given.append(images) or model(images), loss=lambda *parts: given.append(parts) or {"loss": torch.zeros(1)},
+    )  # fmt: skip
+    Detector.training_step(detector, home, 0)
+    images, (logits, targets, anchors) = given
+    assert images.shape[-1] == side and (images - to_input(there["images"])).abs().mean() < 0.005
+    grids = [level.shape[2] for level in logits]
+    assert grids == [side // 32, side // 16, side // 8]
+    torch.testing.assert_close(anchors * side, torch.tensor(ANCHORS) * 416)  # the same pixels
+    for one, other in zip(assign_targets(targets, grids, anchors, 1), assign_targets(there["targets"], grids, anchors, 1), strict=True):
+        assert torch.equal(one.positive, other.positive) and torch.equal(one.ignored, other.ignored)
 
 
 def test_frozen_backbone_epochs(tmp_path):
