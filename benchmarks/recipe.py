@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -22,7 +23,7 @@ from torchvision.ops import box_iou, distance_box_iou_loss, generalized_box_iou_
 
 from src.boxes import cxcywh_to_xyxy, decode, decode_above, decode_boxes
 from src.config import Config
-from src.dataset import DetectionData
+from src.dataset import DetectionData, MosaicDataset
 from src.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
 from src.model import Residual, YOLOv3
 from src.run_folder import write_whole
@@ -136,6 +137,13 @@ def mirror_only() -> A.Compose:
     return A.Compose([A.HorizontalFlip(p=0.5)], bbox_params=boxes)
 
 
+def nearly_whole(self, index: int, random) -> tuple:
+    """A picture alone is shown at 0.8 to 1.1 of the canvas, about as in the held-out split."""
+    narrow = copy(self)
+    narrow.config = self.config.replace(scale_range=(0.8, 1.1))
+    return single(narrow, index, random)
+
+
 def focal_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
     return sigmoid_focal_loss(logits, classes, alpha=-1, gamma=2)
 
@@ -163,7 +171,7 @@ def quiet_residuals(self) -> None:
             torch.nn.init.zeros_(module.body[1][1].weight)
 
 
-configure_optimizers, initialise = Detector.configure_optimizers, YOLOv3._initialise
+configure_optimizers, initialise, single = Detector.configure_optimizers, YOLOv3._initialise, MosaicDataset._single
 
 
 def kmeans_anchors() -> tuple:
@@ -230,6 +238,8 @@ CHANGES = {
     "mosaic-off-3": Change("no mosaics in the last 3 epochs of 6", {"mosaic_off_epochs": 3}),
     "scale-weak": Change("scales 0.7 to 1.1", {"scale_range": (0.7, 1.1)}),
     "scale-strong": Change("scales 0.25 to 1.6", {"scale_range": (0.25, 1.6)}),
+    "single-whole": Change("pictures outside mosaics at scales 0.8 to 1.1", instead={
+        "src.dataset.MosaicDataset._single": nearly_whole}),
     "colour-none": Change("light and colours left alone", instead={"src.dataset.augmentations": mirror_only}),
     "sizes": Change("multi-resolution, 96 to 192", {"sizes": (96, 128, 160, 192)}),
 }  # fmt: skip

@@ -1,0 +1,41 @@
+"""One resolution against many on photographs: the same pictures, epochs and recipe.
+
+python -m benchmarks.photographs one|many     trains (again: goes on where it stopped), then measures at each side
+VOC_ROOT names the folder that holds VOCdevkit.
+"""
+
+import argparse
+
+from src.config import Config
+from src.dataset import DetectionData
+from src.training import evaluate, fit, load_detector
+
+ONE = Config(
+    train_splits=("2012/train",), val_splits=("2012/val",), image_size=224, width=0.25, epochs=40, batch_size=16,
+    mosaic_off_epochs=4, max_lr=2e-3, workers=1, run_dir="runs/photographs-one",
+)  # fmt: skip
+RUNS = {"one": ONE, "many": ONE.replace(sizes=(128, 160, 192, 224, 256), run_dir="runs/photographs-many")}
+SIDES = (128, 160, 192, 224, 256)
+
+
+def by_size(folder: str) -> str:
+    """What the last epoch's weights reach at each side, as rows of Markdown."""
+    detector, lines = load_detector(folder, "last"), ["| side | class | no-object | object | mAP@.5 |", "| --- " * 5 + "|"]
+    for side in SIDES:
+        found = evaluate(detector, DetectionData(detector.config.replace(image_size=side)))
+        cells = [100 * found.accuracies[name] for name in ("class", "no_object@0.05", "object@0.05")]
+        percent = " | ".join(f"{value:.1f}" for value in cells)
+        lines.append(f"| {side} | {percent} | {found.precisions['VOC AP@.5, area']:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", choices=RUNS)
+    config = RUNS[parser.parse_args().run]
+    fit(config, ckpt_path="auto")
+    print(by_size(config.run_dir))
+
+
+if __name__ == "__main__":
+    main()
