@@ -46,7 +46,7 @@ class Config:
     sizes: tuple[int, ...] = ()  # multi-resolution training: the sides drawn from; empty: image_size only
     size_steps: int = 10  # steps a drawn side is held for
     mosaic: float = 0.75  # part of the draws that are four-image mosaics
-    mosaic_off_epochs: int = 2  # the last epochs see whole images only
+    mosaic_off_epochs: int = 2  # the last epochs see whole images only, and at image_size
     scale_range: tuple[float, float] = (0.45, 1.25)  # an image's long side, in sides of the canvas
     min_visible: float = 0.25  # a box keeps its label while this part of its area is left
 
@@ -88,6 +88,11 @@ class Config:
         for name in ("epochs", "batch_size", "size_steps", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Config.{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def whole_from(self) -> int:
+        """The first epoch, counted from 0, that draws no mosaics and no sides."""
+        return self.epochs - self.mosaic_off_epochs
 
     def replace(self, **changes) -> "Config":
         """The same settings with some changed."""

@@ -74,7 +74,6 @@ class MosaicDataset(Dataset):
 
     def __init__(self, records: list[Record], config: Config, cache: ImageCache | None = None):
         self.records, self.config, self.cache = records, config, cache
-        self.whole_from = config.epochs - config.mosaic_off_epochs  # epochs from here on draw no mosaics
         self.augment = augmentations()
 
     def __len__(self) -> int:
@@ -85,7 +84,7 @@ class MosaicDataset(Dataset):
         return self._wants_mosaic(draw, self._random(draw))
 
     def _wants_mosaic(self, draw: int, random: np.random.Generator) -> bool:
-        return random.random() < self.config.mosaic and draw // len(self) < self.whole_from
+        return random.random() < self.config.mosaic and draw // len(self) < self.config.whole_from
 
     def __getitem__(self, draw: int) -> Sample:
         random = self._random(draw)

@@ -36,9 +36,12 @@ def build_model(config: Config) -> YOLOv3:
     return model
 
 
-def drawn_side(config: Config, step: int) -> int:
-    """The side of the batch at this step; the same on every process, and after a resume."""
-    if not config.sizes:
+def drawn_side(config: Config, step: int, epoch: int) -> int:
+    """The side of the batch at this step of this epoch; the same on every process, and after a resume.
+
+    The last epochs, of whole images, are at `image_size`: so averages of batch norm and features settle there.
+    """
+    if not config.sizes or epoch >= config.whole_from:
         return config.image_size
     return int(np.random.default_rng((config.seed, step // config.size_steps)).choice(config.sizes))
 
@@ -55,7 +58,8 @@ class Detector(pl.LightningModule):
         self.results: dict[str, float] = {}  # of the last validation, for the callbacks
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        images, side = to_input(batch["images"]), drawn_side(self.config, self.trainer.global_step)
+        images = to_input(batch["images"])
+        side = drawn_side(self.config, self.trainer.global_step, self.current_epoch)
         if side != images.shape[-1]:  # multi-resolution: targets are fractions of the image and stay
             images = interpolate(images, (side, side), mode="bilinear", antialias=True)
         terms = self.loss(self.network(images), batch["targets"], self.model.anchors_at(side))

@@ -40,9 +40,9 @@ def train_on_two(folder: Path, poisoned: bool, pipe) -> None:
         with open(folder.parent / "events", "a") as file:
             file.write(" ".join(map(str, (training.dist.get_rank() if training.dist.is_initialized() else -1, *what))) + "\n")
 
-    def drawn_side(config, step):
-        note("side", step, plain[0](config, step))
-        return plain[0](config, step)
+    def drawn_side(config, step, epoch):
+        note("side", step, plain[0](config, step, epoch))
+        return plain[0](config, step, epoch)
 
     def write_whole(path, *args, **options):
         note("wrote", path.name)

@@ -159,20 +159,21 @@ def test_learning_rate_finder_leaves_no_trace(tmp_path):
 def test_every_size_is_drawn_and_held(tmp_path):
     sizes = tuple(range(256, 449, 32))
     config = tiny(tmp_path, sizes=sizes)
-    drawn = [drawn_side(config, step) for step in range(2000)]
+    drawn = [drawn_side(config, step, 0) for step in range(2000)]
     assert set(drawn) == set(sizes)
     for start in range(0, 2000, config.size_steps):
         assert len(set(drawn[start : start + config.size_steps])) == 1
-    assert drawn == [drawn_side(config, step) for step in range(2000)]
-    assert {drawn_side(tiny(tmp_path), step) for step in range(50)} == {64}
+    assert drawn == [drawn_side(config, step, 1) for step in range(2000)]
+    assert {drawn_side(config, step, 2) for step in range(50)} == {64}  # the epoch without mosaics
+    assert {drawn_side(tiny(tmp_path), step, 0) for step in range(50)} == {64}
 
 
 def test_multi_resolution_trains_at_the_drawn_sides(tmp_path):
-    config = tiny(tmp_path, sizes=(32, 64, 96), size_steps=1, epochs=2)
+    config = tiny(tmp_path, sizes=(32, 64, 96), size_steps=1, epochs=3)
     detector, seen = Detector(config), []
     detector.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
-    make_trainer(config, max_epochs=2, limit_val_batches=0).fit(detector, datamodule=DetectionData(config))
-    assert seen == [drawn_side(config, step) for step in range(8)] and len(set(seen)) > 1
+    make_trainer(config, max_epochs=3, limit_val_batches=0).fit(detector, datamodule=DetectionData(config))
+    assert seen == [drawn_side(config, step, step // 4) for step in range(12)] and len(set(seen[:8])) > 1
 
 
 @pytest.mark.parametrize("side", [256, 288, 352, 448])
@@ -187,7 +188,7 @@ def test_a_resized_batch_is_one_read_at_that_size(side):
 
     given, model = [], build_model(config)
     detector = SimpleNamespace(
-        config=config, model=model, trainer=SimpleNamespace(global_step=0), log_dict=lambda *_, **__: None,
+        config=config, model=model, trainer=SimpleNamespace(global_step=0), current_epoch=0, log_dict=lambda *_, **__: None,
         network=lambda images: given.append(images) or model(images), loss=lambda *parts: given.append(parts) or {"loss": torch.zeros(1)},
     )  # fmt: skip
     Detector.training_step(detector, home, 0)
