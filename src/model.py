@@ -121,6 +121,8 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+            if isinstance(module, Residual):  # start as the identity: Goyal et al. 2017, section 5.1
+                nn.init.zeros_(module.body[1][1].weight)
         for head in self.heads:  # start near "nothing here": RetinaNet (Lin et al. 2017), section 4.1
             nn.init.normal_(head.predict.weight, std=0.01)
             bias = head.predict.bias.data.zero_().view(3, -1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.model import ConvBlock, YOLOv3
+from src.model import ConvBlock, Residual, YOLOv3
 
 
 def random_net(**settings) -> YOLOv3:
@@ -54,6 +54,16 @@ def test_anchors_keep_their_pixels_at_every_side():
     assert torch.equal(net.anchors_at(160), net.anchors)
     for side in (96, 224):
         torch.testing.assert_close(net.anchors_at(side) * side, net.anchors * 160)
+
+
+def test_residual_blocks_start_as_the_identity():
+    blocks = [module for module in YOLOv3(2, 0.125).modules() if isinstance(module, Residual)]
+    assert len(blocks) == 1 + 2 + 8 + 8 + 4
+    for block in blocks:
+        x = torch.randn(2, block.body[1][0].out_channels, 4, 4)
+        assert torch.equal(block(x), x)
+        block(x).sum().backward()
+        assert block.body[1][1].weight.grad.abs().sum() > 0  # and can leave it
 
 
 def test_starts_near_nothing_here():
