@@ -47,7 +47,7 @@ class Config:
     size_steps: int = 10  # steps a drawn side is held for
     mosaic: float = 0.75  # part of the draws that are four-image mosaics
     mosaic_off_epochs: int = 2  # the last epochs see whole images only, and at image_size
-    scale_range: tuple[float, float] = (0.45, 1.25)  # an image's long side, in sides of the canvas
+    scale_range: tuple[float, float] = (0.7, 1.1)  # an image's long side, in sides of the canvas
     min_visible: float = 0.25  # a box keeps its label while this part of its area is left
 
     # model
