@@ -113,7 +113,7 @@ class Page(gr.Blocks):
     def launch(self, **options):
         defaults = {
             "theme": THEME, "head": f"<style>{CSS}</style>", "footer_links": ["api"], "ssr_mode": False,
-            "max_file_size": MOST_UPLOAD, "state_session_capacity": 64,
+            "max_file_size": MOST_UPLOAD, "state_session_capacity": 64, "enable_monitoring": False,
             "app_kwargs": {"middleware": [Middleware(BoundedRequests)]},
         }  # fmt: skip
         return super().launch(**{**defaults, **options})

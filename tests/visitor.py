@@ -36,13 +36,15 @@ def serving(folder: Path, **variables: str) -> Iterator[tuple[str, subprocess.Po
     environment.pop("PYTHONPATH", None)
     server = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(4 * PATIENCE):
+        for _ in range(8 * PATIENCE):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
                 break
             if server.poll() is not None:
                 raise RuntimeError("the Space ended before it answered")
             time.sleep(0.5)
+        else:
+            raise TimeoutError(f"the Space did not answer in {4 * PATIENCE} s")
         yield f"http://127.0.0.1:{port}/", server
     finally:
         server.terminate()
