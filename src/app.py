@@ -23,7 +23,7 @@ from src.predict import Detections, Predictor, fit_inside, load_image
 
 MOST_PIXELS = 50_000_000
 MOST_UPLOAD = 64 * 2**20  # bytes of a request that brings files
-MOST_REQUEST = 256 * 2**10  # bytes of any other; the page's own hold some hundred
+MOST_REQUEST = 256 * 2**10  # bytes of any other; the page's own hold some thousand
 VIEW = 480, 1024  # pixels of the long side a picture is shown at, at least and at most
 LAYERS = [
     ("The one that found it", "own"), ("All, averaged", "all"),

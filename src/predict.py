@@ -22,7 +22,7 @@ FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVI
 
 
 def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
-    """Any picture as uint8 [H, W, 3] RGB, upright (EXIF), its first frame, transparency on white.
+    """Any picture (FORMATS) as uint8 [H, W, 3] RGB, upright (EXIF), its first frame, transparency on white.
 
     source: a path, a PIL image or an array [H, W], [H, W, 3] or [H, W, 4]. With `side` a JPEG may be decoded at
     1/2, 1/4 or 1/8 as long as its long side stays at least that many pixels. A picture of more than `most_pixels`
