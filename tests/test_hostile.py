@@ -1,4 +1,4 @@
-"""The open app: an exported Space in a process of its own, and what a public address gets sent, 658 times over."""
+"""The open app: an exported Space in a process of its own, and what a public address gets sent, 657 times over."""
 
 import io
 import itertools
@@ -325,7 +325,7 @@ def routes(folder: Path) -> list[Case]:
     paths += [b"/gradio_api/proxy=http://127.0.0.1:1/", b"/gradio_api/custom_component/image/server/../../app.py",
               b"/gradio_api/stream/a/b/1/playlist.m3u8", b"/gradio_api/stream/a/b/1/playlist-file",
               b"/gradio_api/vibe-code/",
-              b"/monitoring", b"/monitoring/summary", b"/monitoring/x", b"/gradio_api/dev/reload",
+              b"/monitoring", b"/monitoring/summary", b"/monitoring/x",
               b"/pwa_icon/99999999",
               b"/gradio_api/queue/data", b"/.git/config", b"/app.py", b"/../app.py", b"/..%2fapp.py",
               b"/weights/config.json"]  # fmt: skip
