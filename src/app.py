@@ -12,12 +12,18 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
+from gradio.utils import get_upload_folder, is_in_or_equal
+from gradio_client.utils import is_file_obj, traverse
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
 from src.drawing import class_colours, draw_detections, draw_heat
 from src.gradcam import METHODS, Explainer
 from src.predict import Detections, Predictor, fit_inside, load_image
 
 MOST_PIXELS = 50_000_000
+MOST_UPLOAD = 64 * 2**20  # bytes of a request that brings files
+MOST_REQUEST = 256 * 2**10  # bytes of any other; the page's own hold some thousand
 VIEW = 480, 1024  # pixels of the long side a picture is shown at, at least and at most
 LAYERS = [
     ("The one that found it", "own"), ("All, averaged", "all"),
@@ -81,15 +87,50 @@ class Visit:
         return dataclasses.replace(detections, boxes=detections.boxes * np.tile(scale, 2))
 
 
+class BoundedRequests:
+    """ASGI middleware: a request stops at its most bytes. Gradio by itself parses JSON of any size, while all wait."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        most, seen = MOST_UPLOAD if scope.get("path", "").endswith("/upload") else MOST_REQUEST, 0
+
+        async def bounded():
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise HTTPException(413, f"This request is larger than {most / 2**20:g} MB")
+            return message
+
+        await self.app(scope, bounded, send)
+
+
 class Page(gr.Blocks):
     """Blocks that launch with the project's look and a queue; every argument of `launch` can still be given."""
 
     def launch(self, **options):
         defaults = {
             "theme": THEME, "head": f"<style>{CSS}</style>", "footer_links": ["api"], "ssr_mode": False,
-            "max_file_size": "64mb", "state_session_capacity": 64,
+            "max_file_size": MOST_UPLOAD, "state_session_capacity": 64, "enable_monitoring": False,
+            "app_kwargs": {"middleware": [Middleware(BoundedRequests)]},
         }  # fmt: skip
         return super().launch(**{**defaults, **options})
+
+    def validate_inputs(self, block_fn, inputs):
+        """Gradio's check of a request, and: a file is one that was uploaded.
+
+        By itself gradio fetches addresses, of any size, and lets the path of a file that isn't marked as one pass.
+        """
+        super().validate_inputs(block_fn, inputs)
+        traverse(inputs, _require_upload, is_file_obj)
+
+
+def _require_upload(file: dict) -> None:
+    if not (os.path.isfile(file["path"]) and is_in_or_equal(file["path"], get_upload_folder())):
+        raise gr.Error("Upload the picture first: neither addresses nor other files are read")
+
 
 def look(predictor: Predictor, path: str | os.PathLike) -> Visit:
     """The one forward pass over a visitor's file. Raises ValueError whose text can be shown to them."""
@@ -193,7 +234,7 @@ def build_app(
         gr.HTML(about_html(predictor, links or {}), padding=False)
         _connect(predictor, photo, found, thresholds, why, choices)
         gr.api(_endpoint(predictor), api_name="detect", **ONE_AT_A_TIME)
-    return page.queue(max_size=200)
+    return page.queue(max_size=200, api_open=False)  # nobody passes the queue by
 
 
 def _picture(label: str, name: str) -> gr.Image:
@@ -242,6 +283,8 @@ def _endpoint(predictor: Predictor):
 
     def detect_file(image: gr.FileData, confidence: float = 0.25, overlap: float = 0.45) -> dict:
         """Objects in a picture: class, confidence and box (left, top, right, bottom in pixels), best first."""
+        if not is_file_obj(image):
+            raise gr.Error("image must be an uploaded file")
         try:
             return detect(predictor, image["path"], confidence, overlap)
         except ValueError as error:

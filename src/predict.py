@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import cv2
@@ -16,10 +17,12 @@ from src.model import YOLOv3
 
 PAD = 114  # grey of the letterbox's bars
 FLOOR = 0.01  # candidates that score less are not kept
+Image.init()  # PIL's other formats are no photographs; EPS is even drawn by a program
+FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys())
 
 
 def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
-    """Any picture as uint8 [H, W, 3] RGB, upright (EXIF), its first frame, transparency on white.
+    """Any picture (FORMATS) as uint8 [H, W, 3] RGB, upright (EXIF), its first frame, transparency on white.
 
     source: a path, a PIL image or an array [H, W], [H, W, 3] or [H, W, 4]. With `side` a JPEG may be decoded at
     1/2, 1/4 or 1/8 as long as its long side stays at least that many pixels. A picture of more than `most_pixels`
@@ -30,7 +33,7 @@ def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
         source = Image.fromarray(source)
     name = source if isinstance(source, str | os.PathLike) else "the image"
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         if most_pixels and image.width * image.height > most_pixels:
             size = f"{image.width:,} x {image.height:,} pixels"
             raise ValueError(f"{size} are more than {most_pixels / 1e6:.0f} million")
@@ -63,7 +66,7 @@ def picture_size(source) -> tuple[int, int]:
     """(width, height) of what `load_image` gives for a path or an array, without decoding its pixels."""
     if isinstance(source, np.ndarray):
         return source.shape[1], source.shape[0]
-    with Image.open(source) as image:
+    with Image.open(source, formats=FORMATS) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size[::-1] if turned else image.size
 
@@ -126,7 +129,10 @@ class Candidates:
     size: tuple[int, int]  # width and height of the image
 
     def detections(self, confidence: float = 0.25, overlap: float = 0.45) -> Detections:
-        """Those that score above `confidence` and survive NMS at IoU `overlap`."""
+        """Those that score above `confidence` and survive NMS at IoU `overlap`; ValueError where one is no share."""
+        for name, value in (("confidence", confidence), ("overlap", overlap)):
+            if not (isinstance(value, Real) and 0 <= value <= 1):
+                raise ValueError(f"{name} must be a number in 0..1")
         return self._pick(*nms(self.boxes, self.scores, max(confidence, FLOOR), overlap))
 
     def strongest(self, label: int | None = None) -> Detections:

@@ -22,21 +22,30 @@ PATIENCE = 60  # seconds; busy machines are slow
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
     """Run an exported Space in a process of its own; gives its address."""
+    with serving(folder) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **variables: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """As `served`, with environment variables; gives the process too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", **variables}
     environment.pop("PYTHONPATH", None)
     server = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(4 * PATIENCE):
+        for _ in range(8 * PATIENCE):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
                 break
             if server.poll() is not None:
                 raise RuntimeError("the Space ended before it answered")
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/"
+        else:
+            raise TimeoutError(f"the Space did not answer in {4 * PATIENCE} s")
+        yield f"http://127.0.0.1:{port}/", server
     finally:
         server.terminate()
         server.wait(10)
