@@ -11,11 +11,11 @@ from src.dataset import DetectionData
 from src.training import evaluate, fit, load_detector
 
 ONE = Config(
-    train_splits=("2012/train",), val_splits=("2012/val",), image_size=192, width=0.25, epochs=40, batch_size=16,
+    train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, epochs=40, batch_size=16,
     mosaic_off_epochs=4, max_lr=2e-3, workers=1, run_dir="runs/photographs-one",
 )  # fmt: skip
-RUNS = {"one": ONE, "many": ONE.replace(sizes=(128, 160, 192, 224), run_dir="runs/photographs-many")}
-SIDES = (128, 160, 192, 224)
+RUNS = {"one": ONE, "many": ONE.replace(sizes=(96, 128, 160, 192), run_dir="runs/photographs-many")}
+SIDES = (96, 128, 160, 192)
 
 
 def by_size(folder: str) -> str:
