@@ -46,7 +46,7 @@ def install_missing(requirements: str | Path) -> None:
 
 
 def prepare() -> None:
-    """What a notebook needs before all else: its packages, and neither HARMLESS warnings nor a line for each download."""
+    """What a notebook needs before all else: its packages, neither HARMLESS warnings nor a line for each download."""
     install_missing(ROOT / "requirements.txt")
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message)
