@@ -14,7 +14,6 @@ from src.model import YOLOv3
 from src.predict import Detections, Predictor, load_image
 
 METHODS = {"hirescam": HiResCAM, "gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
-TAP = 4  # the layer of a head's neck that is mapped, its last; a prediction sees 3 x 3 of its cells
 MOST = 24  # detections explained at once, the best
 BATCH = 4  # of them in one backward pass
 
@@ -45,7 +44,7 @@ class Explainer:
         self.inputs, self.placement = predictor.input(image)
         with torch.no_grad():
             self.features = self.model.backbone(self.inputs)
-            logits = self.model.detect(self.features)
+            self.necks, logits = self.model.detect(self.features)
             self.candidates = predictor.read(logits, self.placement, *self.size)
         self.ends = np.cumsum([level[0, ..., 0].numel() for level in logits])  # where each scale's predictions end
 
@@ -101,18 +100,20 @@ class Explainer:
         return best, np.zeros(1, np.int64), f"{what} found above {100 * confidence:.0f}%; {seen}."
 
     def _heat(self, index: np.ndarray, labels: np.ndarray, scale: int, taps: list[int], method: str) -> np.ndarray:
-        """The CAMs of predictions index [m], made by one scale, each at most 1, laid over each other: [S, S]."""
+        """The CAMs of predictions index [m], made by one scale, each at most 1, laid over each other: [S, S].
+
+        The layer mapped is the neck of each scale in `taps`; a prediction sees 3 x 3 cells of its own scale's.
+        """
         start = self.ends[scale - 1] if scale else 0
         scores = [_Score(*pair) for pair in zip((index - start).tolist(), labels.tolist(), strict=True)]
         scores = scores[:1] if method == "eigencam" else scores  # it is the same for every prediction
-        heads = _Heads(self.model.heads[: scale + 1], self.features, taps[0], len(scores))
-        layers = [heads.heads[tap].neck[TAP] for tap in taps]
-        copies = layers[0].register_forward_hook(lambda _, __, activation: activation.expand(len(scores), -1, -1, -1))
+        part = slice(taps[0], scale + 1)
+        heads = _Heads(self.model.heads[part], self.features[part], self.necks[taps[0]], len(scores))
+        layers = [heads.tap, *(self.model.heads[tap].neck for tap in taps[1:])]
         cam = METHODS[method](heads, layers, reshape_transform=Tensor.float)  # numpy knows no bfloat16
         try:
             return cam(self.inputs, scores).max(axis=0)
         finally:
-            copies.remove()
             cam.activations_and_grads.release()
 
     def _cut(self, heat: np.ndarray) -> np.ndarray:
@@ -157,25 +158,24 @@ def _twin(model: YOLOv3) -> YOLOv3:
 
 
 class _Heads(nn.Module):
-    """The heads up to one scale, on features the backbone has computed, as the classifier pytorch-grad-cam asks for.
+    """Heads from the first tap to the last scale, as the classifier pytorch-grad-cam asks for.
 
     forward(images, which only tell the library the size of a map) -> predictions of the last scale
-    [copies, 3 * G * G, 5 + C] in the order of boxes.decode. At the first tap there start to be `copies` of all.
+    [copies, 3 * G * G, 5 + C] in the order of boxes.decode. What is known is not computed again: it starts from
+    `copies` of the first head's neck, which are seen at `tap`.
     """
 
-    def __init__(self, heads: nn.ModuleList, features: tuple[Tensor, ...], first_tap: int, copies: int):
+    def __init__(self, heads: nn.ModuleList, features: tuple[Tensor, ...], neck: Tensor, copies: int):
         super().__init__()
-        self.heads, self.features, self.first_tap, self.copies = heads, features, first_tap, copies
+        self.heads, self.tap = heads, nn.Identity()
+        self.features = [level.expand(copies, -1, -1, -1) for level in features]
+        self.neck = neck.expand(copies, -1, -1, -1)
 
     def forward(self, images: Tensor) -> Tensor:
-        neck = logits = None
-        for scale, (head, features) in enumerate(zip(self.heads, self.features, strict=False)):
-            if scale >= self.first_tap:
-                features = features.detach().requires_grad_()
-            if scale > self.first_tap:
-                features = features.expand(self.copies, -1, -1, -1)
-            neck, logits = head(features, neck)
-        return logits.flatten(1, 3)
+        neck = self.tap(self.neck.requires_grad_())
+        for head, features in zip(self.heads[1:], self.features[1:], strict=True):
+            neck = head.join(features, neck)
+        return self.heads[-1].read(neck).flatten(1, 3)
 
 
 class _Score:

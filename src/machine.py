@@ -1,5 +1,6 @@
 """What this machine trains with: precision, devices, and the Trainer that knows them."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 
 from src.config import Config
+
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its mere information, devices and tips, is left out
 
 
 def precision_here(config: Config) -> str:

@@ -75,12 +75,20 @@ class Head(nn.Module):
         self.predict = nn.Conv2d(2 * mid, 3 * (5 + num_classes), 1)
 
     def forward(self, features: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        neck = self.join(features, deeper)
+        return neck, self.read(neck)
+
+    def join(self, features: Tensor, deeper: Tensor | None) -> Tensor:
+        """The neck alone."""
         if self.lateral is not None:
             upsampled = nn.functional.interpolate(self.lateral(deeper), scale_factor=2.0, mode="nearest")
             features = torch.cat((upsampled, features), dim=1)
-        neck = self.neck(features)
+        return self.neck(features)
+
+    def read(self, neck: Tensor) -> Tensor:
+        """The logits of a neck."""
         logits = self.predict(self.expand(neck))  # [B, 3 * (5 + C), G, G]
-        return neck, logits.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
+        return logits.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
 
 
 class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["object-detection", "yolov3"]):
@@ -133,15 +141,16 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         side = images.shape[-1]
         if images.dim() != 4 or images.shape[-2] != side or side == 0 or side % 32:
             raise ValueError(f"YOLOv3 takes [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}")
-        return self.detect(self.backbone(images))
+        return self.detect(self.backbone(images))[1]
 
-    def detect(self, features: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        """The backbone's features at strides 32, 16 and 8 -> what `forward` returns."""
-        neck, logits = None, []
+    def detect(self, features: tuple[Tensor, Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The backbone's features at strides 32, 16 and 8 -> the three necks, and what `forward` returns."""
+        necks, logits = [None], []
         for head, level_features in zip(self.heads, features, strict=True):
-            neck, level = head(level_features, neck)
+            neck, level = head(level_features, necks[-1])
+            necks.append(neck)
             logits.append(level)
-        return logits
+        return necks[1:], logits
 
     def anchors_at(self, side: int) -> Tensor:
         """Anchors [3, 3, 2] in sides of an image of `side` pixels.

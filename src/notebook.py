@@ -26,7 +26,6 @@ HARMLESS = (  # beginnings of libraries' warnings that a reader can do nothing a
     r"The '\w+' does not have many workers",  # Config.workers says how many
 )
 FIGURES = {"image/jpeg": "jpg", "image/png": "png"}
-TALKATIVE = ("pytorch_lightning", "lightning.pytorch", "httpx")  # loggers whose mere information is left out
 
 
 def install_missing(requirements: str | Path) -> None:
@@ -47,14 +46,11 @@ def install_missing(requirements: str | Path) -> None:
 
 
 def prepare() -> None:
-    """What a notebook needs before all else: its packages, and neither HARMLESS warnings nor TALKATIVE libraries."""
+    """What a notebook needs before all else: its packages, neither HARMLESS warnings nor a line for each download."""
     install_missing(ROOT / "requirements.txt")
-    import pytorch_lightning  # noqa: F401  (here, since it sets the level of its log when it is first imported)
-
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message)
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def set_address(url: str) -> list[str]:
