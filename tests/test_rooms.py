@@ -11,7 +11,7 @@ from src.space import SERVING
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "huggingface_hub"}
-EXTRA = {"gradcam.py": {"pytorch_grad_cam"}, "app.py": {"gradio"}}
+EXTRA = {"gradcam.py": {"pytorch_grad_cam"}, "app.py": {"gradio", "gradio_client", "starlette"}}  # these come with gradio
 SERVED = {f"src.{Path(name).stem}" for name in SERVING}
 
 
