@@ -30,9 +30,9 @@ from src.run_folder import write_whole
 from src.training import Detector, fit
 
 RUNS = Path("runs/recipe")
-BASE = Config(
+BASE = Config(  # with BEFORE, what all changes are compared with: the recipe as it was before any of them was kept
     train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, epochs=6, batch_size=16,
-    mosaic_off_epochs=1, max_lr=2e-3, workers=0,
+    mosaic_off_epochs=1, max_lr=2e-3, scale_range=(0.45, 1.25), workers=0,
 )  # fmt: skip
 
 
@@ -158,20 +158,21 @@ def decay_everything(self) -> dict:
 
 def unbiased(self) -> None:
     """Objectness starts at 0.5 and so do the classes."""
-    initialise(self)
+    loud_residuals(self)
     for head in self.heads:
         torch.nn.init.zeros_(head.predict.bias)
 
 
-def quiet_residuals(self) -> None:
-    """Every residual block starts as the identity: Goyal et al. 2017, section 5.1."""
+def loud_residuals(self) -> None:
+    """Residual blocks don't start as the identity."""
     initialise(self)
     for module in self.modules():
         if isinstance(module, Residual):
-            torch.nn.init.zeros_(module.body[1][1].weight)
+            torch.nn.init.ones_(module.body[1][1].weight)
 
 
 configure_optimizers, initialise, single = Detector.configure_optimizers, YOLOv3._initialise, MosaicDataset._single
+BEFORE = {"src.model.YOLOv3._initialise": loud_residuals}
 
 
 def kmeans_anchors() -> tuple:
@@ -189,7 +190,7 @@ def kmeans_anchors() -> tuple:
 
 @dataclass(frozen=True)
 class Change:
-    """One difference to the baseline: settings, and what stands in for parts of `src`."""
+    """One difference to BASE and BEFORE: settings, and what stands in for parts of `src`."""
 
     what: str
     settings: dict = field(default_factory=dict)
@@ -231,7 +232,7 @@ CHANGES = {
     "ema-0.99": Change("decay of the average 0.99", {"ema_decay": 0.99}),
     "ema-0.9998": Change("decay of the average 0.9998", {"ema_decay": 0.9998}),
     "ema-none": Change("no averaging", {"ema_decay": 0.0}),
-    "residual-zero": Change("residual blocks start as the identity", instead={"src.model.YOLOv3._initialise": quiet_residuals}),
+    "residual-zero": Change("residual blocks start as the identity", instead={"src.model.YOLOv3._initialise": initialise}),
     "batch-8": Change("8 images a batch, twice the steps", {"batch_size": 8}),
     "mosaic-0": Change("no mosaics", {"mosaic": 0.0}),
     "mosaic-0.75-end": Change("mosaics to the end", {"mosaic_off_epochs": 0}),
@@ -254,7 +255,7 @@ def train(name: str, seed: int) -> None:
     config = BASE.replace(seed=seed, run_dir=str(folder), **settings)
     started = time.monotonic()
     with ExitStack() as stack:
-        for target, instead in change.instead.items():
+        for target, instead in (BEFORE | change.instead).items():
             stack.enter_context(mock.patch(target, instead))
         results = fit(config, ckpt_path="auto").results
     for checkpoint in folder.glob("*.ckpt"):

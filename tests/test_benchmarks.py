@@ -1,13 +1,17 @@
 """The benchmarks' baselines give what src gives, so their times may be compared."""
 
+from contextlib import ExitStack
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from torchvision.ops import complete_box_iou_loss
 
-from benchmarks import evaluation, obvious
+from benchmarks import evaluation, obvious, recipe
 from benchmarks.material import empty_logits, objects, photographs, plant
 from benchmarks.measure import Row, seconds, table
+from src import training
 from src.boxes import cxcywh_to_xyxy, decode, decode_above
 from src.cache import ImageCache
 from src.config import ANCHORS, Config
@@ -101,3 +105,21 @@ def test_table_says_what_is_met():
     lines = table(rows).splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines}) == 1 and "at most 1.1x" in lines[3]
     assert seconds(lambda: sum(range(20000)), lambda: None, rounds=2)[0] > 0
+
+
+LOSSES = [name for name in recipe.CHANGES if name.startswith(("box", "object-", "class", "ignore", "positives")) and "bias" not in name]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_change_of_the_loss_is_one(name):
+    change, targets = recipe.CHANGES[name], random_targets(30, 4)
+    chance = torch.Generator().manual_seed(0)
+    logits = [torch.randn(4, 3, grid, grid, 25, generator=chance).requires_grad_() for grid in (5, 10, 20)]
+    plain = YOLOLoss(recipe.BASE)(logits, targets, ANCHOR)["loss"]
+    with ExitStack() as stack:
+        for target, instead in change.instead.items():
+            stack.enter_context(mock.patch(target, instead))
+        changed = training.YOLOLoss(recipe.BASE.replace(**change.settings))(logits, targets, ANCHOR)["loss"]
+    changed.backward()
+    assert changed.isfinite() and abs(changed - plain) > 1e-3
+    assert all(level.grad.isfinite().all() for level in logits)
