@@ -1,29 +1,25 @@
 """The page: a photograph in, what is in it and why out. The same in the notebook and in the Space."""
 
-import dataclasses
 import html
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
-from gradio.utils import get_upload_folder, is_in_or_equal
-from gradio_client.utils import is_file_obj, traverse
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from src.drawing import class_colours, draw_detections, draw_heat
 from src.gradcam import METHODS, Explainer
+from src.guard import MOST_UPLOAD, BoundedRequests, GuardedBlocks, is_file_obj
 from src.predict import Detections, Predictor, fit_inside, load_image
 
 MOST_PIXELS = 50_000_000
-MOST_UPLOAD = 64 * 2**20  # bytes of a request that brings files
-MOST_REQUEST = 256 * 2**10  # bytes of any other; the page's own hold some thousand
+KEPT = 3600  # seconds that a visitor's photograph is
 VIEW = 480, 1024  # pixels of the long side a picture is shown at, at least and at most
 LAYERS = [
     ("The one that found it", "own"), ("All, averaged", "all"),
@@ -67,6 +63,7 @@ CSS = """
 """
 INTRODUCTION = "Give it a photograph. It names and frames what it knows, and shows where it looked to decide."
 HINT = "Add a photograph, or click a sample."
+NONE_HERE = "Add a photograph first; each is kept for an hour."
 
 
 @dataclass
@@ -84,30 +81,10 @@ class Visit:
     def in_view(self, detections: Detections) -> Detections:
         """Boxes in pixels of the view."""
         scale = np.divide(self.view.shape[1::-1], self.explainer.size).astype(np.float32)
-        return dataclasses.replace(detections, boxes=detections.boxes * np.tile(scale, 2))
+        return replace(detections, boxes=detections.boxes * np.tile(scale, 2))
 
 
-class BoundedRequests:
-    """ASGI middleware: a request stops at its most bytes. Gradio by itself parses JSON of any size, while all wait."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        most, seen = MOST_UPLOAD if scope.get("path", "").endswith("/upload") else MOST_REQUEST, 0
-
-        async def bounded():
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise HTTPException(413, f"This request is larger than {most / 2**20:g} MB")
-            return message
-
-        await self.app(scope, bounded, send)
-
-
-class Page(gr.Blocks):
+class Page(GuardedBlocks):
     """Blocks that launch with the project's look and a queue; every argument of `launch` can still be given."""
 
     def launch(self, **options):
@@ -118,18 +95,6 @@ class Page(gr.Blocks):
         }  # fmt: skip
         return super().launch(**{**defaults, **options})
 
-    def validate_inputs(self, block_fn, inputs):
-        """Gradio's check of a request, and: a file is one that was uploaded.
-
-        By itself gradio fetches addresses, of any size, and lets the path of a file that isn't marked as one pass.
-        """
-        super().validate_inputs(block_fn, inputs)
-        traverse(inputs, _require_upload, is_file_obj)
-
-
-def _require_upload(file: dict) -> None:
-    if not (os.path.isfile(file["path"]) and is_in_or_equal(file["path"], get_upload_folder())):
-        raise gr.Error("Upload the picture first: neither addresses nor other files are read")
 
 
 def look(predictor: Predictor, path: str | os.PathLike) -> Visit:
@@ -222,7 +187,7 @@ def build_app(
     The endpoint /detect(image, confidence, overlap) answers programs.
     """
     predictor = source if isinstance(source, Predictor) else Predictor.load(source)
-    with Page(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with Page(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gr.HTML(f"<h1>{html.escape(title)}</h1><p>{INTRODUCTION}</p>", padding=False, elem_id="top")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
@@ -243,10 +208,8 @@ def _picture(label: str, name: str) -> gr.Image:
 
 
 def _photo_column(samples: Sequence[str | Path]) -> gr.Image:
-    photo = gr.Image(
-        label="Photograph", type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
-        height=HEIGHT, elem_id="photo",
-    )  # fmt: skip
+    photo = gr.Image(label="Photograph", type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
+                     height=HEIGHT, elem_id="photo")  # fmt: skip
     if samples:
         gr.Examples([[str(path)] for path in samples], photo, label="Or try one of these", elem_id="samples")
     return photo
@@ -295,7 +258,7 @@ def _endpoint(predictor: Predictor):
 
 def _connect(predictor: Predictor, photo: gr.Image, found: list, thresholds: list, why: list, choices: list) -> None:
     """What happens when. A photograph costs one forward pass; sliders and choices work on what it left in `visit`."""
-    visit, target = gr.State(time_to_live=3600), choices[0]
+    visit, target = gr.State(time_to_live=KEPT), choices[0]
 
     def arrive(file: dict | None, *limits):
         """photo: the file as the page sent it, so that one which is no picture reaches load_image's message."""
@@ -312,25 +275,22 @@ def _connect(predictor: Predictor, photo: gr.Image, found: list, thresholds: lis
 
     def slide(now: Visit | None, chosen, *limits):
         if now is None:
-            return (gr.skip(),) * 4
+            return gr.skip(), NONE_HERE, gr.skip(), gr.skip()
         picture, line, table, options = show_boxes(now, *limits)
         chosen = chosen if chosen in [value for _, value in options] else "all"
         return picture, line, table, gr.Dropdown(options, value=chosen)
 
     def explain(now: Visit | None, *settings):
-        return show_heat(now, *settings) if now else (gr.skip(), gr.skip())
+        return show_heat(now, *settings) if now else (gr.skip(), NONE_HERE)
 
     def click(event: gr.SelectData):
         return int(event.row_value[0]) - 1
 
     heat = {"fn": explain, "inputs": [visit, *choices, *thresholds], "outputs": why, **ONE_AT_A_TIME, **LAST_COUNTS}
-    photo.change(
-        arrive, [photo, *thresholds], [visit, *found, target, *why], preprocess=False, **ONE_AT_A_TIME, **LAST_COUNTS
-    ).then(**heat)
-    gr.on(
-        [slider.change for slider in thresholds], slide, [visit, target, *thresholds], [*found, target],
-        show_progress="hidden", **LAST_COUNTS,
-    ).then(**heat)  # fmt: skip
+    photo.change(arrive, [photo, *thresholds], [visit, *found, target, *why], preprocess=False,
+                 **ONE_AT_A_TIME, **LAST_COUNTS).then(**heat)  # fmt: skip
+    gr.on([slider.change for slider in thresholds], slide, [visit, target, *thresholds], [*found, target],
+          show_progress="hidden", **LAST_COUNTS).then(**heat)  # fmt: skip
     found[2].select(click, None, target, api_visibility="private", show_progress="hidden").then(**heat)
     gr.on([choice.input for choice in choices], **heat)
 

@@ -15,7 +15,8 @@ from PIL import Image
 from src.model import YOLOv3
 from src.predict import load_image
 
-SERVING = ("__init__.py", "config.py", "boxes.py", "model.py", "predict.py", "drawing.py", "gradcam.py", "app.py")
+SERVING = ("__init__.py", "config.py", "boxes.py", "model.py", "predict.py", "drawing.py", "gradcam.py",
+           "guard.py", "app.py")  # fmt: skip
 PACKAGES = (
     "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "safetensors", "huggingface_hub",
     "grad-cam", "gradio",

@@ -11,7 +11,8 @@ from src.space import SERVING
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "huggingface_hub"}
-EXTRA = {"gradcam.py": {"pytorch_grad_cam"}, "app.py": {"gradio", "gradio_client", "starlette"}}  # these come with gradio
+GRADIO = {"gradio", "gradio_client", "starlette"}  # gradio brings the others
+EXTRA = {"gradcam.py": {"pytorch_grad_cam"}, "app.py": GRADIO, "guard.py": GRADIO}
 SERVED = {f"src.{Path(name).stem}" for name in SERVING}
 
 
