@@ -56,13 +56,13 @@ class OverlapAsObjectness(YOLOLoss):
 
     def _positives(self, logits: list[Tensor], found: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
         terms = super()._positives(logits, found, targets, anchors)
-        missing = 0
+        missing = 0.0
         for level, part, scale in zip(logits, found, anchors, strict=True):
             rows = part.gather(level).float()
             boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[part.anchor], level.shape[2])
-            overlap = 1 - generalized_iou(boxes, targets[:, 2:6]).detach().clamp(0, 1)
+            overlap = box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets[:, 2:6])).diagonal().detach()
             missing = missing + ((1 - overlap) * rows[:, 0] * part.owner).sum()  # cross entropy: softplus(-x) + (1 - t) x
-        return terms + torch.stack((terms[0] * 0, missing, terms[0] * 0))
+        return torch.stack((terms[0], terms[1] + missing, terms[2]))
 
 
 class FocalObjectness(YOLOLoss):
@@ -76,10 +76,10 @@ class FocalObjectness(YOLOLoss):
 
     def _positives(self, logits: list[Tensor], found: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
         terms = super()._positives(logits, found, targets, anchors)
-        logit, own = (torch.cat(parts) for parts in zip(
-            *((part.gather(level)[:, 0].float(), part.owner) for level, part in zip(logits, found, strict=True)),
-            strict=True))  # fmt: skip
-        focal = ((-logit).sigmoid().square() * softplus(-logit) * own).sum()
+        focal = 0.0
+        for level, part in zip(logits, found, strict=True):
+            logit = part.gather(level)[:, 0].float()
+            focal = focal + ((-logit).sigmoid().square() * softplus(-logit) * part.owner).sum()
         return torch.stack((terms[0], focal, terms[2]))
 
 
@@ -273,10 +273,12 @@ def table() -> str:
     for name in sorted(done, key=list(CHANGES).index):
         runs = done[name]
         found = " ".join(f"{run['map50']:.3f}" for _, run in sorted(runs.items()))
-        gain = mean(run["map50"] - done["baseline"][seed]["map50"] for seed, run in runs.items())
+        base = done.get("baseline", {})
+        gains = [run["map50"] - base[seed]["map50"] for seed, run in runs.items() if seed in base]
+        gain = f"{mean(gains):+.3f}" if gains else "no baseline"
         means = (mean(run[f"accuracy/{key}"] for run in runs.values()) for key in ("class", "object@0.05", "no_object@0.05"))
         cells = " | ".join(f"{100 * value:.1f}" for value in means)
-        lines.append(f"| {CHANGES[name].what} (`{name}`) | {found} | {gain:+.3f} | {cells} |")
+        lines.append(f"| {CHANGES[name].what} (`{name}`) | {found} | {gain} | {cells} |")
     return "\n".join(lines)
 
 

@@ -63,7 +63,7 @@ CSS = """
 """
 INTRODUCTION = "Give it a photograph. It names and frames what it knows, and shows where it looked to decide."
 HINT = "Add a photograph, or click a sample."
-NONE_HERE = "Add a photograph first; each is kept for an hour."
+NONE_HERE = f"Add a photograph first; each is kept for {KEPT // 60} minutes."
 
 
 @dataclass
@@ -262,14 +262,14 @@ def _connect(predictor: Predictor, photo: gr.Image, found: list, thresholds: lis
 
     def arrive(file: dict | None, *limits):
         """photo: the file as the page sent it, so that one which is no picture reaches load_image's message."""
+        new, line = None, HINT
         try:
             new = look(predictor, file["path"]) if file else None
         except ValueError as error:
             gr.Warning(str(error))
-            problem = f'<div class="problem" role="alert">{html.escape(str(error))}</div>'
-            return None, None, problem, [], gr.Dropdown([EVERYTHING], value="all"), None, ""
+            line = f'<div class="problem" role="alert">{html.escape(str(error))}</div>'
         if new is None:
-            return None, None, HINT, [], gr.Dropdown([EVERYTHING], value="all"), None, ""
+            return None, None, line, [], gr.Dropdown([EVERYTHING], value="all"), None, ""
         picture, line, table, options = show_boxes(new, *limits)
         return new, picture, line, table, gr.Dropdown(options, value="all"), gr.skip(), gr.skip()
 

@@ -165,7 +165,6 @@ def test_the_bars_of_the_letterbox_are_cut_off(predictor, image):
     assert part == pytest.approx(whole[16:80] / whole[16:80].max(), abs=1e-4)
 
 
-
 def pointing_game(predictor, records, **options):
     """Over all correct detections: share of maps that peak in their own box, and mean share of mass in it."""
     hits, shares = [], []
