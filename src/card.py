@@ -10,9 +10,10 @@ from pathlib import Path
 
 from src.config import Config
 from src.dataset import DetectionData
+from src.metrics import Evaluation
 from src.model import YOLOv3
 from src.report import STRICT, THRESHOLD, about, assignment_table, rows
-from src.training import Detector, Evaluation, evaluate, load_detector
+from src.training import Detector, evaluate, load_detector
 
 CARD = """---
 license: mit
@@ -69,7 +70,7 @@ def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
     model.save_pretrained(folder)
     config.replace(voc_root="data").save(folder / "run.json")
     evaluation, data = measure(folder)
-    model.about = about(evaluation, config)
+    model.about = about(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config)
     model.save_pretrained(folder)
     (folder / "README.md").write_text(card(model, config, evaluation, data, limits), encoding="utf-8")
     return evaluation
@@ -85,7 +86,7 @@ def measure(folder: Path) -> tuple[Evaluation, DetectionData]:
 
 def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionData, limits: str) -> str:
     """The model card as Markdown, with the Hub's header."""
-    accuracies = [(row["name"], f"{row['reached']:.1%}", f"{row['strict']:.1%}") for row in rows(evaluation)]
+    accuracies = [(row["name"], f"{row['reached']:.1%}", f"{row['strict']:.1%}") for row in rows(evaluation.accuracies)]
     classes = [(row["class"], row["objects"], f"{row['area']:.3f}") for row in evaluation.table]
     settings = dataclasses.asdict(config) | {
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,

@@ -1,5 +1,7 @@
 """The course's three accuracies, average precision in four definitions, and per-class tables."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -206,3 +208,14 @@ def confusion(found: np.ndarray, truth: np.ndarray, num_classes: int, confidence
     missed = np.setdiff1d(np.flatnonzero(truth[:, 2] == 0), best[first])
     np.add.at(counts, (truth[missed, 1].astype(int), num_classes), 1)
     return counts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a detector reaches on the held-out split."""
+
+    accuracies: dict[str, float]  # CellAccuracy.compute()
+    precisions: dict[str, float]  # mean average precision by the name of its definition
+    table: list[dict]  # class_table
+    found: np.ndarray  # DetectionStore's rows
+    truth: np.ndarray

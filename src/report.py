@@ -1,7 +1,7 @@
 """The assignment's table: what was asked, what was reached."""
 
 from src.config import Config
-from src.training import Evaluation
+from src.metrics import Evaluation
 
 TARGETS = {"class": 0.80, "no_object": 0.98, "object": 0.78}  # by epoch 40, with kernels of full width
 THRESHOLD = 0.05  # of objectness: the course's
@@ -9,7 +9,7 @@ STRICT = 0.5  # a prediction that is more likely than not
 NAMES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
 
 
-def rows(evaluation: Evaluation) -> list[dict]:
+def rows(accuracies: dict[str, float]) -> list[dict]:
     """One row for each of the three accuracies: "name", "wanted", "reached", "strict", "passed"; parts of 1.
 
     "reached" is at objectness threshold 0.05, "strict" at 0.5; class accuracy has no threshold, so both are the same.
@@ -17,7 +17,7 @@ def rows(evaluation: Evaluation) -> list[dict]:
     table = []
     for key, wanted in TARGETS.items():
         reached, strict = (
-            evaluation.accuracies[key if key == "class" else f"{key}@{threshold}"] for threshold in (THRESHOLD, STRICT)
+            accuracies[key if key == "class" else f"{key}@{threshold}"] for threshold in (THRESHOLD, STRICT)
         )
         table.append(
             {"name": NAMES[key], "wanted": wanted, "reached": reached, "strict": strict, "passed": reached >= wanted}
@@ -29,7 +29,7 @@ def assignment_table(evaluation: Evaluation, config: Config) -> str:
     """The three accuracies beside the assignment's, and the average precisions, as text for a terminal."""
     head = f"{'held-out split':<22}{'asked for':>10}{f'at {THRESHOLD}':>10}{f'at {STRICT}':>10}"
     lines = [head, "-" * (len(head) + 8)]
-    for row in rows(evaluation):
+    for row in rows(evaluation.accuracies):
         numbers = "".join(f"{100 * row[key]:>9.2f}%" for key in ("wanted", "reached", "strict"))
         lines.append(f"{row['name']:<22}{numbers}  {'pass' if row['passed'] else 'NOT YET'}")
     lines.append("-" * len(lines[1]))
@@ -43,11 +43,11 @@ def assignment_table(evaluation: Evaluation, config: Config) -> str:
     return "\n".join(lines)
 
 
-def about(evaluation: Evaluation, config: Config) -> dict:
+def about(accuracies: dict[str, float], map50: float, config: Config) -> dict:
     """What travels with weights: what they were trained on, for how long, and what they reach."""
     data = f"{config.shapes_train:,} drawn pictures of {len(config.classes)} shapes"
     if config.data == "voc":
         data = "PASCAL VOC " + ", ".join(config.train_splits)
-    reached = {row["name"]: row["reached"] for row in rows(evaluation)}
-    metrics = {"map50": evaluation.precisions["VOC AP@.5, area"], **reached, "objectness threshold": THRESHOLD}
+    reached = {row["name"]: row["reached"] for row in rows(accuracies)}
+    metrics = {"map50": map50, **reached, "objectness threshold": THRESHOLD}
     return {"data": data, "epochs": config.epochs, "weights": "averaged over the steps (EMA)", "metrics": metrics}

@@ -18,9 +18,12 @@ from src.config import Config
 from src.dataset import DetectionData
 from src.loss import YOLOLoss
 from src.machine import make_trainer
-from src.metrics import CellAccuracy, DetectionStore, class_table, coco_average_precision, mean_average_precision
+from src.metrics import (
+    CellAccuracy, DetectionStore, Evaluation, class_table, coco_average_precision, mean_average_precision,
+)  # fmt: skip
 from src.model import YOLOv3
 from src.predict import to_input
+from src.report import about
 from src.run_folder import BEFORE, LAST, MetricsFile, WholeCheckpoints, damage, find_checkpoint, held, last_good
 
 
@@ -55,7 +58,8 @@ class Detector(pl.LightningModule):
         self.model = build_model(config)
         self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
         self.loss, self.cells, self.store = YOLOLoss(config), CellAccuracy(), DetectionStore()
-        self.results: dict[str, float] = {}  # of the last validation, for the callbacks
+        self.accuracies: dict[str, float] = {}  # of the last validation
+        self.results: dict[str, float] = {}  # these and mAP, for the callbacks
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         images = to_input(batch["images"])
@@ -83,10 +87,10 @@ class Detector(pl.LightningModule):
                 dist.broadcast(buffer, 0)
 
     def on_validation_epoch_end(self) -> None:
-        accuracies = {name: float(value) for name, value in self.cells.compute().items()}
+        self.accuracies = {name: float(value) for name, value in self.cells.compute().items()}
         self.found, self.truth = self.store.compute()
         self.table = class_table(self.found, self.truth, self.config.classes)
-        self.results = {f"accuracy/{name}": value for name, value in accuracies.items()}
+        self.results = {f"accuracy/{name}": value for name, value in self.accuracies.items()}
         self.results["map50"] = mean_average_precision(self.table)
         self.log_dict({f"val/{name}": value for name, value in self.results.items()})
         self.cells.reset()
@@ -116,6 +120,9 @@ class Detector(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["classes"] = list(self.config.classes)
+        if self.results:
+            self.model.about = about(self.accuracies, self.results["map50"], self.config)
+        checkpoint["about"] = self.model.about
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         classes = checkpoint.get("classes")
@@ -124,6 +131,7 @@ class Detector(pl.LightningModule):
                 f"this checkpoint knows the classes {classes}, Config.classes are {list(self.config.classes)}: "
                 "set Config.classes to the checkpoint's, or train anew in another Config.run_dir"
             )
+        self.model.about = checkpoint.get("about", {})
 
 
 @dataclass(frozen=True)
@@ -261,23 +269,11 @@ def load_detector(folder: str | Path, which: str = "best") -> Detector:
     return averaged(Config.load(Path(folder) / "config.json"), path)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What a detector reaches on the held-out split."""
-
-    accuracies: dict[str, float]  # CellAccuracy.compute()
-    precisions: dict[str, float]  # mean average precision by the name of its definition
-    table: list[dict]  # metrics.class_table
-    found: np.ndarray  # DetectionStore's rows
-    truth: np.ndarray
-
-
 def evaluate(detector: Detector, data: DetectionData) -> Evaluation:
     """Every number of the course and every average precision, on all held-out pictures."""
     data.setup()
     make_trainer(detector.config.replace(devices=1)).validate(detector, data.val_dataloader(), verbose=False)
-    accuracies = {name[9:]: value for name, value in detector.results.items() if name.startswith("accuracy/")}
     precisions = {f"VOC AP@.5, {rule}": mean_average_precision(detector.table, rule) for rule in ("area", "11 points")}
     precisions["course mAP@.5"] = mean_average_precision(detector.table, "course")
     precisions |= coco_average_precision(detector.found, detector.truth)
-    return Evaluation(accuracies, precisions, detector.table, detector.found, detector.truth)
+    return Evaluation(detector.accuracies, precisions, detector.table, detector.found, detector.truth)

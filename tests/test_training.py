@@ -79,6 +79,16 @@ def test_checkpoints_hold_the_averaged_weights(run):
         assert torch.equal(model.state_dict()[name], averaged[name])
 
 
+def test_weights_know_what_they_were_trained_on_and_reach(run):
+    folder, detector = run
+    last = load_detector(folder, "last").model.about
+    assert last == detector.model.about
+    measured = evaluate(load_detector(folder, "last"), DetectionData(tiny(folder)))
+    assert last["data"] == "16 drawn pictures of 8 shapes" and last["epochs"] == 3
+    wanted = measured.precisions["VOC AP@.5, area"], measured.accuracies["class"], measured.accuracies["object@0.05"]
+    assert [last["metrics"][name] for name in ("map50", "class accuracy", "object accuracy")] == pytest.approx(wanted)
+
+
 def test_weight_decay_is_for_kernels_alone(run):
     _, detector = run
     detector.trainer = run[1].trainer
