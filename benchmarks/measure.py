@@ -25,7 +25,7 @@ class Row:
 
     @property
     def met(self) -> str:
-        """"met", "not met" or, without a target, a dash."""
+        """ "met", "not met" or, without a target, a dash."""
         if not self.wanted:
             return "-"
         return "met" if (self.ratio <= self.wanted if self.most else self.ratio >= self.wanted) else "not met"

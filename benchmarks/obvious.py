@@ -132,7 +132,6 @@ def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, count
     """The terms of `YOLOLoss` for dense targets [B, 3, G, G, 6] of each scale; count: objects in the batch."""
     sums = {name: torch.tensor(0.0) for name in ("box", "object", "no_object", "class")}
     for level, target, scale_anchors in zip(logits, dense, anchors, strict=True):
-        grid = level.shape[2]
         positive, background = target[..., 0] == 1, target[..., 0] == 0
         boxes = dense_boxes(level, scale_anchors)[positive]
         wanted = target[..., 1:5][positive]

@@ -219,7 +219,8 @@ CHANGES = {
     "class-3": Change("weight of the class term 3", {"class_weight": 3.0}),
     "ignore-0.3": Change("ignored from a shape overlap of 0.3", instead={"src.loss.IGNORE_OVERLAP": 0.3}),
     "ignore-never": Change("nothing ignored", instead={"src.loss.IGNORE_OVERLAP": 1.0}),
-    "ignore-predicted": Change("ignored: predictions that overlap an object, as in the paper", instead=loss(PredictionsIgnored)),
+    "ignore-predicted": Change("ignored: predictions that overlap an object, as in the paper", instead=loss(
+        PredictionsIgnored)),
     "positives-fitting": Change("every anchor of shape overlap 0.5 is positive", instead=loss(EveryFittingAnchor)),
     "anchors-kmeans": Change("anchors by k-means on the training draws", {"anchors": kmeans_anchors}),
     "decay-0.005": Change("weight decay 0.005", {"weight_decay": 0.005}),
@@ -260,7 +261,9 @@ def train(name: str, seed: int) -> None:
         results = fit(config, ckpt_path="auto").results
     for checkpoint in folder.glob("*.ckpt"):
         checkpoint.unlink()
-    write_whole(folder / "result.json", lambda file: json.dump(results | {"minutes": (time.monotonic() - started) / 60}, file), "w")
+    write_whole(
+        folder / "result.json", lambda file: json.dump(results | {"minutes": (time.monotonic() - started) / 60}, file), "w"
+    )
 
 
 def table() -> str:

@@ -96,7 +96,6 @@ class Page(GuardedBlocks):
         return super().launch(**{**defaults, **options})
 
 
-
 def look(predictor: Predictor, path: str | os.PathLike) -> Visit:
     """The one forward pass over a visitor's file. Raises ValueError whose text can be shown to them."""
     start = time.perf_counter()
@@ -158,9 +157,7 @@ def about_html(predictor: Predictor, links: dict[str, str]) -> str:
     facts = {FACTS.get(key, key): f"{value:.3g}" if isinstance(value, float) else value for key, value in about.items()}
     facts["Parameters"] = f"{sum(p.numel() for p in predictor.model.parameters()) / 1e6:.1f} million"
     facts["Input"] = f"{predictor.image_size} x {predictor.image_size} pixels"
-    rows = "".join(
-        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd></div>" for key, value in facts.items()
-    )
+    rows = "".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd></div>" for key, value in facts.items())
     chips = "".join(
         f'<span class="chip"><i style="background:rgb{colour}"></i>{html.escape(name)}</span>'
         for name, colour in zip(predictor.classes, class_colours(len(predictor.classes)), strict=True)

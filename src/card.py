@@ -1,7 +1,7 @@
 """Weights that can be handed on: half precision, with a model card that says what they reach.
 
-    python -m src.card write runs/voc weights   the best checkpoint of a run, measured, with its card
-    python -m src.card check weights            measure them again; needs the same data
+python -m src.card write runs/voc weights   the best checkpoint of a run, measured, with its card
+python -m src.card check weights            measure them again; needs the same data
 """
 
 import argparse
@@ -88,10 +88,11 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
     """The model card as Markdown, with the Hub's header."""
     accuracies = [(row["name"], f"{row['reached']:.1%}", f"{row['strict']:.1%}") for row in rows(evaluation.accuracies)]
     classes = [(row["class"], row["objects"], f"{row['area']:.3f}") for row in evaluation.table]
+    held_out = ", ".join(config.val_splits) if config.data == "voc" else "another seed"
     settings = dataclasses.asdict(config) | {
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "trained_on": f"{len(data.train_records):,} pictures: {model.about['data']}",
-        "held_out": f"{len(data.val_records):,} pictures: {', '.join(config.val_splits) if config.data == 'voc' else 'another seed'}",
+        "held_out": f"{len(data.val_records):,} pictures: {held_out}",
         "accuracies": markdown_table(("", f"objectness > {THRESHOLD}", f"> {STRICT}"), accuracies),
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
         "per_class": markdown_table(("class", "objects", "AP"), classes),

@@ -22,9 +22,7 @@ DASHED = (0, (3, 2))
 BETWEEN = "   ·   "  # two parts of a caption
 
 
-def _grid(
-    count: int, columns: int, shape: float = 1.0, caption: str = "", titled: bool = False
-) -> tuple[Sheet, list[Axes]]:
+def _grid(count: int, columns: int, shape: float = 1.0, caption: str = "", titled: bool = False) -> tuple[Sheet, list[Axes]]:
     """A figure for `count` pictures whose height is `shape` times their width; a caption stands below them."""
     columns = max(1, min(columns, count))
     rows, side = -(-count // columns), WIDTH / max(columns, 3)  # inches
@@ -80,9 +78,7 @@ def show_records(records: Sequence, classes: Sequence[str], columns: int = 4) ->
 
 
 @styled
-def show_samples(
-    samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4
-) -> Figure:
+def show_samples(samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4) -> Figure:
     """Samples as the network gets them: uint8 [3, S, S], boxes cxcywh in 0..1 [n, 4], labels [n]."""
     figure, axes = _grid(len(samples), columns, titled=bool(titles))
     for number, (axis, (image, boxes, labels, *_)) in enumerate(zip(axes, samples, strict=True)):
@@ -97,9 +93,7 @@ def show_detections(
     images: Sequence[np.ndarray], found: Sequence, classes: Sequence[str], records: Sequence = (), columns: int = 4
 ) -> Figure:
     """Detections over their pictures uint8 [H, W, 3], confidence in %; of `records`, the true boxes dashed."""
-    caption = "coloured: found, with confidence in %" + (
-        BETWEEN + "white, dashed: what is there" if len(records) else ""
-    )
+    caption = "coloured: found, with confidence in %" + (BETWEEN + "white, dashed: what is there" if len(records) else "")
     figure, axes = _grid(len(images), columns, max(image.shape[0] / image.shape[1] for image in images), caption)
     for number, (axis, image, here) in enumerate(zip(axes, images, found, strict=True)):
         _show(axis, image)
@@ -136,9 +130,7 @@ def show_scales(sample: tuple, anchors: torch.Tensor, classes: Sequence[str]) ->
     image, boxes, labels = sample[:3]
     side = image.shape[-1]
     targets = torch.cat((torch.zeros(len(labels), 1), labels[:, None].float(), boxes), dim=1)
-    caption = (
-        "filled: the cell that holds an object's centre" + BETWEEN + "dashed: its anchor, before the network adjusts it"
-    )
+    caption = "filled: the cell that holds an object's centre" + BETWEEN + "dashed: its anchor, before the network adjusts it"
     figure, axes = _grid(3, 3, caption=caption, titled=True)
     assigned = assign_targets(targets, [side // stride for stride in STRIDES], anchors, batch=1)
     for axis, stride, found, scale in zip(axes, STRIDES, assigned, anchors, strict=True):

@@ -55,9 +55,7 @@ def anchors_over_boxes(records: Sequence, anchors: Sequence) -> Figure:
     left.scatter(*_box_sides(records).T, s=6, color=SOFT, alpha=0.3, linewidths=0)
     for scale, (stride, colour, marker) in enumerate(zip(STRIDES, SCALES, "s^o", strict=True)):
         name = f"anchors of stride {stride}"
-        left.scatter(
-            *np.transpose(anchors[scale]), s=75, c=colour, marker=marker, edgecolors="white", label=name, zorder=3
-        )
+        left.scatter(*np.transpose(anchors[scale]), s=75, c=colour, marker=marker, edgecolors="white", label=name, zorder=3)
         for width, height in anchors[scale]:
             corner = 0.5 - width / 2, 0.5 - height / 2
             right.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8))
@@ -203,9 +201,7 @@ def class_precisions(table: Sequence[dict]) -> Figure:
     axis.bar_label(bars, texts, padding=3, fontsize=8, bbox=clear, zorder=4)
     mean = np.nanmean(values)
     axis.axvline(mean, color=INK, linestyle="--", linewidth=1.2)
-    axis.annotate(
-        f"mean {mean:.3f}", (mean, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5
-    )
+    axis.annotate(f"mean {mean:.3f}", (mean, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set(
@@ -244,9 +240,7 @@ def drawn_sizes(sides: Sequence[int]) -> Figure:
     figure = Sheet(2.8)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
     left.step(np.arange(len(sides)), sides, where="post", color=HELD_OUT, linewidth=1.2)
-    left.set(
-        xlabel="step", ylabel="side of the batch, pixels", title="Drawn as training goes", yticks=sorted(set(sides))
-    )
+    left.set(xlabel="step", ylabel="side of the batch, pixels", title="Drawn as training goes", yticks=sorted(set(sides)))
     drawn, counts = np.unique(sides, return_counts=True)
     gap = np.diff(drawn).min() if len(drawn) > 1 else 32
     bars = right.barh(drawn, counts / len(sides), height=0.7 * gap, color=HELD_OUT)

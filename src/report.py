@@ -16,12 +16,8 @@ def rows(accuracies: dict[str, float]) -> list[dict]:
     """
     table = []
     for key, wanted in TARGETS.items():
-        reached, strict = (
-            accuracies[key if key == "class" else f"{key}@{threshold}"] for threshold in (THRESHOLD, STRICT)
-        )
-        table.append(
-            {"name": NAMES[key], "wanted": wanted, "reached": reached, "strict": strict, "passed": reached >= wanted}
-        )
+        reached, strict = (accuracies[key if key == "class" else f"{key}@{threshold}"] for threshold in (THRESHOLD, STRICT))
+        table.append({"name": NAMES[key], "wanted": wanted, "reached": reached, "strict": strict, "passed": reached >= wanted})
     return table
 
 

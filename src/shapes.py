@@ -129,9 +129,9 @@ def _clouds(rng: Generator, size: int) -> np.ndarray:
     """Noise of six octaves around 0 with a spread of about 1, [size, size]."""
     field = np.zeros((2, 2), np.float32)
     for octave in range(6):
-        side = 3 * 2 ** octave
+        side = 3 * 2**octave
         field = cv2.resize(field, (side, side), interpolation=cv2.INTER_CUBIC)
-        field += rng.standard_normal((side, side), dtype=np.float32) * 0.55 ** octave
+        field += rng.standard_normal((side, side), dtype=np.float32) * 0.55**octave
     return cv2.resize(field, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
@@ -198,10 +198,12 @@ def _scene(seed: int, index: int, size: int) -> Record:
         _paint(rng, picture, shape, clouds, hue + rng.uniform(50, 310), light)
     picture += rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(0, 0.022))
     image = np.rint(picture * 255).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-    return Record(image=cv2.GaussianBlur(np.ascontiguousarray(image), (3, 3), rng.uniform(0.2, 0.7)),
-                  boxes=np.array([shape.box for shape in shapes], np.float32),
-                  labels=np.array([shape.label for shape in shapes], np.int64),
-                  difficult=np.array([shape.visible < DIFFICULT_BELOW for shape in shapes], bool))
+    return Record(
+        image=cv2.GaussianBlur(np.ascontiguousarray(image), (3, 3), rng.uniform(0.2, 0.7)),
+        boxes=np.array([shape.box for shape in shapes], np.float32),
+        labels=np.array([shape.label for shape in shapes], np.int64),
+        difficult=np.array([shape.visible < DIFFICULT_BELOW for shape in shapes], bool),
+    )
 
 
 def draw_shapes(count: int, size: int = 192, seed: int = 0) -> list[Record]:

@@ -1,6 +1,6 @@
 """Records read from a VOCdevkit tree, what is wrong with it, and its download.
 
-    python -m src.voc check FOLDER --classes cat,dog
+python -m src.voc check FOLDER --classes cat,dog
 """
 
 import argparse
@@ -117,9 +117,7 @@ def list_pictures(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, s
     return pictures
 
 
-def read_voc(
-    root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool = False
-) -> list[Record]:
+def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool = False) -> list[Record]:
     """Records of the listed splits, each "year/split" such as "2007/trainval", in the order of their lists.
 
     root: the folder that holds VOCdevkit. skip_bad: go on without pictures that can't be used, saying how many.

@@ -220,8 +220,13 @@ def forged_paths(folder: Path) -> list[Case]:
             cases.append(Case(f"detect {name}", lambda door, f=file: door.detect(f), "told", says))
         send = lambda door, p=path: door.page("arrive", marked(p), 0.3, 0.5)  # noqa: E731
         cases.append(Case(f"arrive {name}", send, "told", says))
-    odd = [{**marked("/etc/passwd"), "is_stream": True}, {**marked("x"), "url": "http://127.0.0.1:1/"},
-           [marked("/etc/passwd")], {"a": marked("/etc/passwd")}, {**marked("/etc/passwd"), "meta": "gradio.FileData"}]
+    odd = [
+        {**marked("/etc/passwd"), "is_stream": True},
+        {**marked("x"), "url": "http://127.0.0.1:1/"},
+        [marked("/etc/passwd")],
+        {"a": marked("/etc/passwd")},
+        {**marked("/etc/passwd"), "meta": "gradio.FileData"},
+    ]
     cases += [Case(f"file {file}", lambda door, f=file: door.detect(f), "told silent") for file in odd]
     send = lambda door: door.page("slide", None, "all", marked("/etc/passwd"), 1)  # noqa: E731
     cases.append(Case("slider", send, "told", says))
@@ -261,6 +266,7 @@ def wrong_values() -> list[Case]:
 
 def wrong_requests() -> list[Case]:
     """The protocol itself. Gradio answers a name it doesn't know with a 500 and no word more."""
+
     def post(path, content, kinds, says=""):
         return Case(f"{path.decode()} {content[:50]!r}", lambda door: door.call(path, content), kinds, says)
 

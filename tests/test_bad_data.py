@@ -19,13 +19,36 @@ from src.voc import read_picture, read_voc
 CLASSES = ("cat", "dog", "person")
 FIELDS = ("name", "difficult", "bndbox", "xmin", "ymin", "xmax", "ymax")
 NUMBERS = FIELDS[3:]
-WORDS = ("", " ", "ten", "1,5", "0x10", "nan", "-nan", "inf", "-inf", "1e999", "-1e999", "--3", "None", "12 13", "é", "\U0001f600")
-ENTITIES = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in itertools.pairwise("abcdefghi")) + "]>"
+WORDS = (
+    "",
+    " ",
+    "ten",
+    "1,5",
+    "0x10",
+    "nan",
+    "-nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "-1e999",
+    "--3",
+    "None",
+    "12 13",
+    "é",
+    "\U0001f600",
+)
+ENTITIES = (
+    '<!DOCTYPE a [<!ENTITY a "ha">'
+    + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in itertools.pairwise("abcdefghi"))
+    + "]>"
+)
 OBJECT = (
     "<object><name>{}</name><pose>Left</pose><truncated>1</truncated><difficult>0</difficult>"
     "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax></bndbox></object>"
 )
-WHOLE = "<annotation><size><width>100</width><height>80</height></size>{}</annotation>".format("".join(map(OBJECT.format, CLASSES)))
+WHOLE = "<annotation><size><width>100</width><height>80</height></size>{}</annotation>".format(
+    "".join(map(OBJECT.format, CLASSES))
+)
 SETTINGS = Config(image_size=64, classes=CLASSES, epochs=10, mosaic_off_epochs=0, cache_gb=0, workers=0)
 
 
@@ -64,7 +87,8 @@ def mutations(random) -> dict:
     return {
         "missing field": (change(WHOLE, field, random, lambda _: ""), "" if field == "difficult" else field),
         "repeated field": (change(WHOLE, field, random, lambda old: old * 2), field),
-        "empty field": (change(WHOLE, field, random, lambda _: f"<{field}/>"), {"bndbox": "xmin", "name": "''"}.get(field, field)),
+        "empty field": (
+            change(WHOLE, field, random, lambda _: f"<{field}/>"), {"bndbox": "xmin", "name": "''"}.get(field, field)),
         "no number": (with_number(number, random, random.choice(WORDS)), "box|" + number),
         "negative": (with_number(number, random, str(-random.integers(1, 1000))), "box"),
         "swapped": (change(WHOLE, number, random, lambda _: twisted), "box"),
@@ -72,7 +96,8 @@ def mutations(random) -> dict:
         "outside": (with_number(number, random, str(random.integers(102, 10**6))), "box"),
         "huge": (with_number(number, random, "9" * int(random.integers(7, 4000))), "box|number"),
         "fraction": (with_number(number, random, f"{random.uniform(-3, 110):.3f}"), ""),
-        "other class": (with_number("name", random, random.choice(["Cat", "unicorn", "cat dog", "a" * 5000, "&lt;b&gt;", "猫"])), "Config.classes"),
+        "other class": (
+            with_number("name", random, random.choice(["Cat", "unicorn", "cat dog", "a" * 5000, "&lt;b&gt;", "猫"])), "Config.classes"),
         "wrong size": (with_number("width", random, str(random.integers(101, 4000))), "<size>"),
         "size no number": (with_number("height", random, random.choice(WORDS[:6])), "size/height"),
         "other element": (WHOLE.replace(f"<{field}>", f"<{field}><b/>"), ""),
@@ -81,7 +106,8 @@ def mutations(random) -> dict:
         "outside file": (f'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>{WHOLE.replace("cat", "&x;")}', "DOCTYPE"),
         "cut": (raw[:place], "XML"),
         "bits": (bytes(flipped), ""),
-        "no XML": (random.choice(["", "{}", "null", "a,b\n1,2", "\x00" * 99, "<" * 999, "%PDF-1.4", "<html></html>"]), "XML|outermost"),
+        "no XML": (
+            random.choice(["", "{}", "null", "a,b\n1,2", "\x00" * 99, "<" * 999, "%PDF-1.4", "<html></html>"]), "XML|outermost"),
         "noise": (random.bytes(place), "XML"),
         "deep": ("<annotation>" + "<object>" * 20_000 + "</object>" * 20_000 + "</annotation>", "object 1: no <name>"),
         "another root": (WHOLE.replace("annotation", f"a{place}"), "outermost"),
@@ -144,7 +170,9 @@ def pictures(whole: bytes) -> dict[str, tuple[bytes, bool | None]]:
     opened = Image.open(io.BytesIO(whole))
     turned, wide = Image.Exif(), Image.new("RGB", (20_000, 3), "red")
     turned[0x0112] = 6
-    bomb = encode(Image.new("1", (1, 1)), "PNG").replace(b"\x00\x00\x00\x01\x00\x00\x00\x01", b"\x00\x01\x00\x00\x00\x01\x00\x00")
+    bomb = encode(Image.new("1", (1, 1)), "PNG").replace(
+        b"\x00\x00\x00\x01\x00\x00\x00\x01", b"\x00\x01\x00\x00\x00\x01\x00\x00"
+    )
     files = {
         "empty": (b"", False), "text": (b"not a picture", False), "page": (b"<html>404</html>", False), "bomb": (bomb, False),
         "start only": (whole[:2], False), "end only": (whole[:2] + b"\xff\xd9", False), "zeros": (bytes(5000), False),

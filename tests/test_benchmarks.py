@@ -107,7 +107,11 @@ def test_table_says_what_is_met():
     assert seconds(lambda: sum(range(20000)), lambda: None, rounds=2)[0] > 0
 
 
-LOSSES = [name for name in recipe.CHANGES if name.startswith(("box", "object-", "class", "ignore", "positives")) and "bias" not in name]
+LOSSES = [
+    name
+    for name in recipe.CHANGES
+    if name.startswith(("box", "object-", "class", "ignore", "positives")) and "bias" not in name
+]
 
 
 @pytest.mark.parametrize("name", LOSSES)

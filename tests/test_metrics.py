@@ -152,12 +152,17 @@ def test_coco_equals_pycocotools():
     def as_coco(rows):
         boxes = [[v * 1000 for v in (r[3], r[4], r[5] - r[3], r[6] - r[4])] for r in rows.tolist()]
         return [
-            {"id": n + 1, "image_id": int(r[0]), "category_id": int(r[1]), "bbox": b, "area": b[2] * b[3], "iscrowd": int(r[2]), "score": r[2]}
+            {"id": n + 1, "image_id": int(r[0]), "category_id": int(r[1]), "bbox": b, "area": b[2] * b[3],
+             "iscrowd": int(r[2]), "score": r[2]}
             for n, (r, b) in enumerate(zip(rows.tolist(), boxes, strict=True))
         ]  # fmt: skip
 
     dataset = COCO()
-    dataset.dataset = {"images": [{"id": i} for i in range(12)], "categories": [{"id": i} for i in range(3)], "annotations": as_coco(truth)}
+    dataset.dataset = {
+        "images": [{"id": i} for i in range(12)],
+        "categories": [{"id": i} for i in range(3)],
+        "annotations": as_coco(truth),
+    }
     dataset.createIndex()
     evaluation = COCOeval(dataset, dataset.loadRes([d | {"iscrowd": 0} for d in as_coco(found)]), "bbox")
     evaluation.evaluate()

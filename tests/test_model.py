@@ -22,7 +22,8 @@ def random_net(**settings) -> YOLOv3:
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "width", "expected"), [(20, 1.0, 61_626_049), (80, 1.0, 61_949_149), (20, 0.5, 15_453_649), (20, 0.25, 3_887_065)]
+    ("num_classes", "width", "expected"),
+    [(20, 1.0, 61_626_049), (80, 1.0, 61_949_149), (20, 0.5, 15_453_649), (20, 0.25, 3_887_065)],
 )
 def test_number_of_parameters(num_classes, width, expected):
     with torch.device("meta"):

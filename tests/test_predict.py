@@ -138,9 +138,9 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(96, 96), (150, 40), (33, 97), (8, 8), (1, 1), (1, 300), (700, 500)])
-def test_boxes_come_in_the_pixels_of_the_picture(size, predictor, rng=np.random.default_rng(0)):
+def test_boxes_come_in_the_pixels_of_the_picture(size, predictor):
     width, height = size
-    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     found = predictor(image, confidence=0.3)
     assert len(found) and (found.boxes >= 0).all() and (found.boxes <= [width, height, width, height]).all()
     # the slow way: the network's own square, then shift and scale box by box

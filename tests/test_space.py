@@ -68,7 +68,7 @@ def test_the_header_is_one_that_spaces_accept(folder):
 
 
 def test_titles_may_hold_any_letter(model, tmp_path):
-    title = "It's \"YOLO\": {x} \\ é"
+    title = 'It\'s "YOLO": {x} \\ é'
     folder = export_space(model, tmp_path / "space", title=title)
     assert yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])["title"] == title
     script = ast.parse((folder / "app.py").read_text(encoding="utf-8"))

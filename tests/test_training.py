@@ -199,7 +199,8 @@ def test_a_resized_batch_is_one_read_at_that_size(side):
     given, model = [], build_model(config)
     detector = SimpleNamespace(
         config=config, model=model, trainer=SimpleNamespace(global_step=0), current_epoch=0, log_dict=lambda *_, **__: None,
-        network=lambda images: given.append(images) or model(images), loss=lambda *parts: given.append(parts) or {"loss": torch.zeros(1)},
+        network=lambda images: given.append(images) or model(images),
+        loss=lambda *parts: given.append(parts) or {"loss": torch.zeros(1)},
     )  # fmt: skip
     Detector.training_step(detector, home, 0)
     images, (logits, targets, anchors) = given
@@ -207,7 +208,9 @@ def test_a_resized_batch_is_one_read_at_that_size(side):
     grids = [level.shape[2] for level in logits]
     assert grids == [side // 32, side // 16, side // 8]
     torch.testing.assert_close(anchors * side, torch.tensor(ANCHORS) * 416)  # the same pixels
-    for one, other in zip(assign_targets(targets, grids, anchors, 1), assign_targets(there["targets"], grids, anchors, 1), strict=True):
+    for one, other in zip(
+        assign_targets(targets, grids, anchors, 1), assign_targets(there["targets"], grids, anchors, 1), strict=True
+    ):
         assert torch.equal(one.positive, other.positive) and torch.equal(one.ignored, other.ignored)
 
 
@@ -226,7 +229,9 @@ def test_evaluation_has_every_number(run):
     data = DetectionData(tiny(folder))
     evaluation = evaluate(load_detector(folder), data)
     assert set(evaluation.accuracies) == {"class", "object@0.05", "no_object@0.05", "object@0.5", "no_object@0.5"}
-    assert {"VOC AP@.5, area", "VOC AP@.5, 11 points", "course mAP@.5", "COCO AP@.5", "COCO AP@.5:.95"} == set(evaluation.precisions)
+    assert {"VOC AP@.5, area", "VOC AP@.5, 11 points", "course mAP@.5", "COCO AP@.5", "COCO AP@.5:.95"} == set(
+        evaluation.precisions
+    )
     assert len(evaluation.truth) == sum(len(record.labels) for record in data.val_records)
     assert len(evaluation.table) == len(training_classes())
 

@@ -179,7 +179,9 @@ def test_download_asks_torchvision_for_what_is_missing_only(tmp_path, monkeypatc
     monkeypatch.setattr("torchvision.datasets.VOCDetection", lambda root, **what: asked.append(what))
     write_tree(tmp_path, "2007", {"trainval": {"1": obj()}})
     download_voc(tmp_path, ("2007/trainval", "2012/trainval", "2007/test", "2012/mine"))
-    assert asked == [{"year": year, "image_set": name, "download": True} for year, name in (("2012", "trainval"), ("2007", "test"))]
+    assert asked == [
+        {"year": year, "image_set": name, "download": True} for year, name in (("2012", "trainval"), ("2007", "test"))
+    ]
 
 
 def test_a_failed_download_names_the_way_out(tmp_path, monkeypatch):
@@ -194,7 +196,9 @@ def test_a_failed_download_names_the_way_out(tmp_path, monkeypatch):
 @pytest.mark.skipif("VOC_ROOT" not in os.environ, reason="VOC_ROOT names no VOCdevkit tree")
 def test_a_real_tree():
     root = Path(os.environ["VOC_ROOT"])
-    splits = sorted(f"{f.parents[2].name[3:]}/{f.stem}" for f in root.glob("VOCdevkit/VOC*/ImageSets/Main/[tv]*.txt") if "_" not in f.stem)
+    splits = sorted(
+        f"{f.parents[2].name[3:]}/{f.stem}" for f in root.glob("VOCdevkit/VOC*/ImageSets/Main/[tv]*.txt") if "_" not in f.stem
+    )
     records = read_voc(root, tuple(splits), VOC_CLASSES)
     for record in records[::50]:
         with Image.open(record.image) as image:
