@@ -97,7 +97,8 @@ def mutations(random) -> dict:
         "huge": (with_number(number, random, "9" * int(random.integers(7, 4000))), "box|number"),
         "fraction": (with_number(number, random, f"{random.uniform(-3, 110):.3f}"), ""),
         "other class": (
-            with_number("name", random, random.choice(["Cat", "unicorn", "cat dog", "a" * 5000, "&lt;b&gt;", "猫"])), "Config.classes"),
+            with_number("name", random, random.choice(["Cat", "unicorn", "cat dog", "a" * 5000, "&lt;b&gt;", "猫"])),
+            "Config.classes"),
         "wrong size": (with_number("width", random, str(random.integers(101, 4000))), "<size>"),
         "size no number": (with_number("height", random, random.choice(WORDS[:6])), "size/height"),
         "other element": (WHOLE.replace(f"<{field}>", f"<{field}><b/>"), ""),
@@ -107,7 +108,8 @@ def mutations(random) -> dict:
         "cut": (raw[:place], "XML"),
         "bits": (bytes(flipped), ""),
         "no XML": (
-            random.choice(["", "{}", "null", "a,b\n1,2", "\x00" * 99, "<" * 999, "%PDF-1.4", "<html></html>"]), "XML|outermost"),
+            random.choice(["", "{}", "null", "a,b\n1,2", "\x00" * 99, "<" * 999, "%PDF-1.4", "<html></html>"]),
+            "XML|outermost"),
         "noise": (random.bytes(place), "XML"),
         "deep": ("<annotation>" + "<object>" * 20_000 + "</object>" * 20_000 + "</annotation>", "object 1: no <name>"),
         "another root": (WHOLE.replace("annotation", f"a{place}"), "outermost"),
