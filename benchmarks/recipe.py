@@ -9,7 +9,6 @@ import argparse
 import json
 import time
 from contextlib import ExitStack
-from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -23,7 +22,7 @@ from torchvision.ops import box_iou, distance_box_iou_loss, generalized_box_iou_
 
 from src.boxes import cxcywh_to_xyxy, decode, decode_above, decode_boxes
 from src.config import Config
-from src.dataset import DetectionData, MosaicDataset
+from src.dataset import DetectionData
 from src.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
 from src.model import Residual, YOLOv3
 from src.run_folder import write_whole
@@ -32,7 +31,8 @@ from src.training import Detector, fit
 RUNS = Path("runs/recipe")
 BASE = Config(  # with BEFORE, what all changes are compared with: the recipe as it was before any of them was kept
     train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, epochs=6, batch_size=16,
-    mosaic_off_epochs=1, max_lr=2e-3, scale_range=(0.45, 1.25), workers=0,
+    mosaic_off_epochs=1, max_lr=2e-3, workers=0,
+    mosaic_scale=(0.45, 1.25), single_scale=(0.45, 1.25),
 )  # fmt: skip
 
 
@@ -137,13 +137,6 @@ def mirror_only() -> A.Compose:
     return A.Compose([A.HorizontalFlip(p=0.5)], bbox_params=boxes)
 
 
-def nearly_whole(self, index: int, random) -> tuple:
-    """A picture alone is shown at 0.8 to 1.1 of the canvas, about as in the held-out split."""
-    narrow = copy(self)
-    narrow.config = self.config.replace(scale_range=(0.8, 1.1))
-    return single(narrow, index, random)
-
-
 def focal_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
     return sigmoid_focal_loss(logits, classes, alpha=-1, gamma=2)
 
@@ -171,7 +164,7 @@ def loud_residuals(self) -> None:
             torch.nn.init.ones_(module.body[1][1].weight)
 
 
-configure_optimizers, initialise, single = Detector.configure_optimizers, YOLOv3._initialise, MosaicDataset._single
+configure_optimizers, initialise = Detector.configure_optimizers, YOLOv3._initialise
 BEFORE = {"src.model.YOLOv3._initialise": loud_residuals}
 
 
@@ -238,10 +231,9 @@ CHANGES = {
     "mosaic-0": Change("no mosaics", {"mosaic": 0.0}),
     "mosaic-0.75-end": Change("mosaics to the end", {"mosaic_off_epochs": 0}),
     "mosaic-off-3": Change("no mosaics in the last 3 epochs of 6", {"mosaic_off_epochs": 3}),
-    "scale-weak": Change("scales 0.7 to 1.1", {"scale_range": (0.7, 1.1)}),
-    "scale-strong": Change("scales 0.25 to 1.6", {"scale_range": (0.25, 1.6)}),
-    "single-whole": Change("pictures outside mosaics at scales 0.8 to 1.1", instead={
-        "src.dataset.MosaicDataset._single": nearly_whole}),
+    "scale-weak": Change("scales 0.7 to 1.1", {"mosaic_scale": (0.7, 1.1), "single_scale": (0.7, 1.1)}),
+    "scale-strong": Change("scales 0.25 to 1.6", {"mosaic_scale": (0.25, 1.6), "single_scale": (0.25, 1.6)}),
+    "single-whole": Change("pictures outside mosaics at scales 0.8 to 1.1", {"single_scale": (0.8, 1.1)}),
     "colour-none": Change("light and colours left alone", instead={"src.dataset.augmentations": mirror_only}),
     "sizes": Change("multi-resolution, 96 to 192", {"sizes": (96, 128, 160, 192)}),
 }  # fmt: skip

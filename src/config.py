@@ -47,7 +47,8 @@ class Config:
     size_steps: int = 10  # steps a drawn side is held for
     mosaic: float = 0.75  # part of the draws that are four-image mosaics
     mosaic_off_epochs: int = 2  # the last epochs see whole images only, and at image_size
-    scale_range: tuple[float, float] = (0.7, 1.1)  # an image's long side, in sides of the canvas
+    mosaic_scale: tuple[float, float] = (0.7, 1.1)  # the long side of an image in a mosaic, in sides of the canvas
+    single_scale: tuple[float, float] = (0.85, 1.15)  # the same of an image that has the canvas to itself
     min_visible: float = 0.25  # a box keeps its label while this part of its area is left
 
     # model

@@ -69,7 +69,7 @@ class MosaicDataset(Dataset):
 
     What is drawn depends on (seed, draw) alone, not on workers, so a resumed run goes on as if never stopped.
     `config.mosaic` of the draws join four images around a random centre; the others place one. Each image is
-    resized by `config.scale_range` and a small change of shape in the same warp that places it.
+    resized by `config.mosaic_scale` or `single_scale` and a small change of shape in the same warp that places it.
     """
 
     def __init__(self, records: list[Record], config: Config, cache: ImageCache | None = None):
@@ -107,9 +107,10 @@ class MosaicDataset(Dataset):
         small, original = self.cache.fetch(index, read) if self.cache else read()
         return small, record.boxes * np.array((small.shape[1] / original[0], small.shape[0] / original[1]) * 2)
 
-    def _jitter(self, random: np.random.Generator) -> tuple[float, float]:
-        """Scale in x and in y."""
-        scale = np.exp(random.uniform(*np.log(self.config.scale_range)))
+    @staticmethod
+    def _jitter(random: np.random.Generator, scales: tuple[float, float]) -> tuple[float, float]:
+        """Scale in x and in y, around one of `scales`."""
+        scale = np.exp(random.uniform(*np.log(scales)))
         shape = np.exp(random.uniform(-0.2, 0.2))
         return scale * shape, scale / shape
 
@@ -125,7 +126,7 @@ class MosaicDataset(Dataset):
         found = []
         numbers = index, *random.integers(len(self), size=3)
         for corner, (number, region) in enumerate(zip(numbers, regions, strict=True)):
-            scale = self._jitter(random)
+            scale = self._jitter(random, self.config.mosaic_scale)
             image, around = self.image(number)
             free = np.subtract(region[2:], region[:2]) - image.shape[1::-1] * np.float64(scale)
             towards_centre = np.maximum(free, 0) * ((corner in (0, 2)), (corner in (0, 1)))
@@ -138,7 +139,7 @@ class MosaicDataset(Dataset):
         """One image somewhere on the canvas: canvas, boxes, labels."""
         side = self.config.image_size
         canvas = np.empty((side, side, 3), dtype=np.uint8)
-        scale = self._jitter(random)
+        scale = self._jitter(random, self.config.single_scale)
         image, boxes = self.image(index)
         free = np.float64([side - image.shape[1] * scale[0], side - image.shape[0] * scale[1]])
         picture = image, boxes, self.records[index].labels

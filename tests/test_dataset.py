@@ -92,7 +92,7 @@ def test_three_quarters_are_mosaics():
 def test_mosaic_shows_four_pictures_at_a_random_centre():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
     pictures = [make_record(np.full((96, 96, 3), c, np.uint8), [[0, 0, 96, 96]], [i], [False]) for i, c in enumerate(colours)]
-    data = MosaicDataset(pictures, settings(mosaic=1.0, scale_range=(1.2, 1.25), min_visible=0.0))
+    data = MosaicDataset(pictures, settings(mosaic=1.0, mosaic_scale=(1.2, 1.25), min_visible=0.0))
     corners, kinds = set(), set()
     for draw in range(40):
         _, boxes, labels = data[draw]
@@ -101,6 +101,19 @@ def test_mosaic_shows_four_pictures_at_a_random_centre():
         kinds |= set(labels.tolist())
         assert boxes[:, 2:].prod(dim=1).sum() == pytest.approx(1, abs=0.02)  # together they cover the canvas
     assert len(corners) > 20 and kinds == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+def test_pictures_are_scaled_by_what_the_settings_say(mosaic):
+    """Shapes change, areas do not: a box has scale squared of its area in the picture as it was read."""
+    low, high = scales = (0.6, 0.8) if mosaic else (0.3, 0.5)
+    data = MosaicDataset(records(), settings(mosaic=mosaic, mosaic_scale=(0.6, 0.8), single_scale=(0.3, 0.5), min_visible=0.99))
+    read = np.concatenate([data.image(number)[1] for number in range(4)]) / 96
+    areas = (read[:, 2:] - read[:, :2]).prod(axis=1)
+    drawn = [(boxes[:, 2:].prod(dim=1), labels) for _, boxes, labels in map(data.__getitem__, range(120))]
+    found = np.sqrt(np.concatenate([area.numpy() / areas[labels.numpy()] for area, labels in drawn]))
+    assert len(found) > 60 and low - 0.01 < found.min() and found.max() < high + 0.01
+    assert found.min() < np.quantile(scales, 0.2) and found.max() > np.quantile(scales, 0.8)
 
 
 @pytest.mark.parametrize("min_visible", [0.0, 0.25, 0.7])
@@ -122,9 +135,9 @@ def test_no_degenerate_box_leaves_the_data_set(min_visible):
 
 
 def test_a_box_stays_while_enough_of_it_is_left():
-    data = MosaicDataset(records(), settings(mosaic=1.0, min_visible=0.6, scale_range=(0.9, 1.25)))
+    data = MosaicDataset(records(), settings(mosaic=1.0, min_visible=0.6, mosaic_scale=(0.9, 1.25)))
     kept = sum(len(data[draw][1]) for draw in range(60))
-    everything = MosaicDataset(records(), settings(mosaic=1.0, min_visible=0.0, scale_range=(0.9, 1.25)))
+    everything = MosaicDataset(records(), settings(mosaic=1.0, min_visible=0.0, mosaic_scale=(0.9, 1.25)))
     assert 0 < kept < sum(len(everything[draw][1]) for draw in range(60))
 
 
