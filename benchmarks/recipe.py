@@ -15,6 +15,7 @@ from statistics import mean
 from unittest import mock
 
 import albumentations as A
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
@@ -24,9 +25,10 @@ from src.boxes import cxcywh_to_xyxy, decode, decode_above, decode_boxes
 from src.config import Config
 from src.dataset import DetectionData
 from src.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
+from src.metrics import Evaluation, class_table
 from src.model import Residual, YOLOv3
 from src.run_folder import write_whole
-from src.training import Detector, fit
+from src.training import Detector, evaluate, fit
 
 RUNS = Path("runs/recipe")
 BASE = Config(  # with BEFORE, what all changes are compared with: the recipe as it was before any of them was kept
@@ -239,6 +241,18 @@ CHANGES = {
 }  # fmt: skip
 
 
+def pooled(found: Evaluation) -> float:
+    """Average precision at IoU 0.5 of all classes' detections ranked together: steadier than the mean over classes.
+
+    The mean hangs on classes with ten objects. A class of one image counts as an image here, so matching is unchanged.
+    """
+    rows = [
+        np.c_[rows[:, 0] * len(BASE.classes) + rows[:, 1], np.zeros(len(rows)), rows[:, 2:]]
+        for rows in (found.found, found.truth)
+    ]
+    return class_table(*map(np.float32, rows), ("any",))[0]["area"]
+
+
 def train(name: str, seed: int) -> None:
     """Train with one change and write what it reached in the last epoch."""
     change, folder = CHANGES[name], RUNS / f"{name}-{seed}"
@@ -250,7 +264,8 @@ def train(name: str, seed: int) -> None:
     with ExitStack() as stack:
         for target, instead in (BEFORE | change.instead).items():
             stack.enter_context(mock.patch(target, instead))
-        results = fit(config, ckpt_path="auto").results
+        found = evaluate(fit(config, ckpt_path="auto"), DetectionData(config))
+    results = found.accuracies | {"map50": found.precisions["VOC AP@.5, area"], "pooled": pooled(found)}
     for checkpoint in folder.glob("*.ckpt"):
         checkpoint.unlink()
     write_whole(
@@ -264,16 +279,16 @@ def table() -> str:
     for path in sorted(RUNS.glob("*/result.json")):
         name, seed = path.parent.name.rsplit("-", 1)
         done.setdefault(name, {})[int(seed)] = json.loads(path.read_text())
-    lines = ["| change | mAP@.5, by seed | against the baseline | class | object | no-object |", "| --- " * 6 + "|"]
+    lines = ["| change | AP of all | against the baseline | mAP | class | object |", "| --- " * 6 + "|"]
     for name in sorted(done, key=list(CHANGES).index):
         runs = done[name]
-        found = " ".join(f"{run['map50']:.3f}" for _, run in sorted(runs.items()))
+        found, mean_ap = (" ".join(f"{run[key]:.3f}" for _, run in sorted(runs.items())) for key in ("pooled", "map50"))
         base = done.get("baseline", {})
-        gains = [run["map50"] - base[seed]["map50"] for seed, run in runs.items() if seed in base]
+        gains = [run["pooled"] - base[seed]["pooled"] for seed, run in runs.items() if seed in base]
         gain = f"{mean(gains):+.3f}" if gains else "no baseline"
-        means = (mean(run[f"accuracy/{key}"] for run in runs.values()) for key in ("class", "object@0.05", "no_object@0.05"))
+        means = (mean(run[key] for run in runs.values()) for key in ("class", "object@0.05"))
         cells = " | ".join(f"{100 * value:.1f}" for value in means)
-        lines.append(f"| {CHANGES[name].what} (`{name}`) | {found} | {gain} | {cells} |")
+        lines.append(f"| {CHANGES[name].what} (`{name}`) | {found} | {gain} | {mean_ap} | {cells} |")
     return "\n".join(lines)
 
 

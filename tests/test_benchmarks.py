@@ -17,9 +17,11 @@ from src.cache import ImageCache
 from src.config import ANCHORS, Config
 from src.dataset import MosaicDataset
 from src.loss import YOLOLoss, assign_targets, complete_iou_loss
+from src.metrics import Evaluation, area_under
 from src.predict import Predictor
 from tests.planted import planted_model
 from tests.test_loss import random_targets
+from tests.test_metrics import iou, random_results
 
 ANCHOR, GRIDS = torch.tensor(ANCHORS), [3, 6, 12]
 
@@ -59,8 +61,8 @@ def test_the_loops_find_the_same_average_precision(monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH", 4)
     _, values, candidates = evaluation.scores(8)
     assert candidates > 0
-    for iou in (obvious.tensor_iou, obvious.float_iou):
-        assert evaluation.obvious_scores(8, iou)[1] == pytest.approx(values["area"], abs=1e-4)
+    for overlap in (obvious.tensor_iou, obvious.float_iou):
+        assert evaluation.obvious_scores(8, overlap)[1] == pytest.approx(values["area"], abs=1e-4)
 
 
 def test_cells_that_are_sure_enough_are_decoded_as_all_are():
@@ -127,3 +129,21 @@ def test_each_change_of_the_loss_is_one(name):
     changed.backward()
     assert changed.isfinite() and abs(changed - plain) > 1e-3
     assert all(level.grad.isfinite().all() for level in logits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_ranking_of_all_classes(seed):
+    """Against a loop: classes only say which truth a detection may find."""
+    found, truth = random_results(seed)
+    taken, right = set(), []
+    for row in sorted(found, key=lambda row: -row[2]):
+        there = [number for number, other in enumerate(truth) if (other[:2] == row[:2]).all()]
+        best = max(there, key=lambda number: iou(row[3:], truth[number, 3:]), default=None)
+        hit = best is not None and iou(row[3:], truth[best, 3:]) >= 0.5
+        if hit and truth[best, 2]:
+            continue  # difficult
+        right.append(hit and best not in taken)
+        taken |= {best} if hit else set()
+    true = np.cumsum(right)
+    expected = area_under(true / np.arange(1, len(right) + 1), true / (truth[:, 2] == 0).sum(), "area")
+    assert 0.2 < expected < 0.95 and recipe.pooled(Evaluation({}, {}, [], found, truth)) == pytest.approx(expected, abs=1e-6)
