@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.utils.data import Dataset
-from torchvision.ops import complete_box_iou_loss
+from torchvision.ops import box_iou, complete_box_iou_loss
 
 from src.dataset import augmentations
 from src.voc import Record
@@ -139,7 +139,8 @@ def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, count
         for number, label in enumerate(target[..., 5][positive]):
             classes[number, int(label)] = 1
         sums["box"] += complete_box_iou_loss(corners(boxes), corners(wanted), reduction="sum")
-        sums["object"] += bce(level[..., 0][positive], torch.ones(len(wanted)), reduction="sum")
+        overlap = box_iou(corners(boxes), corners(wanted)).diagonal().detach()
+        sums["object"] += bce(level[..., 0][positive], overlap, reduction="sum")
         sums["no_object"] += bce(level[..., 0][background], torch.zeros(background.sum()), reduction="sum")
         sums["class"] += bce(level[..., 5:][positive], classes, reduction="sum")
     return {name: value / max(1, 3 * count) for name, value in sums.items()}

@@ -34,37 +34,45 @@ RUNS = Path("runs/recipe")
 BASE = Config(  # with BEFORE, what all changes are compared with: the recipe as it was before any of them was kept
     train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, epochs=6, batch_size=16,
     mosaic_off_epochs=1, max_lr=2e-3, workers=0,
-    mosaic_scale=(0.45, 1.25), single_scale=(0.45, 1.25),
+    mosaic_scale=(0.45, 1.25), single_scale=(0.45, 1.25), object_weight=1.0,
 )  # fmt: skip
 
 
-def generalized_iou(found: Tensor, wanted: Tensor) -> Tensor:
-    return generalized_box_iou_loss(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+Costs = tuple[Tensor, Tensor]  # as from `complete_iou_loss`: cost and IoU of each box
 
 
-def distance_iou(found: Tensor, wanted: Tensor) -> Tensor:
-    return distance_box_iou_loss(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+def generalized_iou(found: Tensor, wanted: Tensor) -> Costs:
+    found, wanted = cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted)
+    return generalized_box_iou_loss(found, wanted), box_iou(found, wanted).diagonal()
 
 
-def course_box(found: Tensor, wanted: Tensor) -> Tensor:
+def distance_iou(found: Tensor, wanted: Tensor) -> Costs:
+    found, wanted = cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted)
+    return distance_box_iou_loss(found, wanted), box_iou(found, wanted).diagonal()
+
+
+def course_box(found: Tensor, wanted: Tensor) -> Costs:
     """Mean squared error of the offsets in a cell and of the logarithms of the sides, as the course's loss has it."""
     grids = torch.tensor([BASE.image_size // stride for stride in (32, 16, 8)]).repeat_interleave(len(found) // 3)
     offset = (found[:, :2] - wanted[:, :2]) * grids[:, None]
-    return torch.cat((offset, (found[:, 2:] / wanted[:, 2:]).log()), dim=1).square().mean(dim=1)
+    cost = torch.cat((offset, (found[:, 2:] / wanted[:, 2:]).log()), dim=1).square().mean(dim=1)
+    return cost, box_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted)).diagonal()
 
 
-class OverlapAsObjectness(YOLOLoss):
-    """A positive's objectness should be the overlap of its box, as in the course and in YOLOv5, instead of 1."""
+class CertainObjectness(YOLOLoss):
+    """A positive's objectness should be 1, as in YOLOv3 (section 2.1), instead of the overlap of its box."""
 
-    def _positives(self, logits: list[Tensor], found: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
-        terms = super()._positives(logits, found, targets, anchors)
-        missing = 0.0
-        for level, part, scale in zip(logits, found, anchors, strict=True):
-            rows = part.gather(level).float()
-            boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[part.anchor], level.shape[2])
-            overlap = box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets[:, 2:6])).diagonal().detach()
-            missing = missing + ((1 - overlap) * rows[:, 0] * part.owner).sum()  # cross entropy: softplus(-x) + (1 - t) x
-        return torch.stack((terms[0], terms[1] + missing, terms[2]))
+    @staticmethod
+    def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:
+        return softplus(-logit)
+
+
+class HalfOverlap(YOLOLoss):
+    """A positive's objectness should lie half-way between 1 and the overlap of its box."""
+
+    @staticmethod
+    def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:
+        return YOLOLoss._confidence(logit, (1 + overlap) / 2)
 
 
 class FocalObjectness(YOLOLoss):
@@ -76,16 +84,12 @@ class FocalObjectness(YOLOLoss):
         cost = logit.sigmoid().square() * softplus(logit)
         return cost.masked_fill(found.positive | found.ignored, 0).sum()
 
-    def _positives(self, logits: list[Tensor], found: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
-        terms = super()._positives(logits, found, targets, anchors)
-        focal = 0.0
-        for level, part in zip(logits, found, strict=True):
-            logit = part.gather(level)[:, 0].float()
-            focal = focal + ((-logit).sigmoid().square() * softplus(-logit) * part.owner).sum()
-        return torch.stack((terms[0], focal, terms[2]))
+    @staticmethod
+    def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:
+        return (-logit).sigmoid().square() * softplus(-logit)
 
 
-class EveryFittingAnchor(YOLOLoss):
+class EveryFittingAnchor(CertainObjectness):
     """Anchors that overlap an object's shape by more than 0.5 are positives too, instead of ignored."""
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
@@ -98,13 +102,13 @@ class EveryFittingAnchor(YOLOLoss):
                 rows, fits = level[cell].float(), (overlap > 0.5) & ~part.positive[cell]
                 boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[number], level.shape[2])
                 label = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5)).float()
-                cost = self.box_weight * complete_iou_loss(boxes, targets[:, 2:6]) + softplus(-rows[:, 0])
+                cost = self.box_weight * complete_iou_loss(boxes, targets[:, 2:6])[0] + softplus(-rows[:, 0])
                 cost = cost + binary_cross_entropy_with_logits(rows[:, 5:], label, reduction="none").sum(dim=1)
                 more = more + (cost * fits).sum()
         return terms | {"loss": terms["loss"] + more / max(1, 3 * len(targets))}
 
 
-class PredictionsIgnored(YOLOLoss):
+class PredictionsIgnored(CertainObjectness):
     """Ignored is what *predicts* a box that overlaps an object by more than 0.5: YOLOv3, section 2.1."""
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
@@ -167,7 +171,7 @@ def loud_residuals(self) -> None:
 
 
 configure_optimizers, initialise = Detector.configure_optimizers, YOLOv3._initialise
-BEFORE = {"src.model.YOLOv3._initialise": loud_residuals}
+BEFORE = {"src.model.YOLOv3._initialise": loud_residuals, "src.training.YOLOLoss": CertainObjectness}
 
 
 def kmeans_anchors() -> tuple:
@@ -203,9 +207,12 @@ CHANGES = {
     "box-course": Change("box loss: the course's squared errors", instead={"src.loss.complete_iou_loss": course_box}),
     "box-1": Change("weight of the box term 1", {"box_weight": 1.0}),
     "box-5": Change("weight of the box term 5", {"box_weight": 5.0}),
-    "object-overlap": Change("objectness of a positive: its box's overlap", instead=loss(OverlapAsObjectness)),
+    "object-overlap": Change("objectness of a positive: its box's overlap", instead=loss(YOLOLoss)),
+    "object-overlap-2": Change("the same, positives' weight 2", {"object_weight": 2.0}, loss(YOLOLoss)),
+    "object-overlap-4": Change("the same, positives' weight 4", {"object_weight": 4.0}, loss(YOLOLoss)),
+    "object-half": Change("objectness of a positive: half-way to its box's overlap", instead=loss(HalfOverlap)),
     "object-focal": Change("objectness: focal loss, gamma 2", instead=loss(FocalObjectness)),
-    "object-3": Change("weight of the objectness terms 3", {"object_weight": 3.0}),
+    "object-3": Change("weight of the objectness terms 3", {"object_weight": 3.0, "no_object_weight": 3.0}),
     "object-unbiased": Change("no initial bias", instead={"src.model.YOLOv3._initialise": unbiased}),
     "class-softmax": Change("classes: softmax, as in the course", instead={
         "src.loss.bce": softmax_classes, "src.metrics.decode_above": softmax_decode_above}),

@@ -66,7 +66,8 @@ class Config:
     clip: float = 10.0  # gradient norm
     ema_decay: float = 0.998
     box_weight: float = 2.0
-    object_weight: float = 1.0
+    object_weight: float = 2.0  # of positives' objectness
+    no_object_weight: float = 1.0  # of the background's
     class_weight: float = 1.0
     label_smoothing: float = 0.0
     precision: str = "auto"  # "16-mixed" on CUDA, "bf16-mixed" on a CPU that computes it, else "32-true"

@@ -67,10 +67,10 @@ def assign_targets(targets: Tensor, grids: list[int], anchors: Tensor, batch: in
     return [Assigned(image, *fields) for fields in zip(anchor, rows, columns, owner, *maps, strict=True)]
 
 
-def complete_iou_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Complete IoU loss of boxes cxcywh [N, 4] -> [N]; Zheng et al. 2020, https://arxiv.org/abs/1911.08287.
+def complete_iou_loss(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Complete IoU loss of boxes cxcywh [N, 4] -> [N], and their IoU [N]; Zheng et al. 2020, https://arxiv.org/abs/1911.08287.
 
-    Equals torchvision's complete_box_iou_loss, which selects the boxes that meet and so makes a GPU wait.
+    The loss equals torchvision's complete_box_iou_loss, which selects the boxes that meet and so makes a GPU wait.
     """
     corners, wanted_corners = cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted)
     larger, smaller = torch.maximum(corners, wanted_corners), torch.minimum(corners, wanted_corners)
@@ -82,7 +82,7 @@ def complete_iou_loss(found: Tensor, wanted: Tensor) -> Tensor:
     angle = torch.atan(wanted[:, 2] / wanted[:, 3]) - torch.atan(found[:, 2] / found[:, 3])
     shape = 4 / math.pi**2 * angle.square()
     trade = (shape / (1 - iou + shape + EPSILON)).detach()
-    return 1 - iou + apart + trade * shape
+    return 1 - iou + apart + trade * shape, iou
 
 
 class YOLOLoss(nn.Module):
@@ -90,12 +90,14 @@ class YOLOLoss(nn.Module):
 
     forward(logits: three [B, 3, G, G, 5 + C], targets [N, 6], anchors [3, 3, 2]) -> dict of scalars
     "loss", "box", "object", "no_object", "class". Computed in float32. Classes are independent logistic
-    outputs (YOLOv3, section 2.2).
+    outputs (YOLOv3, section 2.2). A positive's objectness should be its box's IoU (YOLO, Redmon et al. 2016,
+    section 2: confidence is Pr(object) * IoU): of an object's three predictions the best box then scores best.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.box_weight, self.object_weight = config.box_weight, config.object_weight
+        self.no_object_weight = config.no_object_weight
         self.class_weight, self.smoothing = config.class_weight, config.label_smoothing
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
@@ -104,7 +106,8 @@ class YOLOLoss(nn.Module):
         background = sum(map(self._background, logits, found))
         terms = torch.stack((*self._positives(logits, found, targets, anchors), background))
         box, positive, label, background = terms / max(1, 3 * len(targets))
-        loss = self.box_weight * box + self.object_weight * (positive + background) + self.class_weight * label
+        loss = self.box_weight * box + self.object_weight * positive
+        loss = loss + self.no_object_weight * background + self.class_weight * label
         return {"loss": loss, "box": box, "object": positive, "no_object": background, "class": label}
 
     @staticmethod
@@ -112,6 +115,11 @@ class YOLOLoss(nn.Module):
         """Sum over the background of one scale; softplus is the cross entropy of a logit whose answer is no."""
         cost = softplus(level[..., 0].float().contiguous())
         return cost.masked_fill(found.positive | found.ignored, 0).sum()
+
+    @staticmethod
+    def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:
+        """Cross entropy of positives' objectness, whose answer is the overlap of their boxes."""
+        return softplus(-logit) + (1 - overlap.detach()) * logit
 
     def _positives(self, logits: list[Tensor], found: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
         """Sums over the positives of all scales, 3 N rows at once: box, object and class terms, [3]."""
@@ -122,8 +130,8 @@ class YOLOLoss(nn.Module):
         grid = torch.cat([torch.full_like(targets[:, 0], logits[scale].shape[2]) for scale in scales])
         boxes = decode_boxes(rows[:, 1:5], column, row, anchor, grid)
         wanted = targets.repeat(len(logits), 1)
-        box = complete_iou_loss(boxes, wanted[:, 2:6])
+        box, overlap = complete_iou_loss(boxes, wanted[:, 2:6])
         classes = (wanted[:, 1:2] == torch.arange(rows.shape[1] - 5, device=rows.device)).float()
         classes = classes * (1 - self.smoothing) + self.smoothing / classes.shape[1]
         label = bce(rows[:, 5:], classes, reduction="none").sum(dim=1)
-        return (torch.stack((box, softplus(-rows[:, 0]), label)) * own).sum(dim=1)
+        return (torch.stack((box, self._confidence(rows[:, 0], overlap), label)) * own).sum(dim=1)

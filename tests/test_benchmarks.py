@@ -49,7 +49,10 @@ def test_complete_iou_equals_torchvisions_with_its_gradient():
     random = torch.Generator().manual_seed(0)
     wanted = torch.rand(50, 4, generator=random) * 0.5 + 0.1
     gradients = []
-    for loss in (complete_iou_loss, lambda a, b: complete_box_iou_loss(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b))):
+    for loss in (
+        lambda a, b: complete_iou_loss(a, b)[0],
+        lambda a, b: complete_box_iou_loss(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)),
+    ):
         found = (torch.rand(50, 4, generator=random.manual_seed(1)) * 0.5 + 0.1).requires_grad_()
         value = loss(found, wanted)
         gradients.append((value, *torch.autograd.grad(value.sum(), found)))
@@ -121,9 +124,9 @@ def test_each_change_of_the_loss_is_one(name):
     change, targets = recipe.CHANGES[name], random_targets(30, 4)
     chance = torch.Generator().manual_seed(0)
     logits = [torch.randn(4, 3, grid, grid, 25, generator=chance).requires_grad_() for grid in (5, 10, 20)]
-    plain = YOLOLoss(recipe.BASE)(logits, targets, ANCHOR)["loss"]
+    plain = recipe.CertainObjectness(recipe.BASE)(logits, targets, ANCHOR)["loss"]
     with ExitStack() as stack:
-        for target, instead in change.instead.items():
+        for target, instead in (recipe.BEFORE | change.instead).items():
             stack.enter_context(mock.patch(target, instead))
         changed = training.YOLOLoss(recipe.BASE.replace(**change.settings))(logits, targets, ANCHOR)["loss"]
     changed.backward()

@@ -64,7 +64,7 @@ def test_no_objects():
 
 
 def complete_iou(one, two):
-    """1 - CIoU of two xyxy boxes, Zheng et al. 2020, equations 8 to 11."""
+    """1 - CIoU of two xyxy boxes, Zheng et al. 2020, equations 8 to 11; and their IoU."""
     left, top, right, bottom = max(one[0], two[0]), max(one[1], two[1]), min(one[2], two[2]), min(one[3], two[3])
     shared = max(0, right - left) * max(0, bottom - top)
     sizes = [(b[2] - b[0], b[3] - b[1]) for b in (one, two)]
@@ -72,7 +72,7 @@ def complete_iou(one, two):
     across = (max(one[2], two[2]) - min(one[0], two[0])) ** 2 + (max(one[3], two[3]) - min(one[1], two[1])) ** 2
     apart = ((one[0] + one[2] - two[0] - two[2]) ** 2 + (one[1] + one[3] - two[1] - two[3]) ** 2) / 4
     v = 4 / math.pi**2 * (math.atan(sizes[1][0] / sizes[1][1]) - math.atan(sizes[0][0] / sizes[0][1])) ** 2
-    return 1 - iou + apart / across + v * v / (1 - iou + v + 1e-7)
+    return 1 - iou + apart / across + v * v / (1 - iou + v + 1e-7), iou
 
 
 def entropy(logit, wanted):
@@ -96,8 +96,9 @@ def test_loss_equals_the_loop():
             if place in positives:
                 target = targets[positives[place]]
                 box = boxes[image, first + (anchor * grid + row) * grid + column].tolist()
-                sums["box"] += complete_iou(box, cxcywh_to_xyxy(target[2:]).tolist())
-                sums["object"] += entropy(cell[0], 1)
+                cost, overlap = complete_iou(box, cxcywh_to_xyxy(target[2:]).tolist())
+                sums["box"] += cost
+                sums["object"] += entropy(cell[0], overlap)
                 wanted = [0.025 + 0.9 * (label == int(target[1])) for label in range(4)]
                 sums["class"] += sum(entropy(value, want) for value, want in zip(cell[5:], wanted, strict=True))
             elif place not in ignored:
@@ -106,7 +107,7 @@ def test_loss_equals_the_loop():
     terms = YOLOLoss(config)(logits, targets, ANCHOR)
     for name, value in sums.items():
         assert terms[name].item() == pytest.approx(value / (3 * len(targets)), rel=1e-3), name
-    total = 2.0 * terms["box"] + terms["object"] + terms["no_object"] + terms["class"]
+    total = 2.0 * terms["box"] + 2.0 * terms["object"] + terms["no_object"] + terms["class"]
     torch.testing.assert_close(terms["loss"], total)
 
 
