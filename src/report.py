@@ -5,7 +5,7 @@ from src.metrics import Evaluation
 
 TARGETS = {"class": 0.80, "no_object": 0.98, "object": 0.78}  # by epoch 40, with kernels of full width
 THRESHOLD = 0.05  # of objectness: the course's
-STRICT = 0.5  # a prediction that is more likely than not
+STRICT = 0.5  # sure of the object and of its edges: objectness promises an overlap
 NAMES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
 
 
