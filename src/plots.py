@@ -79,7 +79,7 @@ def lr_curve(found) -> Figure:
     axis = figure.subplots()
     axis.plot(found.rates, found.losses, color=HELD_OUT)
     axis.axvline(found.suggestion, color=TARGET, linestyle="--", linewidth=1.4)
-    low, high = np.nanmin(found.losses), found.losses[0]
+    low, high = np.nanmin(found.losses), max(found.losses[: found.rates.index(found.suggestion) + 1])
     axis.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)", title="Learning-rate range test")
     span = max(high - low, 0.01 * abs(high))
     axis.set_ylim(low - 0.15 * span, high + 0.25 * span)

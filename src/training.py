@@ -158,11 +158,19 @@ def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRa
     exploded = np.flatnonzero(~(losses < 1.5 * losses[0]))
     losses = losses[: exploded[0] if len(exploded) else steps]
     smooth = np.array([losses[max(0, i - 7) : i + 8].mean() for i in range(len(losses))])
-    fallen = smooth[0] - smooth
+    rates = test.rates[: len(smooth)].tolist()
+    return LearningRates(rates, smooth.tolist(), rates[two_thirds_down(smooth)])
+
+
+def two_thirds_down(losses: np.ndarray) -> int:
+    """Where losses [n] have made two thirds of their deepest fall from the highest point so far.
+
+    They may rise first: boxes that begin to overlap objects are asked for more objectness. See `find_lr`.
+    """
+    fallen = np.maximum.accumulate(losses) - losses
     if not fallen.max(initial=0) > 0:
         raise RuntimeError("the loss fell at no learning rate: look at the data, or set Config.max_lr yourself (1e-3 is usual)")
-    rates = test.rates[: len(smooth)].tolist()
-    return LearningRates(rates, smooth.tolist(), rates[int((fallen >= fallen.max() * 2 / 3).argmax())])
+    return int((fallen >= fallen.max() * 2 / 3).argmax())
 
 
 def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None = None) -> Detector:

@@ -166,6 +166,14 @@ def test_learning_rate_finder_leaves_no_trace(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_fall_of_the_loss_is_counted_from_its_highest_point():
+    assert training.two_thirds_down(np.array([9.0, 8, 7, 4, 3, 2, 1, 0.5, 0, 5])) == 4
+    assert training.two_thirds_down(np.array([2.0, 9, 12, 10, 7, 4, 3, 9, 11])) == 5
+    for never in ([1.0, 2, 3], [2.0], []):
+        with pytest.raises(RuntimeError, match="max_lr"):
+            training.two_thirds_down(np.array(never))
+
+
 def test_every_size_is_drawn_and_held(tmp_path):
     sizes = tuple(range(256, 449, 32))
     config = tiny(tmp_path, sizes=sizes)
