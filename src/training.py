@@ -146,9 +146,9 @@ class LearningRates:
 def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRates:
     """Raise the rate from 1e-5 to 0.1 over `steps` batches on a net of its own, and suggest a peak for OneCycle.
 
-    The suggestion is the rate at which the loss has made two thirds of its fall: past the steepest part, short of the
-    plateau before it explodes. (The steepest point, which Lightning's finder takes, trained visibly worse here, and its
-    running mean forgets 2 % a step, too slow for 100 steps.) Raises RuntimeError where the loss never falls.
+    The suggestion is the rate at which the loss has made nine tenths of its fall: near the plateau before it explodes.
+    (benchmarks/RECIPE.md has what lower and higher peaks reach. Lightning's finder takes the steepest point, lower still,
+    and its running mean forgets 2 % a step, too slow for 100 steps.) Raises RuntimeError where the loss never falls.
     """
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
     how = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
@@ -159,18 +159,18 @@ def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRa
     losses = losses[: exploded[0] if len(exploded) else steps]
     smooth = np.array([losses[max(0, i - 7) : i + 8].mean() for i in range(len(losses))])
     rates = test.rates[: len(smooth)].tolist()
-    return LearningRates(rates, smooth.tolist(), rates[two_thirds_down(smooth)])
+    return LearningRates(rates, smooth.tolist(), rates[nine_tenths_down(smooth)])
 
 
-def two_thirds_down(losses: np.ndarray) -> int:
-    """Where losses [n] have made two thirds of their deepest fall from the highest point so far.
+def nine_tenths_down(losses: np.ndarray) -> int:
+    """Where losses [n] have made nine tenths of their deepest fall from the highest point so far.
 
     They may rise first: boxes that begin to overlap objects are asked for more objectness. See `find_lr`.
     """
     fallen = np.maximum.accumulate(losses) - losses
     if not fallen.max(initial=0) > 0:
         raise RuntimeError("the loss fell at no learning rate: look at the data, or set Config.max_lr yourself (1e-3 is usual)")
-    return int((fallen >= fallen.max() * 2 / 3).argmax())
+    return int((fallen >= fallen.max() * 0.9).argmax())
 
 
 def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None = None) -> Detector:

@@ -167,11 +167,11 @@ def test_learning_rate_finder_leaves_no_trace(tmp_path):
 
 
 def test_the_fall_of_the_loss_is_counted_from_its_highest_point():
-    assert training.two_thirds_down(np.array([9.0, 8, 7, 4, 3, 2, 1, 0.5, 0, 5])) == 4
-    assert training.two_thirds_down(np.array([2.0, 9, 12, 10, 7, 4, 3, 9, 11])) == 5
+    assert training.nine_tenths_down(np.array([9.0, 8, 7, 4, 3, 2, 1, 0.5, 0, 5])) == 7
+    assert training.nine_tenths_down(np.array([2.0, 9, 12, 10, 7, 4, 3, 9, 11])) == 6
     for never in ([1.0, 2, 3], [2.0], []):
         with pytest.raises(RuntimeError, match="max_lr"):
-            training.two_thirds_down(np.array(never))
+            training.nine_tenths_down(np.array(never))
 
 
 def test_every_size_is_drawn_and_held(tmp_path):
