@@ -31,6 +31,7 @@ exponential moving average (EMA) of the weights in training, at the epoch of the
 | data | {trained_on} |
 | held out | {held_out} |
 | epochs | {epochs}, {batch_size} images a batch, mosaics on {mosaic:.0%} of the draws |
+| sides | {sides} |
 | optimizer | AdamW, OneCycle to {max_lr:g}, weight decay {weight_decay:g} |
 | settings | `run.json` beside this file: `Config.load("run.json")` |
 
@@ -89,10 +90,17 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
     accuracies = [(row["name"], f"{row['reached']:.1%}", f"{row['strict']:.1%}") for row in rows(evaluation.accuracies)]
     classes = [(row["class"], row["objects"], f"{row['area']:.3f}") for row in evaluation.table]
     held_out = ", ".join(config.val_splits) if config.data == "voc" else "another seed"
+    sides = f"{config.image_size} pixels"
+    if config.sizes:
+        drawn = ", ".join(map(str, config.sizes))
+        sides = (
+            f"one of {drawn} pixels for {config.size_steps} steps each; in the last {config.mosaic_off_epochs} epochs {sides}"
+        )
     settings = dataclasses.asdict(config) | {
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "trained_on": f"{len(data.train_records):,} pictures: {model.about['data']}",
         "held_out": f"{len(data.val_records):,} pictures: {held_out}",
+        "sides": sides,
         "accuracies": markdown_table(("", f"objectness > {THRESHOLD}", f"> {STRICT}"), accuracies),
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
         "per_class": markdown_table(("class", "objects", "AP"), classes),
