@@ -6,11 +6,12 @@ VOC_ROOT names the folder that holds VOCdevkit.
 
 import argparse
 
+from benchmarks.recipe import pooled
 from src.config import Config
 from src.dataset import DetectionData
 from src.training import evaluate, fit, load_detector
 
-SIDES = (160, 192, 224, 256, 288)  # drawn from, and tested at
+SIDES = (160, 192, 224, 256, 288)  # drawn from
 ONE = Config(
     train_splits=("2012/train",), val_splits=("2012/val",), image_size=224, width=0.25, epochs=40, batch_size=16,
     mosaic_off_epochs=4, max_lr=2e-3, workers=1, run_dir="runs/photographs-one",
@@ -20,12 +21,13 @@ RUNS = {"one": ONE, "many": ONE.replace(sizes=SIDES, run_dir="runs/photographs-m
 
 def by_size(folder: str) -> str:
     """What the last epoch's weights reach at each side, as rows of Markdown."""
-    detector, lines = load_detector(folder, "last"), ["| side | class | no-object | object | mAP@.5 |", "| --- " * 5 + "|"]
-    for side in SIDES:
+    detector = load_detector(folder, "last")
+    lines = ["| side | class | no-object | object | mAP@.5 | AP of all |", "| --- " * 6 + "|"]
+    for side in (128, *SIDES):
         found = evaluate(detector, DetectionData(detector.config.replace(image_size=side)))
         cells = [100 * found.accuracies[name] for name in ("class", "no_object@0.05", "object@0.05")]
         percent = " | ".join(f"{value:.1f}" for value in cells)
-        lines.append(f"| {side} | {percent} | {found.precisions['VOC AP@.5, area']:.3f} |")
+        lines.append(f"| {side} | {percent} | {found.precisions['VOC AP@.5, area']:.3f} | {pooled(found):.3f} |")
     return "\n".join(lines)
 
 

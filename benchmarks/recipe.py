@@ -1,7 +1,7 @@
 """The training recipe, one change at a time against a fixed baseline, on photographs.
 
 python -m benchmarks.recipe NAME [NAME ...] --seed 0    trains each change that has no result yet, see CHANGES
-python -m benchmarks.recipe --table                     what is done so far, as the table of RECIPE.md
+python -m benchmarks.recipe --table                     what is done so far, in Markdown
 VOC_ROOT names the folder that holds VOCdevkit. Results stand in runs/recipe/NAME-SEED/result.json.
 """
 

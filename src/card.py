@@ -30,7 +30,7 @@ exponential moving average (EMA) of the weights in training, at the epoch of the
 | --- | --- |
 | data | {trained_on} |
 | held out | {held_out} |
-| epochs | {epochs}, {batch_size} images a batch, mosaics on {mosaic:.0%} of the draws |
+| epochs | {trained}, {batch_size} images a batch, mosaics on {mosaic:.0%} of the draws |
 | sides | {sides} |
 | optimizer | AdamW, OneCycle to {max_lr:g}, weight decay {weight_decay:g} |
 | settings | `run.json` beside this file: `Config.load("run.json")` |
@@ -71,7 +71,8 @@ def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
     model.save_pretrained(folder)
     config.replace(voc_root="data").save(folder / "run.json")
     evaluation, data = measure(folder)
-    model.about = about(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config)
+    trained = model.about["epochs"]
+    model.about = about(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, trained)
     model.save_pretrained(folder)
     (folder / "README.md").write_text(card(model, config, evaluation, data, limits), encoding="utf-8")
     return evaluation
@@ -100,6 +101,7 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "trained_on": f"{len(data.train_records):,} pictures: {model.about['data']}",
         "held_out": f"{len(data.val_records):,} pictures: {held_out}",
+        "trained": model.about["epochs"],
         "sides": sides,
         "accuracies": markdown_table(("", f"objectness > {THRESHOLD}", f"> {STRICT}"), accuracies),
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),

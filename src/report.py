@@ -39,11 +39,11 @@ def assignment_table(evaluation: Evaluation, config: Config) -> str:
     return "\n".join(lines)
 
 
-def about(accuracies: dict[str, float], map50: float, config: Config) -> dict:
-    """What travels with weights: what they were trained on, for how long, and what they reach."""
+def about(accuracies: dict[str, float], map50: float, config: Config, trained: str) -> dict:
+    """What travels with weights: what they were trained on, for how long ("3 of 40" epochs), and what they reach."""
     data = f"{config.shapes_train:,} drawn pictures of {len(config.classes)} shapes"
     if config.data == "voc":
         data = "PASCAL VOC " + ", ".join(config.train_splits)
     reached = {row["name"]: row["reached"] for row in rows(accuracies)}
     metrics = {"map50": map50, **reached, "objectness threshold": THRESHOLD}
-    return {"data": data, "epochs": config.epochs, "weights": "averaged over the steps (EMA)", "metrics": metrics}
+    return {"data": data, "epochs": trained, "weights": "averaged over the steps (EMA)", "metrics": metrics}

@@ -121,7 +121,8 @@ class Detector(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["classes"] = list(self.config.classes)
         if self.results:
-            self.model.about = about(self.accuracies, self.results["map50"], self.config)
+            trained = f"{self.current_epoch + 1} of {self.config.epochs}"
+            self.model.about = about(self.accuracies, self.results["map50"], self.config, trained)
         checkpoint["about"] = self.model.about
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -154,12 +155,16 @@ def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRa
     how = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
     trainer = make_trainer(config.replace(devices=1), callbacks=[test], **how)
     trainer.fit(Detector(config.replace(max_lr=1e-3)), datamodule=data)
-    losses = np.array(test.losses)
-    exploded = np.flatnonzero(~(losses < 1.5 * losses[0]))
-    losses = losses[: exploded[0] if len(exploded) else steps]
-    smooth = np.array([losses[max(0, i - 7) : i + 8].mean() for i in range(len(losses))])
-    rates = test.rates[: len(smooth)].tolist()
-    return LearningRates(rates, smooth.tolist(), rates[nine_tenths_down(smooth)])
+    losses = until_explosion(np.array(test.losses))
+    rates = test.rates[: len(losses)].tolist()
+    return LearningRates(rates, losses.tolist(), rates[nine_tenths_down(losses)])
+
+
+def until_explosion(losses: np.ndarray) -> np.ndarray:
+    """Running mean over 15 steps of losses [n], up to where it is NaN or half as much again as its lowest so far."""
+    means = np.array([losses[max(0, i - 7) : i + 8].mean() for i in range(len(losses))])
+    exploded = np.flatnonzero(~(means < 1.5 * np.fmin.accumulate(means)))
+    return means[: exploded[0] if len(exploded) else len(means)]
 
 
 def nine_tenths_down(losses: np.ndarray) -> int:

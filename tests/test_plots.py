@@ -60,13 +60,19 @@ def figures(tmp_path):
     yield "scales", pictures.show_scales(data[0], torch.tensor(ANCHORS), SHAPE_CLASSES)
     yield "summary", plots.data_summary(RECORDS, SHAPE_CLASSES)
     yield "anchors", plots.anchors_over_boxes(RECORDS, ANCHORS)
-    yield "rates", plots.lr_curve(LearningRates([1e-4, 1e-3, 1e-2], [5.0, 4.0, 9.0], 1e-3))
+    yield "rates", plots.lr_curve(LearningRates([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
     yield "curves", plots.training_curves(tmp_path / "metrics.csv", TARGETS)
     yield "precision and recall", plots.precision_recall_curves(FOUND, TRUTH, table)
     yield "precisions", plots.class_precisions(table)
     yield "confusion", plots.confusion_matrix(confusion(FOUND, TRUTH, COUNT), SHAPE_CLASSES)
     yield "drawn", plots.drawn_sizes([64, 64, 96])
     yield "sizes", plots.size_comparison({"one": sizes, "many": sizes})
+
+
+def test_the_range_test_shows_the_whole_fall_and_not_the_explosion():
+    figure = plots.lr_curve(LearningRates([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
+    low, high = figure.axes[0].get_ylim()
+    assert low < 4 and 7 < high < 90
 
 
 def test_every_figure_is_white_small_and_wide_enough_and_leaves_the_settings_alone(tmp_path):

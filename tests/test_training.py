@@ -84,7 +84,7 @@ def test_weights_know_what_they_were_trained_on_and_reach(run):
     last = load_detector(folder, "last").model.about
     assert last == detector.model.about
     measured = evaluate(load_detector(folder, "last"), DetectionData(tiny(folder)))
-    assert last["data"] == "16 drawn pictures of 8 shapes" and last["epochs"] == 3
+    assert last["data"] == "16 drawn pictures of 8 shapes" and last["epochs"] == "3 of 3"
     wanted = measured.precisions["VOC AP@.5, area"], measured.accuracies["class"], measured.accuracies["object@0.05"]
     assert [last["metrics"][name] for name in ("map50", "class accuracy", "object accuracy")] == pytest.approx(wanted)
 
@@ -164,6 +164,14 @@ def test_learning_rate_finder_leaves_no_trace(tmp_path):
     for one, other in zip(before.values(), Detector(config).model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_range_test_ends_where_the_loss_explodes():
+    fall = np.linspace(10, 6, 60)
+    assert training.until_explosion(fall) == pytest.approx([fall[max(0, i - 7) : i + 8].mean() for i in range(60)])
+    for after in (np.full(20, 13.0), np.full(20, np.nan), np.array([1e6, *np.full(19, 5.0)])):
+        means = training.until_explosion(np.concatenate((fall, after)))
+        assert 50 <= len(means) < 70 and np.diff(means).max() < 1.0
 
 
 def test_the_fall_of_the_loss_is_counted_from_its_highest_point():
