@@ -14,7 +14,7 @@ from src.training import evaluate, fit, load_detector
 SIDES = (160, 192, 224, 256, 288)  # drawn from
 ONE = Config(
     train_splits=("2012/train",), val_splits=("2012/val",), image_size=224, width=0.25, epochs=40, batch_size=16,
-    mosaic_off_epochs=4, max_lr=2e-3, workers=1, run_dir="runs/photographs-one",
+    mosaic_off_epochs=4, max_lr=6e-3, workers=1, run_dir="runs/photographs-one",
 )  # fmt: skip
 RUNS = {"one": ONE, "many": ONE.replace(sizes=SIDES, run_dir="runs/photographs-many")}
 
