@@ -92,6 +92,11 @@ class Config:
                 raise ValueError(f"Config.{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
+    def canvas(self) -> int:
+        """Pixels a side that training pictures are composed at: the largest drawn, so a batch is only ever made smaller."""
+        return max((self.image_size, *self.sizes))
+
+    @property
     def whole_from(self) -> int:
         """The first epoch, counted from 0, that draws no mosaics and no sides."""
         return self.epochs - self.mosaic_off_epochs

@@ -98,8 +98,8 @@ class MosaicDataset(Dataset):
         return np.random.default_rng((self.config.seed, draw))
 
     def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Picture `index` with `image_size` pixels on its long side, uint8, and its boxes in these pixels."""
-        record, side = self.records[index], self.config.image_size
+        """Picture `index` with `canvas` pixels on its long side, uint8, and its boxes in these pixels."""
+        record, side = self.records[index], self.config.canvas
 
         def read():
             return fit_inside(load_image(record.image, side), side), picture_size(record.image)
@@ -119,7 +119,7 @@ class MosaicDataset(Dataset):
 
         An image larger than its part shows a random cut of itself, a smaller one lies at the common point.
         """
-        side = self.config.image_size
+        side = self.config.canvas
         x, y = (int(v) for v in random.uniform(0.25, 0.75, 2) * side)
         regions = (0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)
         canvas = np.empty((side, side, 3), dtype=np.uint8)
@@ -137,7 +137,7 @@ class MosaicDataset(Dataset):
 
     def _single(self, index: int, random: np.random.Generator) -> tuple:
         """One image somewhere on the canvas: canvas, boxes, labels."""
-        side = self.config.image_size
+        side = self.config.canvas
         canvas = np.empty((side, side, 3), dtype=np.uint8)
         scale = self._jitter(random, self.config.single_scale)
         image, boxes = self.image(index)
@@ -234,12 +234,10 @@ class DetectionData(pl.LightningDataModule):
         else:
             self.train_records = draw_shapes(config.shapes_train, seed=2 * config.seed)
             self.val_records = draw_shapes(config.shapes_val, seed=2 * config.seed + 1)
-        caches = [
-            open_cache(records, name, config.image_size, config.cache_gb)
-            for name, records in (("training", self.train_records), ("held-out", self.val_records))
-        ]
-        self.train_data = MosaicDataset(self.train_records, config, caches[0])
-        self.val_data = HeldOutDataset(self.val_records, config, caches[1])
+        train_cache = open_cache(self.train_records, "training", config.canvas, config.cache_gb)
+        self.train_data = MosaicDataset(self.train_records, config, train_cache)
+        val_cache = open_cache(self.val_records, "held-out", config.image_size, config.cache_gb)
+        self.val_data = HeldOutDataset(self.val_records, config, val_cache)
 
     def train_dataloader(self) -> DataLoader:
         """Batches without end of an epoch's remainder: the last, smaller one is dropped."""
@@ -264,7 +262,7 @@ class DetectionData(pl.LightningDataModule):
         Two finished batches wait there for each, and two more are on their way.
         """
         wanted = self.config.workers if self.config.workers >= 0 else min(8, os.cpu_count() or 1)
-        batch = 3 * self.config.image_size**2 * self.config.batch_size * self.config.devices
+        batch = 3 * self.config.canvas**2 * self.config.batch_size * self.config.devices
         free = shutil.disk_usage(SHARED).free if os.path.isdir(SHARED) else 2 * batch * (wanted + 1)
         room = max(0, free // (2 * batch) - 1)
         if room < wanted:

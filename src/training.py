@@ -64,7 +64,7 @@ class Detector(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         images = to_input(batch["images"])
         side = drawn_side(self.config, self.trainer.global_step, self.current_epoch)
-        if side != images.shape[-1]:  # multi-resolution: targets are fractions of the image and stay
+        if side != images.shape[-1]:  # multi-resolution, always smaller: targets are fractions and stay
             images = interpolate(images, (side, side), mode="bilinear", antialias=True)
         terms = self.loss(self.network(images), batch["targets"], self.model.anchors_at(side))
         logged = {f"train/{name}": value.detach() for name, value in terms.items()}

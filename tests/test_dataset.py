@@ -64,6 +64,19 @@ def test_boxes_follow_the_pixels_they_label(mosaic):
     assert seen > 100
 
 
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+def test_multi_resolution_composes_at_the_largest_side(mosaic):
+    """The same picture as a run at that side alone has: detail is read, not made by enlarging."""
+    config = settings(mosaic=mosaic)
+    large, sized = (
+        MosaicDataset(records(), changed) for changed in (config.replace(image_size=160), config.replace(sizes=(64, 160, 128)))
+    )
+    for draw in range(20):
+        for one, other in zip(large[draw], sized[draw], strict=True):
+            assert torch.equal(one, other)
+    assert large[0][0].shape == (3, 160, 160)
+
+
 @pytest.mark.filterwarnings("ignore:Got processor for bboxes")  # colour alone moves no box
 def test_each_augmentation_moves_boxes_with_pixels():
     image = np.full((64, 64, 3), PAD, dtype=np.uint8)

@@ -204,12 +204,12 @@ def test_multi_resolution_trains_at_the_drawn_sides(tmp_path):
 
 @pytest.mark.parametrize("side", [256, 288, 352, 448])
 def test_a_resized_batch_is_one_read_at_that_size(side):
-    """What training_step does to a batch of 416 pixels, against a data set of `side` pixels."""
+    """What training_step does to a batch as the loader makes it for 256 to 448 pixels, against a data set of `side` pixels."""
     config = Config(data="shapes", classes=training_classes(), width=0.125, sizes=(side,))
     smooth = np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)  # sides divide by 13
     corners = np.random.default_rng(side).uniform(0, 700, (20, 2))
     record = make_record(smooth, np.hstack((corners, corners + np.geomspace(30, 130, 20)[:, None])), [0] * 20, [False] * 20)
-    home, there = (collate([HeldOutDataset([record], config.replace(image_size=size))[0]]) for size in (416, side))
+    home, there = (collate([HeldOutDataset([record], config.replace(image_size=size))[0]]) for size in (448, side))
     torch.testing.assert_close(home["targets"], there["targets"], atol=1e-6, rtol=0)
 
     given, model = [], build_model(config)
