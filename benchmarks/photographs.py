@@ -1,6 +1,6 @@
 """One resolution against many on photographs: the same pictures, epochs and recipe.
 
-python -m benchmarks.photographs one|many     trains (again: goes on where it stopped), then measures at each side
+python -m benchmarks.photographs one|many [--epochs 80]    trains, then measures at each side; again: goes on where it stopped
 VOC_ROOT names the folder that holds VOCdevkit.
 """
 
@@ -12,11 +12,15 @@ from src.dataset import DetectionData
 from src.training import evaluate, fit, load_detector
 
 SIDES = (160, 192, 224, 256, 288)  # drawn from
-ONE = Config(
-    train_splits=("2012/train",), val_splits=("2012/val",), image_size=224, width=0.25, epochs=40, batch_size=16,
-    mosaic_off_epochs=4, max_lr=6e-3, workers=1, run_dir="runs/photographs-one",
-)  # fmt: skip
-RUNS = {"one": ONE, "many": ONE.replace(sizes=SIDES, run_dir="runs/photographs-many")}
+
+
+def settings(run: str, epochs: int) -> Config:
+    """The settings of "one" or "many" for so many epochs, a tenth of them without mosaics."""
+    return Config(
+        train_splits=("2012/train",), val_splits=("2012/val",), image_size=224, width=0.25, batch_size=16, max_lr=6e-3,
+        epochs=epochs, mosaic_off_epochs=epochs // 10, sizes=SIDES if run == "many" else (), workers=1,
+        run_dir=f"runs/photographs-{run}-{epochs}",
+    )  # fmt: skip
 
 
 def by_size(folder: str) -> str:
@@ -33,8 +37,10 @@ def by_size(folder: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", choices=RUNS)
-    config = RUNS[parser.parse_args().run]
+    parser.add_argument("run", choices=("one", "many"))
+    parser.add_argument("--epochs", type=int, default=40)
+    arguments = parser.parse_args()
+    config = settings(arguments.run, arguments.epochs)
     fit(config, ckpt_path="auto")
     print(by_size(config.run_dir))
 
