@@ -10,6 +10,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.output_widget import OutputWidget
 from nbformat import NotebookNode
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -28,6 +29,16 @@ class Kernel(AsyncKernelManager):
 
     def _kernel_spec_manager_default(self) -> KernelSpecManager:
         return ThisPython()
+
+
+class SilentOutput(OutputWidget):
+    """An output widget that keeps what it captures, instead of telling the kernel.
+
+    nbclient's tells it past asyncio, on the socket where it awaits the end of the cell. If that end arrives in the same moment,
+    asyncio never hears of it, and the notebook stands still.
+    """
+
+    def send(self, *_, **__) -> None: ...
 
 
 class LiveClient(NotebookClient):
@@ -111,6 +122,7 @@ def run(source: str | Path, target: str | Path, settings: dict | None = None) ->
         resources={"metadata": {"path": str(source.resolve().parent)}},
     )  # fmt: skip
     client.on_cell_start = client.announce
+    client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": SilentOutput}}
     about = book.metadata.get("about", {})
     print(f"{source.name}: {about.get('does', 'executing it')}\nTime: {about.get('takes', 'not known')}", flush=True)
     try:

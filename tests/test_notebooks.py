@@ -175,6 +175,21 @@ def test_a_failing_cell_is_named_and_the_notebook_still_saved(tmp_path):
     assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs[0].text == "before\n"
 
 
+def test_what_an_output_widget_captures_is_not_sent_to_the_kernel(tmp_path):
+    """Sent while the end of the cell is awaited on the same socket, it could hide that end for good."""
+    book = nbformat.v4.new_notebook()
+    sources = (
+        "from ipywidgets import Output\nout = Output()",
+        "with out:\n    print('captured')",
+        "print(len(out.outputs), 'told')",
+    )
+    book.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(book, tmp_path / "widget.ipynb")
+    assert run(tmp_path / "widget.ipynb", tmp_path / "out.ipynb") == ""
+    first, second, third = (cell.outputs for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells)
+    assert not first and not second and third[0].text == "0 told\n"
+
+
 def test_figures_of_tagged_cells_become_images(tmp_path, monkeypatch):
     code = "from src.plots import drawn_sizes\ndrawn_sizes([64, 96])"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, metadata={"tags": ["image:drawn"]})])
