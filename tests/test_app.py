@@ -179,7 +179,7 @@ def test_files_of_the_server_are_not_read(address, photo):
 
 
 def test_fifty_visitors_are_answered_in_order_each_about_their_own_picture(address, tmp_path):
-    client = Client(address, verbose=False)
+    client = Client(address, verbose=False, max_workers=8)  # eight at a time: forty threads at once start in any order
     for number in range(50):
         Image.new("RGB", (100 + number, 60)).save(tmp_path / f"{number}.png")
     finished, jobs = [], []
@@ -187,5 +187,5 @@ def test_fifty_visitors_are_answered_in_order_each_about_their_own_picture(addre
         file = handle_file(tmp_path / f"{number}.png")
         jobs.append(client.submit(file, api_name="/detect", result_callbacks=lambda *_, n=number: finished.append(n)))
     assert [job.result(timeout=60)["width"] for job in jobs] == [100 + number for number in range(50)]
-    # uploads run side by side, so a few may come in another order than they were asked for
-    assert len(finished) == 50 and np.abs(np.argsort(finished) - np.arange(50)).mean() < 5
+    # those eight upload side by side, so a few may come in another order than they were asked for
+    assert len(finished) == 50 and np.abs(np.argsort(finished) - np.arange(50)).mean() < 4
