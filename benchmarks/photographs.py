@@ -28,7 +28,7 @@ def by_size(folder: str) -> str:
     detector = load_detector(folder, "last")
     lines = ["| side | class | no-object | object | mAP@.5 | AP of all |", "| --- " * 6 + "|"]
     for side in (128, *SIDES):
-        found = evaluate(detector, DetectionData(detector.config.replace(image_size=side)))
+        found = evaluate(detector, DetectionData(detector.config.replace(image_size=side, cache_gb=0)))
         cells = [100 * found.accuracies[name] for name in ("class", "no_object@0.05", "object@0.05")]
         percent = " | ".join(f"{value:.1f}" for value in cells)
         lines.append(f"| {side} | {percent} | {found.precisions['VOC AP@.5, area']:.3f} | {pooled(found):.3f} |")
