@@ -1,6 +1,7 @@
 """The page without a browser: what its functions draw and say, its endpoint, and many visitors at once."""
 
 import io
+import json
 
 import httpx
 import numpy as np
@@ -178,14 +179,25 @@ def test_files_of_the_server_are_not_read(address, photo):
     assert "event: error" in answer and "detections" not in answer
 
 
-def test_fifty_visitors_are_answered_in_order_each_about_their_own_picture(address, tmp_path):
-    client = Client(address, verbose=False, max_workers=8)  # eight at a time: forty threads at once start in any order
-    for number in range(50):
-        Image.new("RGB", (100 + number, 60)).save(tmp_path / f"{number}.png")
-    finished, jobs = [], []
-    for number in range(50):
-        file = handle_file(tmp_path / f"{number}.png")
-        jobs.append(client.submit(file, api_name="/detect", result_callbacks=lambda *_, n=number: finished.append(n)))
-    assert [job.result(timeout=60)["width"] for job in jobs] == [100 + number for number in range(50)]
-    # those eight upload side by side, so a few may come in another order than they were asked for
-    assert len(finished) == 50 and np.abs(np.argsort(finished) - np.arange(50)).mean() < 4
+def test_fifty_at_once_are_answered_in_order_each_about_their_own_picture(address):
+    """All wait in the queue of one session, whose stream then tells the exact order of the answers."""
+    with httpx.Client(base_url=f"{address}gradio_api/", timeout=60) as http:
+        detect = next(each["id"] for each in http.get("../config").json()["dependencies"] if each["api_name"] == "detect")
+        photos, events = [], []
+        for number in range(50):
+            photo = io.BytesIO()
+            Image.new("RGB", (100 + number, 60)).save(photo, "PNG")
+            path = http.post("upload", files={"files": (f"{number}.png", photo.getvalue())}).json()[0]
+            photos.append({"path": path, "meta": {"_type": "gradio.FileData"}})
+        for photo in photos:
+            asked = {"data": [photo, 0.3, 0.5], "fn_index": detect, "session_hash": "crowd"}
+            events.append(http.post("queue/join", json=asked).json()["event_id"])
+        answers = []
+        with http.stream("GET", "queue/data", params={"session_hash": "crowd"}) as stream:
+            for line in stream.iter_lines():
+                message = json.loads(line.removeprefix("data:") or "{}")
+                if message.get("msg") == "process_completed":
+                    answers.append((message["event_id"], message["output"]["data"][0]["width"]))
+                if len(answers) == 50:
+                    break
+    assert answers == [(event, 100 + number) for number, event in enumerate(events)]
