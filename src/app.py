@@ -62,7 +62,7 @@ CSS = """
 #about .links { margin-top: 1rem }
 """
 INTRODUCTION = "Give it a photograph. It names and frames what it knows, and shows where it looked to decide."
-HINT = "Add a photograph, or click a sample."
+HINT = "Add a photograph."
 NONE_HERE = f"Add a photograph first; each is kept for {KEPT // 60} minutes."
 
 
