@@ -1,8 +1,8 @@
 """The training recipe, one change at a time, on photographs: what each part of it is worth, and what was not taken.
 
-python -m benchmarks.recipe NAME [NAME ...] --seed 0    trains each change that has no result yet, see CHANGES
-python -m benchmarks.recipe --table                     what is done so far, in Markdown
-VOC_ROOT names the folder that holds VOCdevkit. Results stand in runs/recipe/NAME-SEED/result.json.
+python -m benchmarks.recipe NAME [NAME ...] [--seed 0] [--epochs 6]    trains each that has no result yet, see CHANGES
+python -m benchmarks.recipe --table [--epochs 6]                       what is done so far, in Markdown
+VOC_ROOT names the folder that holds VOCdevkit. Results stand in runs/recipe/EPOCHS/NAME-SEED/result.json.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from src.training import Detector, evaluate, fit
 
 RUNS = Path("runs/recipe")
 BASE = Config(  # the recipe, small; what all changes are compared with
-    train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, epochs=6, batch_size=16,
-    mosaic_off_epochs=1, max_lr=6e-3, workers=0,
+    train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, batch_size=16, max_lr=6e-3,
+    workers=0,
 )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ CHANGES = {
     "batch-8": Change("8 images a batch, twice the steps", {"batch_size": 8}),
     "mosaic-0": Change("no mosaics", {"mosaic": 0.0}),
     "mosaic-end": Change("mosaics to the end", {"mosaic_off_epochs": 0}),
-    "mosaic-off-3": Change("no mosaics in the last 3 epochs of 6", {"mosaic_off_epochs": 3}),
+    "mosaic-off-3": Change("no mosaics in the last 3 epochs", {"mosaic_off_epochs": 3}),
     "scale-wide": Change("scales 0.45 to 1.25", {"mosaic_scale": (0.45, 1.25), "single_scale": (0.45, 1.25)}),
     "single-as-mosaic": Change("single pictures at the mosaics' scales", {"single_scale": BASE.mosaic_scale}),
     "colour-none": Change("light and colours left alone", instead={"src.dataset.augmentations": mirror_only}),
@@ -247,13 +247,14 @@ def pooled(found: Evaluation) -> float:
     return class_table(*map(np.float32, rows), ("any",))[0]["area"]
 
 
-def train(name: str, seed: int) -> None:
-    """Train with one change and write what it reached in the last epoch."""
-    change, folder = CHANGES[name], RUNS / f"{name}-{seed}"
+def train(name: str, seed: int, epochs: int) -> None:
+    """Train with one change, about a tenth of the epochs without mosaics, and write what it reached in the last epoch."""
+    change, folder = CHANGES[name], RUNS / f"{epochs}" / f"{name}-{seed}"
     if (folder / "result.json").exists():
         return
     settings = {key: value() if callable(value) else value for key, value in change.settings.items()}
-    config = BASE.replace(seed=seed, run_dir=str(folder), **settings)
+    schedule = {"epochs": epochs, "mosaic_off_epochs": max(1, epochs // 10)}
+    config = BASE.replace(seed=seed, run_dir=str(folder), **(schedule | settings))
     started = time.monotonic()
     with ExitStack() as stack:
         for target, instead in change.instead.items():
@@ -267,22 +268,24 @@ def train(name: str, seed: int) -> None:
     )
 
 
-def table() -> str:
-    """What is done so far in Markdown; each change beside the baseline's mean over the same seeds."""
+def table(epochs: int) -> str:
+    """What is done so far in Markdown: AP of all of every seed, and means over the seeds."""
     done = {}
-    for path in sorted(RUNS.glob("*/result.json")):
+    for path in sorted((RUNS / f"{epochs}").glob("*/result.json")):
         name, seed = path.parent.name.rsplit("-", 1)
         done.setdefault(name, {})[int(seed)] = json.loads(path.read_text())
+    if "baseline" not in done:
+        raise SystemExit(f"No baseline to compare with: python -m benchmarks.recipe baseline --epochs {epochs}")
+    base = mean(run["pooled"] for run in done["baseline"].values())
     lines = ["| change | AP of all | against the baseline | mAP | class | object |", "| --- " * 6 + "|"]
     for name in sorted(done, key=list(CHANGES).index):
-        runs = done[name]
-        found, mean_ap = (" ".join(f"{run[key]:.3f}" for _, run in sorted(runs.items())) for key in ("pooled", "map50"))
-        base = done.get("baseline", {})
-        gains = [run["pooled"] - base[seed]["pooled"] for seed, run in runs.items() if seed in base]
-        gain = f"{mean(gains):+.3f}" if gains else "no baseline"
-        means = (mean(run[key] for run in runs.values()) for key in ("class", "object@0.05"))
-        cells = " | ".join(f"{100 * value:.1f}" for value in means)
-        lines.append(f"| {CHANGES[name].what} (`{name}`) | {found} | {gain} | {mean_ap} | {cells} |")
+        runs = done[name].values()
+        found = {key: mean(run[key] for run in runs) for key in ("pooled", "map50", "class", "object@0.05")}
+        each = " ".join(f"{run['pooled']:.3f}" for run in runs)
+        percent = " | ".join(f"{100 * found[key]:.1f}" for key in ("class", "object@0.05"))
+        lines.append(
+            f"| {CHANGES[name].what} (`{name}`) | {each} | {found['pooled'] - base:+.3f} | {found['map50']:.3f} | {percent} |"
+        )
     return "\n".join(lines)
 
 
@@ -290,14 +293,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"changes to train: {', '.join(CHANGES)}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--table", action="store_true", help="print what is done")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(CHANGES):
         parser.error(f"unknown changes {sorted(unknown)}; choose from {', '.join(CHANGES)}")
     for name in arguments.names:
-        train(name, arguments.seed)
+        train(name, arguments.seed, arguments.epochs)
     if arguments.table:
-        print(table())
+        print(table(arguments.epochs))
 
 
 if __name__ == "__main__":
