@@ -19,11 +19,11 @@ CARD = """---
 license: mit
 library_name: pytorch
 pipeline_tag: object-detection
-tags: [object-detection, yolov3, darknet-53, pascal-voc]
+tags: [object-detection, yolov3, darknet-53, {tag}]
 ---
 # YOLOv3, width {width:g}, {image_size} px
 
-{parameters:.1f} million parameters in half precision, trained from scratch: no ImageNet weights. These are the
+{parameters:.1f} million parameters in half precision, trained from {start}. These are the
 exponential moving average (EMA) of the weights in training, at the epoch of the best held-out mAP.
 
 | | |
@@ -88,7 +88,7 @@ def measure(folder: Path) -> tuple[Evaluation, DetectionData]:
 
 def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionData, limits: str) -> str:
     """The model card as Markdown, with the Hub's header."""
-    accuracies = [(row["name"], f"{row['reached']:.1%}", f"{row['strict']:.1%}") for row in rows(evaluation.accuracies)]
+    accuracies = [(row["name"], f"{row['reached']:.1%}", f"{row['strict']:.1%}") for row in rows(evaluation.accuracies, config)]
     classes = [(row["class"], row["objects"], f"{row['area']:.3f}") for row in evaluation.table]
     held_out = ", ".join(config.val_splits) if config.data == "voc" else "another seed"
     sides = f"{config.image_size} pixels"
@@ -103,6 +103,8 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
         "held_out": f"{len(data.val_records):,} pictures: {held_out}",
         "trained": model.about["epochs"],
         "sides": sides,
+        "start": Path(config.weights).name if config.weights else "scratch: no ImageNet weights",
+        "tag": "pascal-voc" if config.data == "voc" else "drawn-shapes",
         "accuracies": markdown_table(("", f"objectness > {THRESHOLD}", f"> {STRICT}"), accuracies),
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
         "per_class": markdown_table(("class", "objects", "AP"), classes),

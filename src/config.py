@@ -46,7 +46,7 @@ class Config:
     sizes: tuple[int, ...] = ()  # multi-resolution training: the sides drawn from; empty: image_size only
     size_steps: int = 10  # steps a drawn side is held for
     mosaic: float = 0.75  # part of the draws that are four-image mosaics
-    mosaic_off_epochs: int = 2  # the last epochs see whole images only, and at image_size
+    mosaic_off_epochs: int = 2  # the last epochs, at most half, see whole images only, and at image_size
     mosaic_scale: tuple[float, float] = (0.7, 1.1)  # the long side of an image in a mosaic, in sides of the canvas
     single_scale: tuple[float, float] = (0.85, 1.15)  # the same of an image that has the canvas to itself
     min_visible: float = 0.25  # a box keeps its label while this part of its area is left
@@ -98,8 +98,8 @@ class Config:
 
     @property
     def whole_from(self) -> int:
-        """The first epoch, counted from 0, that draws no mosaics and no sides."""
-        return self.epochs - self.mosaic_off_epochs
+        """The first epoch, counted from 0, that draws no mosaics and no sides; not before half of the epochs are done."""
+        return self.epochs - min(self.mosaic_off_epochs, self.epochs // 2)
 
     def replace(self, **changes) -> "Config":
         """The same settings with some changed."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from src.boxes import xyxy_to_cxcywh
 from src.cache import ImageCache, open_cache
-from src.config import Config
+from src.config import VOC_CLASSES, Config
 from src.predict import PAD, fit_inside, letterbox, letterbox_placement, load_image, picture_size
 from src.shapes import draw_shapes
 from src.voc import Record, download_voc, read_voc
@@ -209,6 +209,13 @@ class DrawSampler(DistributedSampler):
         return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 
+OF_DATA = (  # what of a Config decides which batches there are
+    "data", "voc_root", "train_splits", "val_splits", "classes", "skip_bad_files", "shapes_train", "shapes_val",
+    "image_size", "sizes", "mosaic", "mosaic_off_epochs", "mosaic_scale", "single_scale", "min_visible",
+    "epochs", "batch_size", "devices", "seed",
+)  # fmt: skip
+
+
 class DetectionData(pl.LightningDataModule):
     """The two splits of `config.data` and their loaders; the download happens in `prepare_data`."""
 
@@ -218,8 +225,17 @@ class DetectionData(pl.LightningDataModule):
         self.train_records: list[Record] = []
         self.val_records: list[Record] = []
 
+    def must_suit(self, config: Config) -> None:
+        """Raises ValueError that names a setting of the data in which `config` differs from the one they were made with."""
+        for name in OF_DATA:
+            ours, asked = getattr(self.config, name), getattr(config, name)
+            if ours != asked:
+                raise ValueError(
+                    f"the data were made with Config.{name} {ours}, not {asked}: make them anew, DetectionData(config)"
+                )
+
     def prepare_data(self) -> None:
-        if self.config.data == "voc":
+        if self.config.data == "voc" and self.config.classes == VOC_CLASSES:
             download_voc(self.config.voc_root, self.config.train_splits + self.config.val_splits)
 
     def setup(self, stage: str = "") -> None:

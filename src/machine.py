@@ -26,11 +26,17 @@ def precision_here(config: Config) -> str:
 def strategy_here(config: Config) -> str | DDPStrategy:
     """How devices share the work: not at all, or by DDP, its processes forked in a notebook, else this script again.
 
+    Raises RuntimeError in a notebook whose GPU has been used before: a forked process can't use it again.
     Buffers are not sent at each forward pass: in evaluation one process may have a batch more than another.
     """
     if config.devices == 1:
         return "auto"
     method = "fork" if hasattr(sys, "ps1") else "popen"
+    if method == "fork" and torch.cuda.is_initialized():
+        raise RuntimeError(
+            "several GPUs in a notebook need a process that has used none yet: restart it, set Config.max_lr instead of "
+            "running the range test, and call fit first; or train in a script"
+        )
     return DDPStrategy(start_method=method, broadcast_buffers=False, find_unused_parameters=config.freeze_epochs > 0)
 
 

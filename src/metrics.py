@@ -192,8 +192,9 @@ def coco_average_precision(found: np.ndarray, truth: np.ndarray) -> dict[str, fl
 def confusion(found: np.ndarray, truth: np.ndarray, num_classes: int, confidence: float = 0.25) -> np.ndarray:
     """Counts int64 [C + 1, C + 1]: row the true class, column the class found; the last of each is "nothing".
 
-    Detections above `confidence`, best first, take the not yet taken object of their image that they overlap
-    most, whatever its class, if that is by IoU 0.5 or more. Difficult objects are left out when not found.
+    Each detection above `confidence` claims the object of its image that it overlaps most, whatever its class, if
+    that is by IoU 0.5 or more. The best to claim an object has found it; the others count as on nothing, as do those
+    without a claim. Difficult objects are left out when not found.
     """
     counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
     found = found[found[:, 2] > confidence]

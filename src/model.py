@@ -179,6 +179,8 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "YOLOv3":
         """Called by `from_pretrained`: safetensors only, never a pickle; every tensor must be there and fit."""
         hub = {n: options.pop(n) for n in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        for name in ("proxies", "resume_download"):  # huggingface-hub before 1.0 hands these on too
+            options.pop(name, None)
         path = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
             path = Path(hf_hub_download(model_id, path.name, **hub))
@@ -215,7 +217,10 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         expected = {backbone: "backbone", whole + last_80: "all but the last layers", whole: "everything"}
         if len(values) not in expected or not values.isfinite().all():
             sizes = " or ".join(f"{20 + 4 * count:,}" for count in expected)
-            raise ValueError(f"{path} holds {size:,} bytes; Darknet weights for this net hold {sizes}: download it again")
+            raise ValueError(
+                f"{path} holds {size:,} bytes; Darknet weights for this net hold {sizes}. "
+                "Published files fit width 1 alone; at width 1, download it again"
+            )
         read = expected[len(values)]
         with torch.no_grad():
             for tensors in blocks if read != "backbone" else blocks[:backbone_blocks]:

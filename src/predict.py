@@ -24,12 +24,14 @@ FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVI
 def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
     """Any picture (FORMATS) as uint8 [H, W, 3] RGB, upright (EXIF), its first frame, transparency on white.
 
-    source: a path, a PIL image or an array [H, W], [H, W, 3] or [H, W, 4]. With `side` a JPEG may be decoded at
+    source: a path, a PIL image or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. With `side` a JPEG may be decoded at
     1/2, 1/4 or 1/8 as long as its long side stays at least that many pixels. A picture of more than `most_pixels`
     (0: what PIL allows) is refused before it is decoded.
     Raises ValueError that names the file where it is no picture, is truncated or has too many pixels.
     """
     if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise ValueError(f'the image is an array of {source.dtype}; give uint8, of 0..1 by (255 * image).astype("uint8")')
         source = Image.fromarray(source)
     name = source if isinstance(source, str | os.PathLike) else "the image"
     try:
@@ -52,7 +54,15 @@ def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except FileNotFoundError:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ValueError(f"{name} can't be read as a picture ({error}); use a JPEG or PNG file") from None
 
 

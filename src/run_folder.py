@@ -105,7 +105,9 @@ def last_good(folder: Path) -> Path | None:
             return path
         print(f"{path} is damaged ({wrong}): looking for the checkpoint before it")
     if there:
-        raise ValueError(f"every last checkpoint in {folder} is damaged; start anew, or from best.ckpt's weights")
+        raise ValueError(
+            f'every last checkpoint in {folder} is damaged; start anew, or fit(config, ckpt_path="{folder}/best.ckpt")'
+        )
     return None
 
 

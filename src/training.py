@@ -1,7 +1,7 @@
 """The Lightning module, the learning-rate finder, training and evaluation."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +151,7 @@ def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRa
     (benchmarks/RECIPE.md has what lower and higher peaks reach. Lightning's finder takes the steepest point, lower still,
     and its running mean forgets 2 % a step, too slow for 100 steps.) Raises RuntimeError where the loss never falls.
     """
+    data.must_suit(config)
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
     how = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
     trainer = make_trainer(config.replace(devices=1), callbacks=[test], **how)
@@ -184,9 +185,12 @@ def fit(config: Config, data: DetectionData | None = None, ckpt_path: str | None
     Writes config.json, metrics.csv and checkpoints best.ckpt (by VOC AP), last.ckpt and last-1.ckpt (of the epoch
     before) to `config.run_dir`, which no other process can train in meanwhile.
     ckpt_path: "last" goes on where that folder's last good checkpoint was written, at the start of the epoch after
-    it; "auto" does so if there is one, and otherwise starts; None starts anew, and the folder's last ones go.
+    it, and a checkpoint's path goes on from that one; "auto" goes on if there is a last one, and otherwise starts;
+    None starts anew, and the folder's last ones go.
+    Raises ValueError where `data` were made with other settings, or the run to go on with was started with others.
     """
     folder, data = Path(config.run_dir), data or DetectionData(config)
+    data.must_suit(config)
     with held(folder):
         config, checkpoint = start(config, data, ckpt_path)
         step, epochs = position(checkpoint)
@@ -252,13 +256,18 @@ def averaged(config: Config, checkpoint: Path) -> Detector:
     return detector.eval()
 
 
+MAY_CHANGE = {  # between the parts of a run
+    "voc_root", "skip_bad_files", "cache_gb", "workers", "precision", "compile", "run_dir", "max_lr", "weights",
+}  # fmt: skip
+
+
 def settings_to_go_on(config: Config, path: Path) -> Config:
-    """`config` with the learning rate that the run at `path` found; what shapes the schedule must be the same.
+    """`config` with the learning rate that the run at `path` found; all but where and how fast it runs must be the same.
 
     Raises ValueError that names the setting that differs.
     """
     saved = Config.load(path)
-    for name in ("epochs", "batch_size", "warmup", "width", "classes", "anchors", "seed"):
+    for name in (field.name for field in fields(Config) if field.name not in MAY_CHANGE):
         if getattr(saved, name) != getattr(config, name):
             raise ValueError(
                 f"Config.{name} is {getattr(config, name)}, but {path} was started with {getattr(saved, name)}: set it back "

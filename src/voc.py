@@ -167,15 +167,18 @@ def check(root: str | Path, classes: tuple[str, ...]) -> list[Problem]:
 
 
 def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
-    """Fetch, through torchvision and with progress, those published splits whose lists are not there.
+    """Fetch, through torchvision and with progress, those published splits whose archive is not there.
 
+    Nothing is unpacked over a folder that has a list of that archive already: it may be somebody's own.
     Raises RuntimeError that names the folder where the server can't be reached.
     """
     from torchvision.datasets import VOCDetection
 
     for split in splits:
         year, _, name = split.partition("/")
-        if split not in PUBLISHED or (split_folder(root, split) / "ImageSets" / "Main" / f"{name}.txt").exists():
+        archive = ("test",) if name == "test" else ("train", "val", "trainval")
+        lists = split_folder(root, split) / "ImageSets" / "Main"
+        if split not in PUBLISHED or any((lists / f"{other}.txt").exists() for other in archive):
             continue
         print(f"VOC {split} is not under {root}: downloading it")
         try:

@@ -11,12 +11,12 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from src import pictures, plots
-from src.config import ANCHORS, Config
+from src.config import ANCHORS, SETTINGS, Config
 from src.dataset import MosaicDataset
 from src.drawing import class_colours
 from src.metrics import class_table, confusion
 from src.predict import Detections
-from src.report import TARGETS
+from src.report import targets
 from src.shapes import SHAPE_CLASSES, draw_shapes
 from src.training import LearningRates
 
@@ -61,7 +61,7 @@ def figures(tmp_path):
     yield "summary", plots.data_summary(RECORDS, SHAPE_CLASSES)
     yield "anchors", plots.anchors_over_boxes(RECORDS, ANCHORS)
     yield "rates", plots.lr_curve(LearningRates([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
-    yield "curves", plots.training_curves(tmp_path / "metrics.csv", TARGETS)
+    yield "curves", plots.training_curves(tmp_path / "metrics.csv", targets(SETTINGS["voc"]))
     yield "precision and recall", plots.precision_recall_curves(FOUND, TRUTH, table)
     yield "precisions", plots.class_precisions(table)
     yield "confusion", plots.confusion_matrix(confusion(FOUND, TRUTH, COUNT), SHAPE_CLASSES)
@@ -95,7 +95,9 @@ def test_a_class_has_its_colour_in_every_figure():
 
 def test_class_loss_and_class_accuracy_are_not_mixed_up(tmp_path):
     write_metrics(tmp_path / "m.csv", list(rows_of(range(2))))
-    axes = {axis.get_title(loc="left"): axis for axis in plots.training_curves(tmp_path / "m.csv", TARGETS).axes}
+    axes = {
+        axis.get_title(loc="left"): axis for axis in plots.training_curves(tmp_path / "m.csv", targets(SETTINGS["voc"])).axes
+    }
     assert list(axes["Class accuracy"].lines[0].get_ydata()) == [0.5, 0.5]
     assert list(axes["Loss: class"].lines[1].get_ydata()) == [2.0, 2.0]
 
@@ -115,9 +117,9 @@ def test_curves_of_a_run_that_is_being_written(tmp_path):
     for end in ("", lines[-1][: len(lines[-1]) // 2]):  # between two lines, and in the middle of one
         path.write_text("".join(lines[:-1]) + end)
         assert list(plots.read_curve(path, "train/loss")[0]) == [0, 1]
-        plots.training_curves(path, TARGETS)
+        plots.training_curves(path, targets(SETTINGS["voc"]))
     path.write_text(lines[0])  # nothing but the header
-    plots.training_curves(path, TARGETS)
+    plots.training_curves(path, targets(SETTINGS["voc"]))
     assert len(plots.read_curve(path, "val/map50")[0]) == 0
 
 

@@ -91,6 +91,11 @@ def test_arrays_and_pil_images_are_taken_as_they_are():
     assert np.array_equal(load_image(picture()), picture())
     assert np.array_equal(load_image(RGB), picture())
     assert np.array_equal(load_image(grey()), np.repeat(grey()[..., None], 3, axis=2))
+    for other in (picture() / 255, (grey() / 255).astype(np.float32), picture().astype(np.int64)):
+        with pytest.raises(ValueError, match=rf"array of {other.dtype}; give uint8"):
+            load_image(other)
+    with pytest.raises(ValueError, match="can't be read as a picture"):
+        load_image(torch.zeros(3, 8, 8))
 
 
 def test_bilevel_is_black_and_white(tmp_path):

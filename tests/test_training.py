@@ -12,8 +12,10 @@ from src import callbacks, training
 from src.config import ANCHORS, Config
 from src.dataset import DetectionData, HeldOutDataset, collate
 from src.loss import assign_targets
-from src.machine import make_trainer, precision_here
+from src.machine import make_trainer, precision_here, strategy_here
 from src.predict import to_input
+from src.report import rows as rows_of
+from src.report import targets
 from src.training import Detector, build_model, drawn_side, evaluate, find_lr, fit, load_detector
 from src.voc import make_record
 
@@ -124,6 +126,50 @@ def test_resuming_needs_the_same_schedule(run):
     folder, _ = run
     with pytest.raises(ValueError, match=r"Config.epochs is 5, but .*config.json was started with 3"):
         fit(tiny(folder, epochs=5), ckpt_path="last")
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_size": 96}, {"mosaic": 0.5}, {"devices": 2}, {"shapes_train": 20}, {"ema_decay": 0.9}]
+)
+def test_resuming_needs_the_same_data_and_loss(run, change):
+    folder, _ = run
+    before = (folder / "config.json").read_text()
+    with pytest.raises(ValueError, match=rf"Config.{next(iter(change))} is .*: set it back"):
+        fit(tiny(folder, **change), ckpt_path="last")
+    assert (folder / "config.json").read_text() == before
+
+
+def test_data_of_other_settings_are_refused(tmp_path):
+    config = tiny(tmp_path)
+    for train in (fit, find_lr):
+        with pytest.raises(ValueError, match=r"made with Config.batch_size 4, not 8: make them anew"):
+            train(config.replace(batch_size=8), DetectionData(config))
+    DetectionData(config).must_suit(config.replace(max_lr=0.1, run_dir="elsewhere", workers=1))
+
+
+def test_half_of_a_short_run_has_mosaics_and_sides(tmp_path):
+    for epochs, whole_from in ((1, 1), (3, 2), (4, 2), (8, 4), (40, 36)):
+        config = tiny(tmp_path, epochs=epochs, mosaic_off_epochs=4, sizes=(64, 96))
+        assert config.whole_from == whole_from
+        sides = [{drawn_side(config, step, epoch) for step in range(0, 400, 10)} for epoch in range(epochs)]
+        assert sides == [{64, 96}] * whole_from + [{64}] * (epochs - whole_from)
+
+
+def test_several_gpus_in_a_notebook_need_one_that_was_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
+    assert strategy_here(tiny(tmp_path, devices=2))._start_method == "fork"
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match=r"restart it, set Config.max_lr"):
+        strategy_here(tiny(tmp_path, devices=2))
+    assert strategy_here(tiny(tmp_path)) == "auto"
+
+
+def test_the_assignment_asks_less_of_reduced_kernels(tmp_path):
+    assert list(targets(tiny(tmp_path)).values()) == [0.75, 0.95, 0.70]
+    assert list(targets(tiny(tmp_path, width=1.0)).values()) == [0.80, 0.98, 0.78]
+    reached = {"class": 0.76, "no_object@0.05": 0.96, "object@0.05": 0.72, "no_object@0.5": 1.0, "object@0.5": 0.1}
+    passed = [[row["passed"] for row in rows_of(reached, tiny(tmp_path, width=width))] for width in (0.5, 1.0)]
+    assert passed == [[True] * 3, [False] * 3]
 
 
 def test_resuming_nothing_says_so(tmp_path):

@@ -184,6 +184,18 @@ def test_download_asks_torchvision_for_what_is_missing_only(tmp_path, monkeypatc
     ]
 
 
+def test_nothing_is_unpacked_over_lists_that_are_there(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", lambda root, **what: asked.append(what))
+    write_tree(tmp_path, "2012", {"train": {"1": obj()}})
+    download_voc(tmp_path, ("2012/train", "2012/val", "2012/trainval"))
+    own = Config(classes=("mask",), voc_root=str(tmp_path / "mistyped"), train_splits=("2012/train",), val_splits=("2012/val",))
+    DetectionData(own).prepare_data()
+    assert not asked
+    with pytest.raises(FileNotFoundError, match="mistyped"):
+        DetectionData(own).setup()
+
+
 def test_a_failed_download_names_the_way_out(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no route to host")
