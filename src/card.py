@@ -45,8 +45,8 @@ Average precision at IoU 0.5 (VOC area under the curve, `difficult` objects neit
 
 {per_class}
 
-`python -m src.card check` on this folder measures all of this again (for photographs, with `VOC_ROOT` naming the
-folder that holds `VOCdevkit`).
+`python -m src.card check` on this folder measures all of this again on the same pictures (for photographs, with `VOC_ROOT`
+naming the folder that holds `VOCdevkit`).
 
 ## Use
 
