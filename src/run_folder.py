@@ -1,10 +1,11 @@
-"""The folder of a run: its files written whole or not at all, its last good checkpoint, one process at a time."""
+"""The folder of a run: files written whole or not at all, what to go on from and by which settings, one process at a time."""
 
 import csv
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,12 +15,17 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from src.config import Config
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
 LAST, BEFORE = "last.ckpt", "last-1.ckpt"
+MAY_CHANGE = (  # when a run goes on
+    "voc_root", "skip_bad_files", "cache_gb", "workers", "precision", "compile", "run_dir", "max_lr", "weights",
+)  # fmt: skip
 MARK, BLOCK = b"blake2b:", 1 << 20
 
 
@@ -180,3 +186,18 @@ class MetricsFile(Logger):
 
     def log_hyperparams(self, *_) -> None:
         """They stand in config.json."""
+
+
+def settings_to_go_on(config: Config, path: Path) -> Config:
+    """`config` with the learning rate that the run at `path` found; all but where and how fast it runs must be the same.
+
+    Raises ValueError that names the setting that differs.
+    """
+    saved = Config.load(path)
+    for name in (field.name for field in fields(Config) if field.name not in MAY_CHANGE):
+        if getattr(saved, name) != getattr(config, name):
+            raise ValueError(
+                f"Config.{name} is {getattr(config, name)}, but {path} was started with {getattr(saved, name)}: set it back "
+                "to go on, or start anew in another Config.run_dir"
+            )
+    return config.replace(max_lr=saved.max_lr)

@@ -1,7 +1,7 @@
 """The Lightning module, the learning-rate finder, training and evaluation."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,9 @@ from src.metrics import (
 from src.model import YOLOv3
 from src.predict import to_input
 from src.report import about
-from src.run_folder import BEFORE, LAST, MetricsFile, WholeCheckpoints, damage, find_checkpoint, held, last_good
+from src.run_folder import (
+    BEFORE, LAST, MetricsFile, WholeCheckpoints, damage, find_checkpoint, held, last_good, settings_to_go_on,
+)  # fmt: skip
 
 
 def build_model(config: Config) -> YOLOv3:
@@ -95,6 +97,14 @@ class Detector(pl.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in self.results.items()})
         self.cells.reset()
         self.store.reset()
+
+    def on_train_start(self) -> None:
+        planned, there = self.lr_schedulers().total_steps, int(self.trainer.estimated_stepping_batches)
+        if planned != there:  # a run that was resumed, with other pictures
+            raise ValueError(
+                f"this run's schedule has {planned:,} steps, the data now make {there:,}: put the pictures back as they were "
+                "to go on, or start anew in another Config.run_dir"
+            )
 
     def on_train_epoch_start(self) -> None:
         if self.config.freeze_epochs:
@@ -254,26 +264,6 @@ def averaged(config: Config, checkpoint: Path) -> Detector:
     detector.on_load_checkpoint(state)
     detector.load_state_dict(state["state_dict"])
     return detector.eval()
-
-
-MAY_CHANGE = {  # between the parts of a run
-    "voc_root", "skip_bad_files", "cache_gb", "workers", "precision", "compile", "run_dir", "max_lr", "weights",
-}  # fmt: skip
-
-
-def settings_to_go_on(config: Config, path: Path) -> Config:
-    """`config` with the learning rate that the run at `path` found; all but where and how fast it runs must be the same.
-
-    Raises ValueError that names the setting that differs.
-    """
-    saved = Config.load(path)
-    for name in (field.name for field in fields(Config) if field.name not in MAY_CHANGE):
-        if getattr(saved, name) != getattr(config, name):
-            raise ValueError(
-                f"Config.{name} is {getattr(config, name)}, but {path} was started with {getattr(saved, name)}: set it back "
-                "to go on, or start anew in another Config.run_dir"
-            )
-    return config.replace(max_lr=saved.max_lr)
 
 
 def load_detector(folder: str | Path, which: str = "best") -> Detector:

@@ -139,6 +139,18 @@ def test_resuming_needs_the_same_data_and_loss(run, change):
     assert (folder / "config.json").read_text() == before
 
 
+def test_resuming_needs_the_same_number_of_pictures(tmp_path, monkeypatch):
+    stop_after(monkeypatch, epoch=1)
+    with pytest.raises(ConnectionError):
+        fit(tiny(tmp_path))
+    monkeypatch.undo()
+    data = DetectionData(tiny(tmp_path))
+    data.setup()
+    data.train_data.records = data.train_data.records + data.train_data.records[:4]
+    with pytest.raises(ValueError, match=r"schedule has 12 steps, the data now make 15"):
+        fit(tiny(tmp_path), data, ckpt_path="last")
+
+
 def test_data_of_other_settings_are_refused(tmp_path):
     config = tiny(tmp_path)
     for train in (fit, find_lr):
