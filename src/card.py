@@ -94,9 +94,8 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
     sides = f"{config.image_size} pixels"
     if config.sizes:
         drawn = ", ".join(map(str, config.sizes))
-        sides = (
-            f"one of {drawn} pixels for {config.size_steps} steps each; in the last {config.mosaic_off_epochs} epochs {sides}"
-        )
+        last = config.epochs - config.whole_from
+        sides = f"one of {drawn} pixels for {config.size_steps} steps each; in the last {last} epochs {sides}"
     settings = dataclasses.asdict(config) | {
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "trained_on": f"{len(data.train_records):,} pictures: {model.about['data']}",

@@ -19,6 +19,9 @@ PAD = 114  # grey of the letterbox's bars
 FLOOR = 0.01  # candidates that score less are not kept
 Image.init()  # PIL's other formats are no photographs; EPS is even drawn by a program
 FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys())
+UNREADABLE = (  # what PIL raises of files and things that are no picture
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError, AttributeError,
+)  # fmt: skip
 
 
 def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
@@ -43,27 +46,24 @@ def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
             image.draft("RGB", (side, side) if image.width == image.height else _reduced(image.size, side))
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: bring its range to 0..255
-            values = np.asarray(image, dtype=np.float32)
-            top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
-            image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            seen = image.convert("RGBA")
-            image = Image.new("RGB", seen.size, "white")
-            image.paste(seen, mask=seen)
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.asarray(_as_rgb(image))
     except FileNotFoundError:
         raise
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{name} can't be read as a picture ({error}); use a JPEG or PNG file") from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB, transparency on white."""
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: bring its range to 0..255
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
+        image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        image = Image.new("RGB", seen.size, "white")
+        image.paste(seen, mask=seen)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from src.training import LearningRates
 
 RECORDS = draw_shapes(6, size=96)
 COUNT = len(SHAPE_CLASSES)
+ASKED = targets(SETTINGS["voc"])
 TRUTH = np.concatenate(
     [np.c_[np.full(len(r.labels), i), r.labels, r.difficult, r.boxes / 96] for i, r in enumerate(RECORDS)]
 ).astype(np.float32)
@@ -61,7 +62,7 @@ def figures(tmp_path):
     yield "summary", plots.data_summary(RECORDS, SHAPE_CLASSES)
     yield "anchors", plots.anchors_over_boxes(RECORDS, ANCHORS)
     yield "rates", plots.lr_curve(LearningRates([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
-    yield "curves", plots.training_curves(tmp_path / "metrics.csv", targets(SETTINGS["voc"]))
+    yield "curves", plots.training_curves(tmp_path / "metrics.csv", ASKED)
     yield "precision and recall", plots.precision_recall_curves(FOUND, TRUTH, table)
     yield "precisions", plots.class_precisions(table)
     yield "confusion", plots.confusion_matrix(confusion(FOUND, TRUTH, COUNT), SHAPE_CLASSES)
@@ -95,9 +96,7 @@ def test_a_class_has_its_colour_in_every_figure():
 
 def test_class_loss_and_class_accuracy_are_not_mixed_up(tmp_path):
     write_metrics(tmp_path / "m.csv", list(rows_of(range(2))))
-    axes = {
-        axis.get_title(loc="left"): axis for axis in plots.training_curves(tmp_path / "m.csv", targets(SETTINGS["voc"])).axes
-    }
+    axes = {axis.get_title(loc="left"): axis for axis in plots.training_curves(tmp_path / "m.csv", ASKED).axes}
     assert list(axes["Class accuracy"].lines[0].get_ydata()) == [0.5, 0.5]
     assert list(axes["Loss: class"].lines[1].get_ydata()) == [2.0, 2.0]
 
@@ -117,9 +116,9 @@ def test_curves_of_a_run_that_is_being_written(tmp_path):
     for end in ("", lines[-1][: len(lines[-1]) // 2]):  # between two lines, and in the middle of one
         path.write_text("".join(lines[:-1]) + end)
         assert list(plots.read_curve(path, "train/loss")[0]) == [0, 1]
-        plots.training_curves(path, targets(SETTINGS["voc"]))
+        plots.training_curves(path, ASKED)
     path.write_text(lines[0])  # nothing but the header
-    plots.training_curves(path, targets(SETTINGS["voc"]))
+    plots.training_curves(path, ASKED)
     assert len(plots.read_curve(path, "val/map50")[0]) == 0
 
 
