@@ -128,12 +128,17 @@ def anchor_overlaps(sides: Tensor, anchors: Tensor) -> Tensor:
     return shared / (sides[0] * sides[1] + anchors[:, 0] * anchors[:, 1] - shared)
 
 
-def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, count: int) -> dict[str, Tensor]:
-    """The terms of `YOLOLoss` for dense targets [B, 3, G, G, 6] of each scale; count: objects in the batch."""
+def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """The terms of `YOLOLoss` for dense targets [B, 3, G, G, 6] of each scale; targets [N, 6]: image, class, cx, cy, w, h."""
     sums = {name: torch.tensor(0.0) for name in ("box", "object", "no_object", "class")}
     for level, target, scale_anchors in zip(logits, dense, anchors, strict=True):
-        positive, background = target[..., 0] == 1, target[..., 0] == 0
-        boxes = dense_boxes(level, scale_anchors)[positive]
+        positive, every_box = target[..., 0] == 1, dense_boxes(level, scale_anchors)
+        background = ~positive
+        for image in range(len(level)):
+            wanted = corners(targets[targets[:, 0] == image, 2:6])
+            overlap = box_iou(corners(every_box[image]).reshape(-1, 4), wanted)
+            background[image] &= (overlap <= 0.5).all(dim=1).reshape(background[image].shape)
+        boxes = every_box[positive]
         wanted = target[..., 1:5][positive]
         classes = torch.zeros(len(wanted), level.shape[-1] - 5)
         for number, label in enumerate(target[..., 5][positive]):
@@ -143,7 +148,7 @@ def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, count
         sums["object"] += bce(level[..., 0][positive], overlap, reduction="sum")
         sums["no_object"] += bce(level[..., 0][background], torch.zeros(background.sum()), reduction="sum")
         sums["class"] += bce(level[..., 5:][positive], classes, reduction="sum")
-    return {name: value / max(1, 3 * count) for name, value in sums.items()}
+    return {name: value / max(1, 3 * len(targets)) for name, value in sums.items()}
 
 
 def dense_boxes(level: Tensor, anchors: Tensor) -> Tensor:

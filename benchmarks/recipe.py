@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from unittest import mock
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
-from src.boxes import cxcywh_to_xyxy, decode, decode_above, decode_boxes
+from src.boxes import cxcywh_to_xyxy, decode_above, decode_boxes
 from src.config import Config
 from src.dataset import DetectionData
 from src.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
@@ -73,10 +73,10 @@ class FocalObjectness(YOLOLoss):
     """Quality focal loss (Li et al. 2020, section 3.2) for objectness, beta 2: sure and right costs little."""
 
     @staticmethod
-    def _background(level: Tensor, found: Assigned) -> Tensor:
+    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
         logit = level[..., 0].float().contiguous()
         cost = logit.sigmoid().square() * softplus(logit)
-        return cost.masked_fill(found.positive | found.ignored, 0).sum()
+        return cost.masked_fill(found.positive | near, 0).sum()
 
     @staticmethod
     def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:
@@ -84,7 +84,11 @@ class FocalObjectness(YOLOLoss):
 
 
 class EveryFittingAnchor(YOLOLoss):
-    """Anchors that overlap an object's shape by more than 0.5 are positives too, instead of ignored."""
+    """Anchors that overlap an object's shape by more than 0.5 are positives too."""
+
+    @staticmethod
+    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
+        return YOLOLoss._background(level, found, near | found.ignored)
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         terms = super().forward(logits, targets, anchors)
@@ -103,20 +107,20 @@ class EveryFittingAnchor(YOLOLoss):
         return terms | {"loss": terms["loss"] + more / max(1, 3 * len(targets))}
 
 
-class PredictionsIgnored(YOLOLoss):
-    """Ignored is what *predicts* a box that overlaps an object by more than 0.5, as in Darknet's yolo_layer.c."""
+class ShapesIgnored(YOLOLoss):
+    """Ignored is an anchor that overlaps an object's shape by more than 0.5, as in the course, whatever it predicts."""
 
-    def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
-        boxes, _ = decode([level.detach() for level in logits], anchors)
-        wanted, near = cxcywh_to_xyxy(targets[:, 2:6]), torch.zeros(boxes.shape[:2], dtype=torch.bool)
-        for image in targets[:, 0].long().unique().tolist():
-            near[image] = box_iou(boxes[image], wanted[targets[:, 0] == image]).amax(dim=1) > 0.5
-        self.near = iter(near.split([level[0, ..., 0].numel() for level in logits], dim=1))
-        return super().forward(logits, targets, anchors)
+    @staticmethod
+    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
+        return YOLOLoss._background(level, found, found.ignored)
 
-    def _background(self, level: Tensor, found: Assigned) -> Tensor:
-        near = next(self.near).view_as(found.positive)
-        return super()._background(level, replace(found, ignored=near & ~found.positive))
+
+class NothingIgnored(YOLOLoss):
+    """Every cell that is not positive is background."""
+
+    @staticmethod
+    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
+        return YOLOLoss._background(level, found, found.positive)
 
 
 def softmax_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
@@ -210,9 +214,8 @@ CHANGES = {
     "class-focal": Change("classes: focal loss, gamma 2", instead={"src.loss.bce": focal_classes}),
     "class-smooth": Change("classes: label smoothing 0.1", {"label_smoothing": 0.1}),
     "class-3": Change("weight of the class term 3", {"class_weight": 3.0}),
-    "ignore-never": Change("nothing ignored", instead={"src.loss.IGNORE_OVERLAP": 1.0}),
-    "ignore-predicted": Change("ignored: predictions that overlap an object, as in Darknet", instead=loss(
-        PredictionsIgnored)),
+    "ignore-shape": Change("ignored: anchors of an object's shape, as in the course", instead=loss(ShapesIgnored)),
+    "ignore-never": Change("nothing ignored", instead=loss(NothingIgnored)),
     "positives-fitting": Change("every anchor of shape overlap 0.5 is positive", instead=loss(EveryFittingAnchor)),
     "anchors-kmeans": Change("anchors by k-means on the training draws", {"anchors": kmeans_anchors}),
     "decay-0.005": Change("weight decay 0.005", {"weight_decay": 0.005}),

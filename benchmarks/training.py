@@ -44,7 +44,7 @@ def _targets() -> Iterator[Row]:
 
     jobs = (
         lambda: assign_targets(targets, GRIDS, anchors, BATCH), grids,
-        lambda: loss(logits, targets, anchors), lambda: dense_loss(logits, grids(), anchors, len(targets)),
+        lambda: loss(logits, targets, anchors), lambda: dense_loss(logits, grids(), anchors, targets),
     )  # fmt: skip
     with threads(1):
         ours, loop, both, loop_both = seconds(*jobs, rounds=8)

@@ -33,6 +33,13 @@ def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, g
     return torch.cat((centre_x[..., None], centre_y[..., None], side), dim=-1)
 
 
+def cell_boxes(level: Tensor, anchors: Tensor) -> Tensor:
+    """What each cell of one scale predicts: level [B, 3, G, G, 5 + C], anchors [3, 2] -> [B, 3, G, G, 4] xyxy in 0..1."""
+    cells = torch.arange(level.shape[2], device=level.device)
+    found = decode_boxes(level[..., 1:5], cells, cells[:, None], anchors[:, None, None], len(cells))
+    return cxcywh_to_xyxy(found)
+
+
 def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
     """Every prediction of every scale, largest stride first, each scale in the order anchor, row, column.
 
@@ -41,11 +48,8 @@ def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
     """
     boxes, scores = [], []
     for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
-        grid = level.shape[2]
-        cells = torch.arange(grid, device=level.device)
-        found = decode_boxes(level[..., 1:5], cells, cells[:, None], scale_anchors[:, None, None], grid)
         score = level[..., :1].float().sigmoid() * level[..., 5:].float().sigmoid()
-        boxes.append(cxcywh_to_xyxy(found).flatten(1, 3))
+        boxes.append(cell_boxes(level, scale_anchors).flatten(1, 3))
         scores.append(score.flatten(1, 3))
     return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import softplus
 
-from src.boxes import cxcywh_to_xyxy, decode_boxes
+from src.boxes import cell_boxes, cxcywh_to_xyxy, decode_boxes
 from src.config import Config
 
 IGNORE_OVERLAP = 0.5
@@ -17,7 +17,7 @@ EPSILON = 1e-7
 
 @dataclass(frozen=True)
 class Assigned:
-    """The positives of one scale, one row a target, and the cells that are no background."""
+    """The positives of one scale, one row a target, and which cells no accuracy counts."""
 
     image: Tensor  # int64 [N]
     anchor: Tensor  # int64 [N]
@@ -25,7 +25,7 @@ class Assigned:
     column: Tensor  # int64 [N]
     owner: Tensor  # bool [N]: False where another object has the same cell and anchor
     positive: Tensor  # bool [B, 3, G, G]
-    ignored: Tensor  # bool [B, 3, G, G]: not positive, but overlaps an object's shape by more than 0.5
+    ignored: Tensor  # bool [B, 3, G, G]: not positive, but its anchor overlaps an object's shape by more than 0.5; not rated
 
     def gather(self, level: Tensor) -> Tensor:
         """level [B, 3, G, G, F] -> the rows of the positives [N, F]."""
@@ -67,6 +67,22 @@ def assign_targets(targets: Tensor, grids: list[int], anchors: Tensor, batch: in
     return [Assigned(image, *fields) for fields in zip(anchor, rows, columns, owner, *maps, strict=True)]
 
 
+@torch.no_grad()
+def near_objects(level: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
+    """Which cells of one scale predict a box that overlaps an object of their image by more than 0.5: bool [B, 3, G, G].
+
+    Darknet's rule (yolo_layer.c, ignore_thresh). level [B, 3, G, G, 5 + C]; targets as in `assign_targets`; anchors [3, 2].
+    """
+    image, wanted = targets[:, 0].long(), cxcywh_to_xyxy(targets[:, 2:6])
+    left, top, right, bottom = cell_boxes(level, anchors).flatten(1, 3).unbind(dim=2)  # [B, K]; those of image: [N, K]
+    across = torch.minimum(right[image], wanted[:, 2:3]) - torch.maximum(left[image], wanted[:, 0:1])
+    down = torch.minimum(bottom[image], wanted[:, 3:4]) - torch.maximum(top[image], wanted[:, 1:2])
+    shared = across.clamp(min=0) * down.clamp(min=0)
+    areas = ((right - left) * (bottom - top))[image] + targets[:, 4:5] * targets[:, 5:6]
+    near = shared > IGNORE_OVERLAP * (areas - shared)
+    return torch.zeros_like(left).index_add(0, image, near.float()).view(level.shape[:-1]) > 0
+
+
 def complete_iou_loss(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Complete IoU loss of boxes cxcywh [N, 4] -> [N], and their IoU [N]; Zheng et al. 2020, https://arxiv.org/abs/1911.08287.
 
@@ -92,6 +108,7 @@ class YOLOLoss(nn.Module):
     "loss", "box", "object", "no_object", "class". Computed in float32. Classes are independent logistic
     outputs (YOLOv3, section 2.2). A positive's objectness should be its box's IoU (YOLO, Redmon et al. 2016,
     section 2: confidence is Pr(object) * IoU): of an object's three predictions the best box then scores best.
+    Others cost nothing where they do find an object (`near_objects`), and else for every bit of objectness.
     """
 
     def __init__(self, config: Config):
@@ -103,7 +120,8 @@ class YOLOLoss(nn.Module):
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         grids = [level.shape[2] for level in logits]
         found = assign_targets(targets, grids, anchors, len(logits[0]))
-        background = sum(map(self._background, logits, found))
+        near = [near_objects(level, targets, sides) for level, sides in zip(logits, anchors, strict=True)]
+        background = sum(map(self._background, logits, found, near))
         terms = torch.stack((*self._positives(logits, found, targets, anchors), background))
         box, positive, label, background = terms / max(1, 3 * len(targets))
         loss = self.box_weight * box + self.object_weight * positive
@@ -111,10 +129,10 @@ class YOLOLoss(nn.Module):
         return {"loss": loss, "box": box, "object": positive, "no_object": background, "class": label}
 
     @staticmethod
-    def _background(level: Tensor, found: Assigned) -> Tensor:
+    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
         """Sum over the background of one scale; softplus is the cross entropy of a logit whose answer is no."""
         cost = softplus(level[..., 0].float().contiguous())
-        return cost.masked_fill(found.positive | found.ignored, 0).sum()
+        return cost.masked_fill(found.positive | near, 0).sum()
 
     @staticmethod
     def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:

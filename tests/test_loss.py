@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from src.boxes import cxcywh_to_xyxy, decode
 from src.config import ANCHORS, Config
-from src.loss import YOLOLoss, assign_targets
+from src.loss import YOLOLoss, assign_targets, near_objects
 
 ANCHOR = torch.tensor(ANCHORS)
 GRIDS = [3, 6, 12]
@@ -63,6 +64,43 @@ def test_no_objects():
         assert not found.positive.any() and not found.ignored.any()
 
 
+def loop_near(boxes, targets):
+    """boxes [B, K, 4] xyxy -> bool [B, K]: does it overlap an object of its image by more than 0.5?"""
+    near = torch.zeros(boxes.shape[:2], dtype=torch.bool)
+    for image, _, *box in targets.tolist():
+        near[int(image)] |= box_iou(boxes[int(image)], cxcywh_to_xyxy(torch.tensor([box])))[:, 0] > 0.5
+    return near
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_near_objects_equals_the_loop(seed):
+    targets = random_targets(12, images=3, seed=seed)
+    targets = targets[targets[:, 0] != 1]  # an image of nothing between two
+    random, met = torch.Generator().manual_seed(seed), 0
+    for grid, anchors in zip(GRIDS, ANCHOR, strict=True):
+        level = torch.randn(3, 3, grid, grid, 9, generator=random)
+        near = near_objects(level, targets, anchors)
+        boxes, _ = decode([level], anchors[None])
+        assert torch.equal(near.flatten(1), loop_near(boxes, targets)) and not near[1].any()
+        met += near.sum()
+    assert met > 0
+
+
+def test_what_finds_an_object_elsewhere_costs_nothing():
+    """A cell beside the object's own predicts the object's box: however sure it is, no background."""
+    target = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.2]])
+    logits = [torch.full((1, 3, g, g, 9), -12.0) for g in GRIDS]
+    shift = 0.5 * 12 - 5  # from the left edge of column 5 to the object's centre, in cells
+    anchors = ANCHOR[2]
+    logits[2][0, 0, 6, 5, 1:3] = torch.tensor([12.0 * shift, -12.0])
+    logits[2][0, 0, 6, 5, 3:5] = (target[0, 4:] / anchors[0]).log()
+    calm = YOLOLoss(Config())(logits, target, ANCHOR)["no_object"]
+    logits[2][0, 0, 6, 5, 0] = 12.0
+    assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object"] <= calm
+    logits[2][0, 0, 2, 5] = logits[2][0, 0, 6, 5]  # the same box, four cells up
+    assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object"] > 1
+
+
 def complete_iou(one, two):
     """1 - CIoU of two xyxy boxes, Zheng et al. 2020, equations 8 to 11; and their IoU."""
     left, top, right, bottom = max(one[0], two[0]), max(one[1], two[1]), min(one[2], two[2]), min(one[3], two[3])
@@ -86,22 +124,24 @@ def test_loss_equals_the_loop():
     random = torch.Generator().manual_seed(1)
     logits = [torch.randn(2, 3, g, g, 9, generator=random) for g in GRIDS]
     boxes, _ = decode(logits, ANCHOR)
+    near = loop_near(boxes, targets)
     sums = dict.fromkeys(("box", "object", "no_object", "class"), 0.0)
     first = 0
     for scale, level in enumerate(logits):
         grid = GRIDS[scale]
-        positives, ignored = loop_assign(targets, grid, ANCHOR[scale], 2)
+        positives, _ = loop_assign(targets, grid, ANCHOR[scale], 2)
         for image, anchor, row, column in torch.ones(level.shape[:4]).nonzero().tolist():
             place, cell = (image, anchor, row, column), level[image, anchor, row, column].tolist()
+            number = first + (anchor * grid + row) * grid + column
             if place in positives:
                 target = targets[positives[place]]
-                box = boxes[image, first + (anchor * grid + row) * grid + column].tolist()
+                box = boxes[image, number].tolist()
                 cost, overlap = complete_iou(box, cxcywh_to_xyxy(target[2:]).tolist())
                 sums["box"] += cost
                 sums["object"] += entropy(cell[0], overlap)
                 wanted = [0.025 + 0.9 * (label == int(target[1])) for label in range(4)]
                 sums["class"] += sum(entropy(value, want) for value, want in zip(cell[5:], wanted, strict=True))
-            elif place not in ignored:
+            elif not near[image, number]:
                 sums["no_object"] += entropy(cell[0], 0)
         first += 3 * grid * grid
     terms = YOLOLoss(config)(logits, targets, ANCHOR)
