@@ -34,7 +34,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serving(folder, SECRET=SECRET, MALLOC_ARENA_MAX="2") as (address, process):  # freed memory is given back
+    giving_back = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed memory, to the system
+    with serving(folder, SECRET=SECRET, **giving_back) as (address, process):
         yield Door(address), process
 
 
