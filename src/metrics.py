@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from src.boxes import cxcywh_to_xyxy, decode_above, nms
 from src.loss import assign_targets
 
-THRESHOLDS = (0.05, 0.5)  # of objectness, for object and no-object accuracy; the course uses 0.05
+THRESHOLDS = (0.05, 0.5)  # of objectness, for object and no-object accuracy: the course's, and sure of object and edges
 CONFIDENCE = 0.01  # detections that score less do not enter average precision
 OVERLAP = 0.45  # NMS
 COURSE_CONFIDENCE = 0.05

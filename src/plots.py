@@ -11,12 +11,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.config import STRIDES
-from src.metrics import match, precision_recall
+from src.metrics import THRESHOLDS, match, precision_recall
 from src.predict import picture_size
+from src.report import NAMES
 from src.style import HELD_OUT, INK, SCALES, SOFT, TARGET, TRAIN, Sheet, colours, styled
 
 TERMS = {"box": "box", "object": "object there", "no_object": "nothing there", "class": "class"}
-ACCURACIES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
 
 
 def _box_sides(records: Sequence) -> np.ndarray:
@@ -107,10 +107,10 @@ def _curve(axis: Axes, path: str | Path, name: str, **style) -> None:
 
 
 @styled
-def training_curves(path: str | Path, targets: dict[str, float], thresholds: Sequence[float] = (0.05, 0.5)) -> Figure:
+def training_curves(path: str | Path, targets: dict[str, float]) -> Figure:
     """A run drawn from its metrics.csv alone, finished or not.
 
-    targets: parts of 1 asked of "class", "no_object" and "object" accuracy; thresholds of objectness: the two logged.
+    targets: parts of 1 asked of "class", "no_object" and "object" accuracy.
     """
     figure = Sheet(7.6)
     layout = [["loss", "loss", "rate", "rate"], [*TERMS], ["a class", "a no_object", "a object", "map"]]
@@ -121,8 +121,8 @@ def training_curves(path: str | Path, targets: dict[str, float], thresholds: Seq
         axes[key].set_title(title)
         _from_zero(axes[key])
     axes["loss"].legend()
-    for key, name in ACCURACIES.items():
-        _accuracy(axes[f"a {key}"], path, key, targets[key], thresholds)
+    for key, name in NAMES.items():
+        _accuracy(axes[f"a {key}"], path, key, targets[key])
         axes[f"a {key}"].set_title(name.capitalize())
     _curve(axes["map"], path, "val/map50", color=HELD_OUT)
     axes["map"].set(title="mAP at IoU 0.5", ylim=(0, 1))
@@ -151,12 +151,12 @@ def _from_zero(axis: Axes) -> None:
     axis.set_ylim(0, 1.08 * highest if 0 < highest < np.inf else 1)
 
 
-def _accuracy(axis: Axes, path: str | Path, key: str, wanted: float, thresholds: Sequence[float]) -> None:
+def _accuracy(axis: Axes, path: str | Path, key: str, wanted: float) -> None:
     """One of the three accuracies in %, at both thresholds of objectness where it has any, and what the assignment asks."""
     if key == "class":
         _curve(axis, path, "val/accuracy/class", color=HELD_OUT)
     else:
-        for threshold, line in zip(thresholds, ("-", (0, (1, 1))), strict=True):
+        for threshold, line in zip(THRESHOLDS, ("-", (0, (1, 1))), strict=True):
             style = {"color": HELD_OUT, "linestyle": line, "label": f"threshold {threshold}"}
             _curve(axis, path, f"val/accuracy/{key}@{threshold}", **style)
     axis.axhline(wanted, color=TARGET, linestyle="--", linewidth=1.2, label=f"asked: {100 * wanted:.0f}%")

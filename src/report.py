@@ -1,10 +1,9 @@
 """The assignment's table: what was asked, what was reached."""
 
 from src.config import Config
-from src.metrics import Evaluation
+from src.metrics import THRESHOLDS, Evaluation
 
-THRESHOLD = 0.05  # of objectness: the course's
-STRICT = 0.5  # sure of the object and of its edges: objectness promises an overlap
+THRESHOLD, STRICT = THRESHOLDS
 NAMES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
 
 
@@ -37,7 +36,7 @@ def assignment_table(evaluation: Evaluation, config: Config) -> str:
     lines += [f"{name:<22}{'':>10}{value:>10.4f}" for name, value in evaluation.precisions.items()]
     lines += [
         "",
-        f"Columns 'at 0.05' and 'at 0.5': threshold of objectness; {THRESHOLD} is the course's and decides.",
+        f"Columns 'at {THRESHOLD}' and 'at {STRICT}': threshold of objectness; {THRESHOLD} is the course's and decides.",
         "",
     ]
     lines.append(f"Weights, metrics.csv and settings of this run: {config.run_dir}/")
