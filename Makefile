@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN) -m pip install --quiet --progress-bar on -r requirements.txt
 	@touch $@
 
-run: $(VENV)/installed ## train on the built-in data set: about 8 minutes on 2 cores, ends with the table
+run: $(VENV)/installed ## train on the built-in data set: 5 to 8 minutes on 2 cores, ends with the table
 	$(BIN) -m src.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
 
 multi: $(VENV)/installed ## the multi-resolution notebook, after make run
