@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.ops import complete_box_iou_loss
 
-from benchmarks import evaluation, obvious, recipe
+from benchmarks import changes, evaluation, obvious, recipe
 from benchmarks.material import empty_logits, objects, photographs, plant
 from benchmarks.measure import Row, seconds, table
 from src import training
@@ -115,21 +115,21 @@ def test_table_says_what_is_met():
 
 LOSSES = [
     name
-    for name in recipe.CHANGES
+    for name in changes.CHANGES
     if name.startswith(("box", "object-", "class", "ignore", "positives")) and "bias" not in name
 ]
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_change_of_the_loss_is_one(name):
-    change, targets = recipe.CHANGES[name], random_targets(30, 4)
+    change, targets = changes.CHANGES[name], random_targets(30, 4)
     chance = torch.Generator().manual_seed(0)
     logits = [torch.randn(4, 3, grid, grid, 25, generator=chance).requires_grad_() for grid in (5, 10, 20)]
-    plain = training.YOLOLoss(recipe.BASE)(logits, targets, ANCHOR)["loss"]
+    plain = training.YOLOLoss(changes.BASE)(logits, targets, ANCHOR)["loss"]
     with ExitStack() as stack:
         for target, instead in change.instead.items():
             stack.enter_context(mock.patch(target, instead))
-        changed = training.YOLOLoss(recipe.BASE.replace(**change.settings))(logits, targets, ANCHOR)["loss"]
+        changed = training.YOLOLoss(changes.BASE.replace(**change.settings))(logits, targets, ANCHOR)["loss"]
     changed.backward()
     assert changed.isfinite() and abs(changed - plain) > 1e-3
     assert all(level.grad.isfinite().all() for level in logits)
