@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
-from src.boxes import cxcywh_to_xyxy, decode_above, decode_boxes
 from src.config import Config
-from src.dataset import DetectionData
-from src.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
-from src.model import Residual, YOLOv3
-from src.training import Detector
+from src.data.datamodule import DetectionData
+from src.model.boxes import cxcywh_to_xyxy, decode_above, decode_boxes
+from src.model.network import Residual, YOLOv3
+from src.training.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
+from src.training.module import Detector
 
 BASE = Config(  # the recipe, small; what all changes are compared with
     train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, batch_size=16, max_lr=6e-3,
@@ -178,22 +178,22 @@ class Change:
 
 
 def loss(instead: type[YOLOLoss]) -> dict:
-    return {"src.training.YOLOLoss": instead}
+    return {"src.training.loss.YOLOLoss": instead}
 
 
 CHANGES = {
     "baseline": Change("nothing"),
-    "box-giou": Change("box loss: generalized IoU", instead={"src.loss.complete_iou_loss": generalized_iou}),
-    "box-course": Change("box loss: the course's squared errors", instead={"src.loss.complete_iou_loss": course_box}),
+    "box-giou": Change("box loss: generalized IoU", instead={"src.training.loss.complete_iou_loss": generalized_iou}),
+    "box-course": Change("box loss: the course's squared errors", instead={"src.training.loss.complete_iou_loss": course_box}),
     "box-1": Change("weight of the box term 1", {"box_weight": 1.0}),
     "object-certain": Change("objectness of a positive: 1, as in the paper", instead=loss(CertainObjectness)),
     "object-half": Change("objectness of a positive: half-way from 1 to its overlap", instead=loss(HalfOverlap)),
     "object-focal": Change("objectness: quality focal loss", instead=loss(FocalObjectness)),
     "object-1": Change("weight of positives' objectness 1", {"object_weight": 1.0}),
     "object-4": Change("weight of positives' objectness 4", {"object_weight": 4.0}),
-    "object-unbiased": Change("no initial bias", instead={"src.model.YOLOv3._initialise": unbiased}),
+    "object-unbiased": Change("no initial bias", instead={"src.model.network.YOLOv3._initialise": unbiased}),
     "class-softmax": Change("classes: softmax, as in the course", instead={
-        "src.loss.bce": softmax_classes, "src.metrics.decode_above": softmax_decode_above}),
+        "src.loss.bce": softmax_classes, "src.model.boxes.decode_above": softmax_decode_above}),
     "class-focal": Change("classes: focal loss, gamma 2", instead={"src.loss.bce": focal_classes}),
     "class-smooth": Change("classes: label smoothing 0.1", {"label_smoothing": 0.1}),
     "class-3": Change("weight of the class term 3", {"class_weight": 3.0}),
@@ -203,19 +203,19 @@ CHANGES = {
     "anchors-kmeans": Change("anchors by k-means on the training draws", {"anchors": kmeans_anchors}),
     "decay-0.005": Change("weight decay 0.005", {"weight_decay": 0.005}),
     "decay-everything": Change("weight decay on biases and batch norm too", instead={
-        "src.training.Detector.configure_optimizers": decay_everything}),
+        "src.training.module.Detector.configure_optimizers": decay_everything}),
     "lr-2e-3": Change("peak learning rate 2e-3", {"max_lr": 2e-3}),
     "lr-1.2e-2": Change("peak learning rate 1.2e-2", {"max_lr": 1.2e-2}),
     "warmup-0.3": Change("warm-up over 0.3 of the steps", {"warmup": 0.3}),
     "ema-0.99": Change("decay of the average 0.99", {"ema_decay": 0.99}),
     "ema-none": Change("no averaging", {"ema_decay": 0.0}),
     "residual-loud": Change("residual blocks don't start as the identity", instead={
-        "src.model.YOLOv3._initialise": loud_residuals}),
+        "src.model.network.YOLOv3._initialise": loud_residuals}),
     "batch-8": Change("8 images a batch, twice the steps", {"batch_size": 8}),
     "mosaic-0": Change("no mosaics", {"mosaic": 0.0}),
     "mosaic-end": Change("mosaics to the end", {"mosaic_off_epochs": 0}),
     "mosaic-off-3": Change("no mosaics in the last 3 epochs", {"mosaic_off_epochs": 3}),
     "scale-wide": Change("scales 0.45 to 1.25", {"mosaic_scale": (0.45, 1.25), "single_scale": (0.45, 1.25)}),
     "single-as-mosaic": Change("single pictures at the mosaics' scales", {"single_scale": BASE.mosaic_scale}),
-    "colour-none": Change("light and colours left alone", instead={"src.dataset.augmentations": mirror_only}),
+    "colour-none": Change("light and colours left alone", instead={"src.data.mosaic.augmentations": mirror_only}),
 }  # fmt: skip

@@ -9,12 +9,19 @@ from torch import Tensor
 from benchmarks.material import empty_logits, objects, plant
 from benchmarks.measure import Row, Stopwatch, milliseconds, threads
 from benchmarks.obvious import average_precision, detections, float_iou, loop_nms, tensor_iou
-from src.boxes import cxcywh_to_xyxy, decode
-from src.config import ANCHORS, VOC_CLASSES
-from src.metrics import (
-    CONFIDENCE, OVERLAP, CellAccuracy, DetectionStore, class_table, coco_average_precision, confusion,
+from src.config import VOC_CLASSES
+from src.model.boxes import cxcywh_to_xyxy, decode
+from src.model.network import ANCHORS
+from src.training.metrics import (
+    CONFIDENCE,
+    OVERLAP,
+    CellAccuracy,
+    DetectionStore,
+    class_table,
+    coco_average_precision,
+    confusion,
     mean_average_precision,
-)  # fmt: skip
+)
 
 IMAGES, BATCH, SUBSET = 4952, 32, 96
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Row, milliseconds, seconds
-from src.gradcam import MOST, explain
-from src.model import YOLOv3
-from src.predict import Predictor
-from src.shapes import draw_shapes
+from src.data.shapes import draw_shapes
+from src.model.network import YOLOv3
+from src.serving.gradcam import MOST, explain
+from src.serving.predictor import Predictor
 
 SIDE, MANY = 416, 8
 

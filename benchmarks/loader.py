@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.material import photographs
 from benchmarks.measure import Row, threads
 from benchmarks.obvious import ObviousDataset, course_augmentations, same_augmentations
-from src.cache import ImageCache
-from src.config import ANCHORS, Config
-from src.dataset import MosaicDataset, _quiet_worker, collate
-from src.voc import Record
+from src.config import Config
+from src.data.cache import ImageCache
+from src.data.datamodule import _quiet_worker, collate
+from src.data.mosaic import MosaicDataset
+from src.data.records import Record
+from src.model.network import ANCHORS
 
 PICTURES, SIDE = 48, 416
 WORKERS = 2

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.loss import assign_targets
-from src.shapes import draw_shapes
-from src.voc import Record, make_record
+from src.data.records import Record, make_record
+from src.data.shapes import draw_shapes
+from src.training.loss import assign_targets
 
 WIDTH, HEIGHT = 500, 375  # most of VOC's photographs
 QUALITY, NOISE = 90, 13.0  # about 90 kB a file, as VOC's

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 TURN = 0.05
 
 

@@ -20,8 +20,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.utils.data import Dataset
 from torchvision.ops import box_iou, complete_box_iou_loss
 
-from src.dataset import augmentations
-from src.voc import Record
+from src.data.mosaic import augmentations
+from src.data.records import Record
 
 
 def course_augmentations(side: int) -> A.Compose:

@@ -6,10 +6,11 @@ VOC_ROOT names the folder that holds VOCdevkit.
 
 import argparse
 
+from src.training.fit.fit import evaluate, fit, load_detector
+
 from benchmarks.recipe import pooled
 from src.config import Config
-from src.dataset import DetectionData
-from src.training import evaluate, fit, load_detector
+from src.data.datamodule import DetectionData
 
 SIDES = (160, 192, 224, 256, 288)  # drawn from
 

@@ -14,12 +14,12 @@ from statistics import mean
 from unittest import mock
 
 import numpy as np
+from src.training.fit.fit import evaluate, fit
 
 from benchmarks.changes import BASE, CHANGES
-from src.dataset import DetectionData
-from src.metrics import Evaluation, class_table
-from src.run_folder import write_whole
-from src.training import evaluate, fit
+from src.data.datamodule import DetectionData
+from src.training.checkpoints import write_whole
+from src.training.metrics import Evaluation, class_table
 
 RUNS = Path("runs/recipe")
 

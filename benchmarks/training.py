@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from benchmarks.material import empty_logits, objects
 from benchmarks.measure import Row, milliseconds, seconds, threads
 from benchmarks.obvious import dense_loss, dense_targets
-from src.callbacks import StopIfNotFinite, ema
-from src.config import ANCHORS, Config
-from src.loss import YOLOLoss, assign_targets
-from src.machine import make_trainer, precision_here
-from src.model import YOLOv3
-from src.predict import to_input
-from src.training import Detector
+from src.config import Config
+from src.model.network import ANCHORS, YOLOv3
+from src.serving.images import to_input
+from src.training.callbacks import StopIfNotFinite, ema
+from src.training.loss import YOLOLoss, assign_targets
+from src.training.module import Detector, make_trainer, precision_here
 
 SIDE, GRIDS = 416, [13, 26, 52]
 BATCH = 16

@@ -6,23 +6,15 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from src.model.network import ANCHORS
+
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-SHAPE_CLASSES = ("circle", "triangle", "star", "ring", "crescent", "heart", "arrow", "bolt")  # the built-in set
 
-# YOLOv3 (Redmon & Farhadi 2018), section 2.3: widths and heights in pixels of a 416 x 416 image,
-# large objects (stride 32) first. Kept as fractions of the image side.
-ANCHORS = tuple(
-    tuple((w / 416, h / 416) for w, h in scale)
-    for scale in (
-        ((116, 90), (156, 198), (373, 326)),
-        ((30, 61), (62, 45), (59, 119)),
-        ((10, 13), (16, 30), (33, 23)),
-    )
-)
-STRIDES = (32, 16, 8)
+
+SHAPE_CLASSES = ("circle", "triangle", "star", "ring", "crescent", "heart", "arrow", "bolt")  # the built-in set
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import httpx
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from src.app import MOST_PIXELS
-from src.guard import MOST_REQUEST
+from src.serving.app import MOST_PIXELS
+from src.serving.guard import MOST_REQUEST
 from tests.planted import blurred_noise
 from tests.visitor import PATIENCE
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from src.model import YOLOv3
+from src.model.network import YOLOv3
 
 CLASSES = ["circle", "square", "star"]
 

@@ -20,9 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from src.model import YOLOv3  # noqa: E402
-from src.shapes import SHAPE_CLASSES, draw_shapes  # noqa: E402
-from src.space import export_space  # noqa: E402
+from src.config import SHAPE_CLASSES
+from src.data.shapes import draw_shapes
+from src.model.network import YOLOv3
+from src.serving.space import export_space
 
 MOST_SECONDS, MOST_BYTES = 20, 2e9  # what a start may take, and the memory held while in use
 ASK = """

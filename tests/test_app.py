@@ -10,9 +10,9 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from src.app import Page, about_html, build_app, detect, look, show_boxes, show_heat
-from src.drawing import class_colours, draw_detections, draw_heat
-from src.predict import Detections, Predictor
+from src.serving.app import Page, about_html, build_app, detect, look, show_boxes, show_heat
+from src.serving.drawing import class_colours, draw_detections, draw_heat
+from src.serving.predictor import Detections, Predictor
 from tests.planted import CLASSES, blurred_noise, planted_model
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.boxes import cxcywh_to_xyxy
 from src.config import Config
-from src.dataset import DetectionData, HeldOutDataset, MosaicDataset
-from src.voc import read_picture, read_voc
+from src.data.datamodule import DetectionData, HeldOutDataset
+from src.data.mosaic import MosaicDataset
+from src.data.voc import read_picture, read_voc
+from src.model.boxes import cxcywh_to_xyxy
 
 CLASSES = ("cat", "dog", "person")
 FIELDS = ("name", "difficult", "bndbox", "xmin", "ymin", "xmax", "ymax")

@@ -13,13 +13,14 @@ from benchmarks import changes, evaluation, obvious, recipe
 from benchmarks.material import empty_logits, objects, photographs, plant
 from benchmarks.measure import Row, seconds, table
 from src import training
-from src.boxes import cxcywh_to_xyxy, decode, decode_above
-from src.cache import ImageCache
-from src.config import ANCHORS, Config
-from src.dataset import MosaicDataset
-from src.loss import YOLOLoss, assign_targets, complete_iou_loss
-from src.metrics import Evaluation, area_under
-from src.predict import Predictor
+from src.config import Config
+from src.data.cache import ImageCache
+from src.data.mosaic import MosaicDataset
+from src.model.boxes import cxcywh_to_xyxy, decode, decode_above
+from src.model.network import ANCHORS
+from src.serving.predictor import Predictor
+from src.training.loss import YOLOLoss, assign_targets, complete_iou_loss
+from src.training.metrics import Evaluation, area_under
 from tests.planted import planted_model
 from tests.test_loss import random_targets
 from tests.test_metrics import iou, random_results

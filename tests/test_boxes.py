@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from src.boxes import cxcywh_to_xyxy, decode, nms, xyxy_to_cxcywh
-from src.config import ANCHORS
+from src.model.boxes import cxcywh_to_xyxy, decode, nms, xyxy_to_cxcywh
+from src.model.network import ANCHORS
 
 ANCHOR = torch.tensor(ANCHORS)
 

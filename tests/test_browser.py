@@ -7,7 +7,7 @@ from PIL import Image
 
 pytest.importorskip("selenium")
 
-from src.space import export_space  # noqa: E402
+from src.serving.space import export_space
 from tests.planted import blurred_noise, planted_model  # noqa: E402
 from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served  # noqa: E402
 

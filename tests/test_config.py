@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from src.config import ANCHORS, VOC_CLASSES, Config
+from src.config import VOC_CLASSES, Config
+from src.model.network import ANCHORS
 
 
 def test_a_run_can_be_started_again_from_its_settings(tmp_path):

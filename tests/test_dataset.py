@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from src.boxes import cxcywh_to_xyxy
-from src.cache import ImageCache
 from src.config import Config
-from src.dataset import DetectionData, DrawSampler, HeldOutDataset, MosaicDataset, augmentations, collate
-from src.model import YOLOv3
-from src.predict import PAD, Predictor, letterbox, load_image, to_input
-from src.voc import make_record
+from src.data.cache import ImageCache
+from src.data.datamodule import DetectionData, DrawSampler, HeldOutDataset, collate
+from src.data.mosaic import MosaicDataset, augmentations
+from src.data.records import make_record
+from src.model.boxes import cxcywh_to_xyxy
+from src.model.network import YOLOv3
+from src.serving.images import PAD, letterbox, load_image, to_input
+from src.serving.predictor import Predictor
 
 YELLOW = (250, 250, 30)
 SIZES = ((120, 90), (80, 140), (64, 64), (200, 50))
@@ -238,7 +240,7 @@ def test_cache_changes_no_sample(tmp_path):
 
 def test_a_cache_without_room_is_refused_with_a_word(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from src.cache import open_cache
+    from src.data.cache import open_cache
 
     assert open_cache(records(), "training", 96, room_gb=1e-6) is None
     assert "Config.cache_gb allows 1e-06" in capsys.readouterr().out

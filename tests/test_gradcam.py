@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from src.gradcam import METHODS, MOST, Explainer, explain
-from src.predict import Predictor
-from src.shapes import SHAPE_CLASSES, draw_shapes
+from src.config import SHAPE_CLASSES
+from src.data.shapes import draw_shapes
+from src.serving.gradcam import METHODS, MOST, Explainer, explain
+from src.serving.predictor import Predictor
 from tests.planted import blurred_noise, planted_model
 
 ROOT = Path(__file__).parents[1]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.app import MOST_PIXELS
-from src.predict import Predictor
-from src.space import export_space
+from src.serving.app import MOST_PIXELS
+from src.serving.predictor import Predictor
+from src.serving.space import export_space
 from tests.hostile import Door, all_cases, encoded
 from tests.planted import blurred_noise, planted_model
 from tests.visitor import serving

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from src.training.fit.fit import fit, load_detector, start
 
-from src.callbacks import Progress
 from src.config import SHAPE_CLASSES, Config
-from src.dataset import DetectionData
-from src.run_folder import BEFORE, LAST, MetricsFile, WholeCheckpoints, damage, held, last_good, write_whole
-from src.training import fit, load_detector, start
+from src.data.datamodule import DetectionData
+from src.training.callbacks import MetricsFile, Progress
+from src.training.checkpoints import BEFORE, LAST, WholeCheckpoints, damage, held, last_good, write_whole
 from tests.forking import begin
 from tests.test_training import rows
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from src.boxes import cxcywh_to_xyxy, decode
-from src.config import ANCHORS, Config
-from src.loss import YOLOLoss, assign_targets, near_objects
+from src.config import Config
+from src.model.boxes import cxcywh_to_xyxy, decode
+from src.model.network import ANCHORS
+from src.training.loss import YOLOLoss, assign_targets, near_objects
 
 ANCHOR = torch.tensor(ANCHORS)
 GRIDS = [3, 6, 12]

@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from src.boxes import decode
-from src.config import ANCHORS
-from src.metrics import (
-    THRESHOLDS, CellAccuracy, DetectionStore, area_under, class_table, coco_average_precision, confusion,
+from src.model.boxes import decode
+from src.model.network import ANCHORS
+from src.training.metrics import (
+    THRESHOLDS,
+    CellAccuracy,
+    DetectionStore,
+    area_under,
+    class_table,
+    coco_average_precision,
+    confusion,
     mean_average_precision,
-)  # fmt: skip
+)
 from tests.test_boxes import slow_nms
 from tests.test_loss import GRIDS, loop_assign, random_targets
 

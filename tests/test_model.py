@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.model import ConvBlock, Residual, YOLOv3
+from src.model.network import ConvBlock, Residual, YOLOv3
 
 
 def random_net(**settings) -> YOLOv3:

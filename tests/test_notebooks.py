@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from src import notebook
-from src.execution import rendered, run
+from tools.execution import rendered, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {

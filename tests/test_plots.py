@@ -11,14 +11,15 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from src import pictures, plots
-from src.config import ANCHORS, SETTINGS, Config
-from src.dataset import MosaicDataset
-from src.drawing import class_colours
-from src.metrics import class_table, confusion
-from src.predict import Detections
-from src.report import targets
-from src.shapes import SHAPE_CLASSES, draw_shapes
-from src.training import LearningRates
+from src.config import SETTINGS, SHAPE_CLASSES, Config
+from src.data.mosaic import MosaicDataset
+from src.data.shapes import draw_shapes
+from src.model.network import ANCHORS
+from src.serving.drawing import class_colours
+from src.serving.predictor import Detections
+from src.training.lr_finder import LearningRates
+from src.training.metrics import class_table, confusion
+from src.training.report import targets
 
 RECORDS = draw_shapes(6, size=96)
 COUNT = len(SHAPE_CLASSES)

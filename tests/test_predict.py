@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from src.boxes import decode, nms
-from src.predict import FLOOR, Predictor, letterbox, load_image
+from src.model.boxes import decode, nms
+from src.serving.images import letterbox, load_image
+from src.serving.predictor import FLOOR, Predictor
 from tests.planted import planted_model
 
 WIDTH, HEIGHT = 48, 32

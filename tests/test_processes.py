@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from src.training.fit.fit import evaluate, load_detector
 
 from src import cache, dataset, run_folder, training
 from src.config import SHAPE_CLASSES, Config
-from src.dataset import DetectionData
-from src.run_folder import LAST
-from src.shapes import draw_shapes
-from src.training import Detector, evaluate, load_detector
+from src.data.datamodule import DetectionData
+from src.data.shapes import draw_shapes
+from src.training.checkpoints import LAST
+from src.training.module import Detector
 from tests.forking import begin
 from tests.test_training import rows
 

@@ -8,7 +8,7 @@ import pytest
 
 from src import training
 from src.config import Config
-from src.dataset import DetectionData
+from src.data.datamodule import DetectionData
 from tests.test_voc import obj, write_tree
 
 ROOT = Path(__file__).parents[1]

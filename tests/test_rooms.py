@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from src.space import SERVING
+from src.serving.space import SERVING
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "huggingface_hub"}

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from src.shapes import DIFFICULT_BELOW, LEAST_VISIBLE, MOST_SHAPES, SHAPE_CLASSES, SIDES, draw_shapes, plan
+from src.config import SHAPE_CLASSES
+from src.data.shapes import DIFFICULT_BELOW, LEAST_VISIBLE, MOST_SHAPES, SIDES, draw_shapes, plan
 
 SIZE = 96
 

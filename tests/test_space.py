@@ -13,8 +13,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from src.predict import Predictor, load_image
-from src.space import MARK, SERVING, export_space, push_space
+from src.serving.images import load_image
+from src.serving.predictor import Predictor
+from src.serving.space import MARK, SERVING, export_space, push_space
 from tests.planted import blurred_noise, planted_model
 
 # Run inside an exported folder: what starting it opens and imports, and what the page then finds.
@@ -26,7 +27,7 @@ def hook(event, arguments):
         opened.add(os.path.realpath(arguments[0]))
 sys.addaudithook(hook)
 import app
-from src.predict import Predictor
+from src.serving.predictor import Predictor
 found = Predictor.load("weights")("samples/01.jpg", 0.2)
 json.dump([sorted(opened), sorted(sys.modules), found.index.tolist()], open("told.json", "w"))
 """

@@ -7,17 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from src.training.fit.fit import evaluate, fit, load_detector
 
 from src import callbacks, training
-from src.config import ANCHORS, Config
-from src.dataset import DetectionData, HeldOutDataset, collate
-from src.loss import assign_targets
-from src.machine import make_trainer, precision_here, strategy_here
-from src.predict import to_input
-from src.report import rows as rows_of
-from src.report import targets
-from src.training import Detector, build_model, drawn_side, evaluate, find_lr, fit, load_detector
-from src.voc import make_record
+from src.config import Config
+from src.data.datamodule import DetectionData, HeldOutDataset, collate
+from src.data.records import make_record
+from src.model.network import ANCHORS
+from src.serving.images import to_input
+from src.training.loss import assign_targets
+from src.training.lr_finder import find_lr
+from src.training.module import Detector, build_model, drawn_side, make_trainer, precision_here, strategy_here
+from src.training.report import rows as rows_of
+from src.training.report import targets
 
 
 def tiny(folder, **changes) -> Config:
@@ -30,7 +32,7 @@ def tiny(folder, **changes) -> Config:
 
 
 def training_classes() -> tuple[str, ...]:
-    from src.shapes import SHAPE_CLASSES
+    from src.config import SHAPE_CLASSES
 
     return SHAPE_CLASSES
 

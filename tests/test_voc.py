@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.annotation import read_annotation
 from src.config import VOC_CLASSES, Config
-from src.dataset import DetectionData
-from src.voc import check, download_voc, main, read_voc
+from src.data.datamodule import DetectionData
+from src.data.voc import check, download_voc, main, read_annotation, read_voc
 
 BOX = "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax></bndbox>"
 
@@ -59,7 +58,7 @@ def test_archives_side_by_side_and_kaggles_inputs(tmp_path, monkeypatch):
     write_tree(tmp_path / "a" / "VOCtest_06-Nov-2007", "2007", {"test": {"2": obj()}})
     wanted = ("2007/trainval", "2007/test")
     assert [Path(r.image).stem for r in read_voc(tmp_path / "a", wanted, VOC_CLASSES)] == ["1", "2"]
-    monkeypatch.setattr("src.voc.KAGGLE_INPUTS", tmp_path)
+    monkeypatch.setattr("src.data.voc.KAGGLE_INPUTS", tmp_path)
     assert [Path(r.image).stem for r in read_voc("nowhere", wanted, VOC_CLASSES)] == ["1", "2"]
 
 

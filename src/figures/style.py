@@ -8,13 +8,23 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from src.drawing import class_colours
+from src.serving.drawing import class_colours
 
 WIDTH = 9.0  # inches; times DPI a little more than GitHub shows, so that nothing is blurred
+
+
 DPI = 120
+
+
 INK, SOFT, GRID = "#1f2328", "#6b7280", "#e3e5e8"
+
+
 TRAIN, HELD_OUT, TARGET = "#e69f00", "#0072b2", "#d55e00"  # Okabe and Ito's, told apart with any colour vision
+
+
 SCALES = ("#0072b2", "#d55e00", "#009e73")  # strides 32, 16, 8
+
+
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "text.color": INK, "axes.labelcolor": INK,
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold",

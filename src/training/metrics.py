@@ -10,12 +10,18 @@ from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from src.boxes import cxcywh_to_xyxy, decode_above, nms
-from src.loss import assign_targets
+from src.model.boxes import cxcywh_to_xyxy, decode_above, nms
+from src.training.loss import assign_targets
 
 THRESHOLDS = (0.05, 0.5)  # of objectness, for object and no-object accuracy: the course's, and sure of object and edges
+
+
 CONFIDENCE = 0.01  # detections that score less do not enter average precision
+
+
 OVERLAP = 0.45  # NMS
+
+
 COURSE_CONFIDENCE = 0.05
 
 

@@ -9,11 +9,12 @@ import dataclasses
 from pathlib import Path
 
 from src.config import Config
-from src.dataset import DetectionData
-from src.metrics import Evaluation
-from src.model import YOLOv3
-from src.report import STRICT, THRESHOLD, about, assignment_table, rows
-from src.training import Detector, evaluate, load_detector
+from src.data.datamodule import DetectionData
+from src.model.network import YOLOv3
+from src.training.fit.fit import evaluate, load_detector
+from src.training.metrics import Evaluation
+from src.training.module import Detector
+from src.training.report import STRICT, THRESHOLD, about, assignment_table, rows
 
 CARD = """---
 license: mit
@@ -51,7 +52,7 @@ naming the folder that holds `VOCdevkit`).
 ## Use
 
 ```python
-from src.predict import Predictor
+from src.serving.predictor import Predictor
 detections = Predictor.load("weights")("photo.jpg", confidence=0.25)
 ```
 

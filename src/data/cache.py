@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.voc import Record
+from src.data.records import Record
 
 FOLDER = Path("data/cache")
 

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from src.predict import Detections
+from src.serving.predictor import Detections
 
 # The first seven are Okabe and Ito's (2008, https://jfly.uni-koeln.de/color), told apart with any colour vision; each
 # further one lies farthest from those before it in Oklab, seen with normal, red-blind and green-blind eyes.

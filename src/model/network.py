@@ -13,7 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from src.config import ANCHORS
+# YOLOv3 (Redmon & Farhadi 2018), section 2.3: widths and heights in pixels of a 416 x 416 image,
+# large objects (stride 32) first. Kept as fractions of the image side.
+ANCHORS = tuple(
+    tuple((w / 416, h / 416) for w, h in scale)
+    for scale in (
+        ((116, 90), (156, 198), (373, 326)),
+        ((30, 61), (62, 45), (59, 119)),
+        ((10, 13), (16, 30), (33, 23)),
+    )
+)
+
+
+STRIDES = (32, 16, 8)
 
 
 class ConvBlock(nn.Sequential):

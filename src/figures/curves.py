@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from src.config import STRIDES
-from src.metrics import THRESHOLDS, match, precision_recall
-from src.predict import picture_size
-from src.report import NAMES
-from src.style import HELD_OUT, INK, SCALES, SOFT, TARGET, TRAIN, Sheet, colours, styled
+from src.figures.style import HELD_OUT, INK, SCALES, SOFT, TARGET, TRAIN, Sheet, colours, styled
+from src.model.network import STRIDES
+from src.serving.images import picture_size
+from src.training.metrics import THRESHOLDS, match, precision_recall
+from src.training.report import NAMES
 
 TERMS = {"box": "box", "object": "object there", "no_object": "nothing there", "class": "class"}
 

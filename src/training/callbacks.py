@@ -1,14 +1,52 @@
 """What happens around the training steps: averaging, the stop at a broken loss, progress."""
 
+import csv
 import sys
 import time
+from pathlib import Path
 
-import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
+
+from src.training.checkpoints import write_whole
+
+
+class MetricsFile(Logger):
+    """metrics.csv: a row for each time something was logged; on resume the rows before the checkpoint's step stay."""
+
+    name, version = "", ""
+
+    def __init__(self, path: Path, before: int = 0):
+        super().__init__()
+        self.path, self.rows, self.saved = path, [], 0
+        if before and path.exists():
+            with open(path, encoding="utf-8", newline="") as lines:
+                self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) < before]
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float | Tensor], step: int) -> None:
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self.rows.append(values | {"step": step})
+
+    @rank_zero_only
+    def save(self) -> None:
+        if self.saved < len(self.rows):
+            write_whole(self.path, self._write, "w", encoding="utf-8", newline="")
+            self.saved = len(self.rows)
+
+    def _write(self, file) -> None:
+        writer = csv.DictWriter(file, sorted(set().union(*self.rows)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+
+    def log_hyperparams(self, *_) -> None:
+        """They stand in config.json."""
+
 
 FINITE_EVERY = 10  # steps between two looks at the loss: a look waits for the GPU
 
@@ -38,25 +76,6 @@ class StopIfNotFinite(pl.Callback):
                     f"checkpoint stands in {module.config.run_dir}. Try a lower Config.max_lr or precision='32-true'"
                 )
             self.finite = None
-
-
-class RangeTest(pl.Callback):
-    """Trains each step at the next of `rates` and keeps its loss in `losses`."""
-
-    def __init__(self, rates: np.ndarray):
-        self.rates, self.losses = rates, []
-        self.bar = tqdm(total=len(rates), desc="learning rates", unit="step", file=sys.stdout, mininterval=2, ncols=90)
-
-    def on_train_batch_start(self, trainer, *_) -> None:
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = self.rates[len(self.losses)]
-
-    def on_train_batch_end(self, trainer, module, outputs, *_) -> None:
-        self.losses.append(float(outputs["loss"]))
-        self.bar.update()
-
-    def on_train_end(self, *_) -> None:
-        self.bar.close()
 
 
 class Progress(pl.callbacks.ProgressBar):

@@ -11,14 +11,26 @@ import numpy as np
 from numpy.random import Generator
 
 from src.config import SHAPE_CLASSES
-from src.voc import Record
+from src.data.records import Record
 
 SIDES = (0.08, 0.64)  # longer side of a shape's box, as a fraction of the picture
+
+
 MOST_TURN = 15  # degrees either way: more, and a small network takes far longer to tell the shapes apart
+
+
 MOST_SHAPES = 5  # in one picture
+
+
 TRIES = 6  # places tried for one shape
+
+
 LEAST_VISIBLE = 0.3  # a shape that would show less of itself is placed elsewhere, or not at all
+
+
 DIFFICULT_BELOW = 0.4  # visible fraction under which a shape is marked difficult
+
+
 PATTERNS = ("marble", "stripes", "checks", "dots")
 
 
@@ -48,11 +60,23 @@ def _rounded(corners: list | np.ndarray, radius: float, points: int = 240) -> np
 
 
 ARROW = [(10, 0), (1, -8), (1, -3), (-10, -3), (-10, 3), (1, 3), (1, 8)]
+
+
 BOLT = [(0, -11), (-7, 2), (-1, 2), (-4, 11), (7, -3), (1, -3), (5, -11)]
+
+
 STAR = np.stack([_arc(-90, 198, points=5), _arc(-54, 234, radius=0.44, points=5)], axis=1).reshape(10, 2)
+
+
 CRESCENT = np.concatenate([_arc(45, 315), _arc(-70, -290, radius=0.752, centre=(0.45, 0))])
+
+
 T = np.linspace(0, 2 * np.pi, 240)  # the heart's angle
+
+
 HEART = [16 * np.sin(T) ** 3, 5 * np.cos(2 * T) + 2 * np.cos(3 * T) + np.cos(4 * T) - 13 * np.cos(T)]
+
+
 FORMS = {  # curves around the origin, in any unit, y downwards
     "circle": [_arc(0, 360)],
     "triangle": [_rounded(_arc(-90, 150, points=3), radius=0.12)],

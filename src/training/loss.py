@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import softplus
 
-from src.boxes import cell_boxes, cxcywh_to_xyxy, decode_boxes
 from src.config import Config
+from src.model.boxes import cell_boxes, cxcywh_to_xyxy, decode_boxes
 
 IGNORE_OVERLAP = 0.5
+
+
 EPSILON = 1e-7
 
 

@@ -8,6 +8,8 @@ from gradio_client.utils import is_file_obj, traverse
 from starlette.exceptions import HTTPException
 
 MOST_UPLOAD = 64 * 2**20  # bytes of a request that brings files
+
+
 MOST_REQUEST = 256 * 2**10  # bytes of any other; the page's own hold some thousand
 
 

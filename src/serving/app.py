@@ -11,33 +11,56 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
+from gradio_client.utils import is_file_obj
 from starlette.middleware import Middleware
 
-from src.drawing import class_colours, draw_detections, draw_heat
-from src.gradcam import METHODS, Explainer
-from src.guard import MOST_UPLOAD, BoundedRequests, GuardedBlocks, is_file_obj
-from src.predict import Detections, Predictor, fit_inside, load_image
+from src.serving.drawing import class_colours, draw_detections, draw_heat
+from src.serving.gradcam import METHODS, Explainer
+from src.serving.guard import MOST_UPLOAD, BoundedRequests, GuardedBlocks
+from src.serving.images import fit_inside, load_image
+from src.serving.predictor import Detections, Predictor
 
 MOST_PIXELS = 50_000_000
+
+
 KEPT = 3600  # seconds that a visitor's photograph is
+
+
 VIEW = 480, 1024  # pixels of the long side a picture is shown at, at least and at most
+
+
 LAYERS = [
     ("The one that found it", "own"), ("All, averaged", "all"),
     ("Large things (stride 32)", 0), ("Middle (stride 16)", 1), ("Small things (stride 8)", 2),
 ]  # fmt: skip
+
+
 METHOD_NAMES = {
     "hirescam": "HiResCAM: Grad-CAM cell by cell", "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++",
     "eigencam": "EigenCAM: the same for every object",
 }  # fmt: skip
+
+
 FACTS = {"data": "Trained on", "epochs": "Epochs", "map50": "mAP at IoU 0.5", "weights": "Weights"}
+
+
 EVERYTHING = ("Everything found", "all")
+
+
 HEIGHT = 360  # pixels of each of the three pictures
+
+
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # visitors are answered in the order they came
+
+
 LAST_COUNTS = {"trigger_mode": "always_last", "api_visibility": "private"}
+
+
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.sky, neutral_hue=gr.themes.colors.slate, radius_size="md",
     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
 ).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600")  # fmt: skip
+
 
 CSS = """
 .gradio-container { max-width: min(1480px, 100%) !important; margin: auto }
@@ -61,8 +84,14 @@ CSS = """
 #about a { margin: 0 }
 #about .links { margin-top: 1rem }
 """
+
+
 INTRODUCTION = "Give it a photograph. It names and frames what it knows, and shows where it looked to decide."
+
+
 HINT = "Add a photograph."
+
+
 NONE_HERE = f"Add a photograph first; each is kept for {KEPT // 60} minutes."
 
 

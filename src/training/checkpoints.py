@@ -1,6 +1,5 @@
 """The folder of a run: files written whole or not at all, what to go on from and by which settings, one process at a time."""
 
-import csv
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -11,9 +10,7 @@ from typing import BinaryIO
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor
 
 from src.config import Config
 
@@ -22,10 +19,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+
 LAST, BEFORE = "last.ckpt", "last-1.ckpt"
+
+
 MAY_CHANGE = (  # when a run goes on
     "voc_root", "skip_bad_files", "cache_gb", "workers", "precision", "compile", "run_dir", "max_lr", "weights",
 )  # fmt: skip
+
+
 MARK, BLOCK = b"blake2b:", 1 << 20
 
 
@@ -154,38 +156,6 @@ def held(folder: Path) -> Iterator[None]:
         except OSError as error:
             print(f"{folder} can't be locked ({error}): make sure that no other process trains there")
         yield
-
-
-class MetricsFile(Logger):
-    """metrics.csv: a row for each time something was logged; on resume the rows before the checkpoint's step stay."""
-
-    name, version = "", ""
-
-    def __init__(self, path: Path, before: int = 0):
-        super().__init__()
-        self.path, self.rows, self.saved = path, [], 0
-        if before and path.exists():
-            with open(path, encoding="utf-8", newline="") as lines:
-                self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) < before]
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float | Tensor], step: int) -> None:
-        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-        self.rows.append(values | {"step": step})
-
-    @rank_zero_only
-    def save(self) -> None:
-        if self.saved < len(self.rows):
-            write_whole(self.path, self._write, "w", encoding="utf-8", newline="")
-            self.saved = len(self.rows)
-
-    def _write(self, file) -> None:
-        writer = csv.DictWriter(file, sorted(set().union(*self.rows)))
-        writer.writeheader()
-        writer.writerows(self.rows)
-
-    def log_hyperparams(self, *_) -> None:
-        """They stand in config.json."""
 
 
 def settings_to_go_on(config: Config, path: Path) -> Config:

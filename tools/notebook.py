@@ -113,7 +113,7 @@ def main() -> None:
         except ValueError as error:
             sys.exit(str(error))
     else:
-        from src.execution import run  # needs nbclient, which a notebook in Colab does without
+        from tools.execution import run  # needs nbclient, which a notebook in Colab does without
 
         sys.exit(run(given.source, given.target, given.settings) or 0)
 

@@ -12,21 +12,30 @@ import numpy as np
 from huggingface_hub import HfApi, get_token
 from PIL import Image
 
-from src.model import YOLOv3
-from src.predict import load_image
+from src.model.network import YOLOv3
+from src.serving.images import load_image
 
 SERVING = ("__init__.py", "config.py", "boxes.py", "model.py", "predict.py", "drawing.py", "gradcam.py",
            "guard.py", "app.py")  # fmt: skip
+
+
 PACKAGES = (
     "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "safetensors", "huggingface_hub",
     "grad-cam", "gradio",
 )  # fmt: skip
+
+
 MARK = ".exported-space"  # lies in every exported folder; one without it is never emptied
+
+
 CPU_NOTE = (
     "# These resolve from PyPI, whose PyTorch brings 2 GB of CUDA along. A Space on CPU builds faster with this line:",
     "# --extra-index-url https://download.pytorch.org/whl/cpu",
 )
+
+
 SAMPLE_SIDE = 640  # pixels of a sample's long side, at most
+
 
 APP = '''"""The page of this Space."""
 
@@ -36,7 +45,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from src.app import build_app  # noqa: E402
+from src.serving.app import build_app
 
 demo = build_app(
     HERE / "weights",
@@ -48,6 +57,7 @@ demo = build_app(
 if __name__ == "__main__":
     demo.launch()
 '''
+
 
 README = """---
 title: {quoted}

@@ -10,15 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from src.boxes import cxcywh_to_xyxy
-from src.config import STRIDES
-from src.drawing import draw_heat
-from src.loss import assign_targets
-from src.predict import load_image
-from src.style import SOFT, WIDTH, Sheet, colours, styled
+from src.figures.style import SOFT, WIDTH, Sheet, colours, styled
+from src.model.boxes import cxcywh_to_xyxy
+from src.model.network import STRIDES
+from src.serving.drawing import draw_heat
+from src.serving.images import load_image
+from src.training.loss import assign_targets
 
 DARK = "#141414"  # edge of lines and chips, so that they are seen on any picture
+
+
 DASHED = (0, (3, 2))
+
+
 BETWEEN = "   ·   "  # two parts of a caption
 
 

@@ -1,9 +1,11 @@
 """The assignment's table: what was asked, what was reached."""
 
 from src.config import Config
-from src.metrics import THRESHOLDS, Evaluation
+from src.training.metrics import THRESHOLDS, Evaluation
 
 THRESHOLD, STRICT = THRESHOLDS
+
+
 NAMES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
 
 

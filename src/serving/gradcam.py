@@ -9,12 +9,16 @@ import torch
 from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM
 from torch import Tensor, nn
 
-from src.config import STRIDES
-from src.model import YOLOv3
-from src.predict import Detections, Predictor, load_image
+from src.model.network import STRIDES, YOLOv3
+from src.serving.images import load_image
+from src.serving.predictor import Detections, Predictor
 
 METHODS = {"hirescam": HiResCAM, "gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
+
+
 MOST = 24  # detections explained at once, the best
+
+
 BATCH = 4  # of them in one backward pass
 
 

@@ -1,0 +1,1 @@
+"""Figures: they draw and decide nothing."""

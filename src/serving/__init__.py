@@ -1,0 +1,1 @@
+"""What answers for an image: reading, prediction, explanation, app and Space."""

@@ -1,0 +1,1 @@
+"""Loss, metrics, the Lightning module, training and evaluation."""
