@@ -18,26 +18,26 @@ $(VENV)/installed: requirements.txt
 	@touch $@
 
 run: $(VENV)/installed ## train on the built-in data set: 5 to 8 minutes on 2 cores, ends with the table
-	$(BIN) -m src.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
+	$(BIN) -m tools.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
 
 multi: $(VENV)/installed ## the multi-resolution notebook, after make run
-	$(BIN) -m src.notebook run multi_scale_s13_assignment.ipynb runs/shapes-multi/multi_scale_s13_assignment.ipynb
+	$(BIN) -m tools.notebook run multi_scale_s13_assignment.ipynb runs/shapes-multi/multi_scale_s13_assignment.ipynb
 
 app: $(VENV)/installed ## the app of the last run (before any run: of the shipped weights) on localhost
-	GRADIO_ANALYTICS_ENABLED=False $(BIN) $(if $(wildcard space/app.py),space/app.py,-m src.app weights)
+	GRADIO_ANALYTICS_ENABLED=False $(BIN) $(if $(wildcard space/app.py),space/app.py,-m src.serving.app weights)
 
 test: $(VENV)/installed ## the tests
 	$(BIN) -m pytest
 
 images: $(VENV)/installed ## draw the README's figures again, from the last runs (the app's with Chromium)
-	$(BIN) -m src.notebook images
-	$(if $(wildcard space/app.py),$(BIN) tests/screenshots.py space)
+	$(BIN) -m tools.notebook images
+	$(if $(wildcard space/app.py),$(BIN) tools/screenshots.py space)
 
 space-test: $(VENV)/installed ## the exported Space alone, in a new environment with its own requirements only
 	$(BIN) tests/space_alone.py
 
 evaluate: $(VENV)/installed ## measure the shipped weights again; VOC_ROOT names the folder that holds VOCdevkit
-	$(BIN) -m src.card check weights
+	$(BIN) -m src.training.model_card check weights
 
 bench: $(VENV)/installed ## speed, as ratios against the obvious way
 	$(BIN) -m benchmarks

@@ -15,7 +15,7 @@ PARTS = ("loader", "training", "evaluation", "inference")
 def main(names: list[str]) -> None:
     """Measure the named parts, all by default, and print the table."""
     warnings.filterwarnings("ignore")
-    from benchmarks.measure import table
+    from benchmarks.timing import table
 
     found, start = [], time.perf_counter()
     for name in names or PARTS:

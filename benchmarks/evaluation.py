@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.material import empty_logits, objects, plant
-from benchmarks.measure import Row, Stopwatch, milliseconds, threads
-from benchmarks.obvious import average_precision, detections, float_iou, loop_nms, tensor_iou
+from benchmarks.baselines import average_precision, detections, float_iou, loop_nms, tensor_iou
+from benchmarks.synthetic_inputs import empty_logits, objects, plant
+from benchmarks.timing import Row, Stopwatch, milliseconds, threads
 from src.config import VOC_CLASSES
 from src.model.boxes import cxcywh_to_xyxy, decode
 from src.model.network import ANCHORS
 from src.training.metrics import (
-    CONFIDENCE,
-    OVERLAP,
+    MIN_SCORE,
+    NMS_IOU,
     CellAccuracy,
-    DetectionStore,
-    class_table,
+    DetectionAccumulator,
     coco_average_precision,
     confusion,
     mean_average_precision,
+    per_class_table,
 )
 
 IMAGES, BATCH, SUBSET = 4952, 32, 96
@@ -42,17 +42,17 @@ def scores(images: int, all_metrics: bool = True) -> tuple[Stopwatch, dict[str, 
 
     Without `all_metrics`: decode, NMS and VOC's average precision alone.
     """
-    cells, store, anchors, clock, candidates = CellAccuracy(), DetectionStore(), torch.tensor(ANCHORS), Stopwatch(), 0.0
+    cells, store, anchors, clock, candidates = CellAccuracy(), DetectionAccumulator(), torch.tensor(ANCHORS), Stopwatch(), 0.0
     for logits, targets in batches(images):
         with clock:
             if all_metrics:
                 cells.update(logits, targets, anchors)
             store.update(logits, targets, torch.zeros(len(targets), dtype=torch.bool), anchors)
-        candidates = candidates or (decode(logits, anchors)[1].amax(dim=2) > CONFIDENCE).sum().item() / len(logits[0])
+        candidates = candidates or (decode(logits, anchors)[1].amax(dim=2) > MIN_SCORE).sum().item() / len(logits[0])
     with clock:
         found, truth = store.compute()
-        table = class_table(found, truth, VOC_CLASSES)
-        values = {rule: mean_average_precision(table, rule) for rule in ("area", "11 points", "course")}
+        table = per_class_table(found, truth, VOC_CLASSES)
+        values = {column: mean_average_precision(table, column) for column in ("ap", "ap_11pt", "ap_course")}
         if all_metrics:
             values |= {name: float(value) for name, value in cells.compute().items()}
             values |= coco_average_precision(found, truth)
@@ -65,8 +65,8 @@ def obvious_scores(images: int, iou: Callable) -> tuple[Stopwatch, float]:
     anchors, found, truth, first, clock = torch.tensor(ANCHORS), [], [], 0, Stopwatch()
     for logits, targets in batches(images):
         with clock:
-            for number, rows in enumerate(detections(logits, anchors, CONFIDENCE)):
-                for label, score, *box in loop_nms(rows, OVERLAP, 100, iou):
+            for number, rows in enumerate(detections(logits, anchors, MIN_SCORE)):
+                for label, score, *box in loop_nms(rows, NMS_IOU, 100, iou):
                     found.append([first + number, label, score, *(min(max(side, 0), 1) for side in box)])
             for row, box in zip(targets.tolist(), cxcywh_to_xyxy(targets[:, 2:]).tolist(), strict=True):
                 truth.append([first + row[0], row[1], 0, *box])
@@ -89,8 +89,8 @@ def rows() -> Iterator[Row]:
     for name, iou, wanted in (("torch", tensor_iou, 20), ("float", float_iou, 0)):
         with threads(1):
             slow, value = obvious_scores(SUBSET, iou)
-        if abs(value - subset["area"]) > 1e-3:
-            raise AssertionError(f"the loops find {value:.4f}, the metrics {subset['area']:.4f}")
+        if abs(value - subset["ap"]) > 1e-3:
+            raise AssertionError(f"the loops find {value:.4f}, the metrics {subset['ap']:.4f}")
         slow = slow.core / SUBSET
         against = f"the same in Python, {name} IoU, {milliseconds(slow)}"
         yield Row("Decode, NMS, VOC mAP of an image, one core", milliseconds(each), against, slow / each, wanted)

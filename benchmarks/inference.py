@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.measure import Row, milliseconds, seconds
+from benchmarks.timing import Row, milliseconds, seconds
 from src.data.shapes import draw_shapes
 from src.model.network import YOLOv3
-from src.serving.gradcam import MOST, explain
+from src.serving.gradcam import MAX_EXPLAINED, explain
 from src.serving.predictor import Predictor
 
 SIDE, MANY = 416, 8
@@ -22,7 +22,7 @@ def rows() -> Iterator[Row]:
     pictures = [np.ascontiguousarray(record.image[:375]) for record in draw_shapes(MANY, 500)]
     predictor = _awake(pictures)
     picture = pictures[0]
-    inputs, _ = predictor.input(picture)
+    inputs, _ = predictor.preprocess(picture)
 
     @torch.inference_mode()
     def bare() -> None:
@@ -31,7 +31,7 @@ def rows() -> Iterator[Row]:
     ask, forward = seconds(lambda: predictor(picture), bare, rounds=5)
     against = f"bare forward pass, {milliseconds(forward)}"
     yield Row("Predictor, a 500 x 375 picture", milliseconds(ask), against, ask / forward, 1.1, True)
-    yield from _heat(predictor, picture, bare)
+    yield from _heatmap(predictor, picture, bare)
     half = Predictor(copy.deepcopy(predictor.model).bfloat16(), SIDE, device="cpu")
     ways = lambda: [predictor(p) for p in pictures], lambda: predictor.batch(pictures), lambda: half.batch(pictures)
     one, many, fast = seconds(*ways, rounds=2)
@@ -52,15 +52,15 @@ def _awake(pictures: list[np.ndarray]) -> Predictor:
         for head in model.heads:
             head.predict.weight.normal_(std=0.05)
             head.predict.bias.view(3, -1)[:, 0] += 5
-        model.train()(torch.cat([predictor.input(picture)[0] for picture in pictures[:4]]))
+        model.train()(torch.cat([predictor.preprocess(picture)[0] for picture in pictures[:4]]))
     model.eval()
     return predictor
 
 
-def _heat(predictor: Predictor, picture: np.ndarray, bare: Callable[[], None]) -> Iterator[Row]:
+def _heatmap(predictor: Predictor, picture: np.ndarray, bare: Callable[[], None]) -> Iterator[Row]:
     """Grad-CAM with its detections: of the best one, and of as many as get a map each."""
     scores = predictor(picture, confidence=0.01).scores
-    least = float(scores[MOST - 1] + scores[MOST]) / 2
+    least = float(scores[MAX_EXPLAINED - 1] + scores[MAX_EXPLAINED]) / 2
     found = Counter(np.searchsorted((507, 2535), predictor(picture, least).index, side="right").tolist())
     best, everything, forward = seconds(
         lambda: explain(predictor, picture, 0), lambda: explain(predictor, picture, confidence=least), bare, rounds=3

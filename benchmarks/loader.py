@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.material import photographs
-from benchmarks.measure import Row, threads
-from benchmarks.obvious import ObviousDataset, course_augmentations, same_augmentations
+from benchmarks.baselines import ObviousDataset, course_augmentations, same_augmentations
+from benchmarks.synthetic_inputs import photographs
+from benchmarks.timing import Row, threads
 from src.config import Config
 from src.data.cache import ImageCache
-from src.data.datamodule import _quiet_worker, collate
+from src.data.datamodule import _single_thread_worker, collate
 from src.data.mosaic import MosaicDataset
-from src.data.records import Record
+from src.data.records import ImageRecord
 from src.model.network import ANCHORS
 
 PICTURES, SIDE = 48, 416
@@ -65,7 +65,7 @@ def _each(datasets: list[Dataset], draws: range) -> list[float]:
 def _workers(dataset: MosaicDataset, config: Config, batches: int = 24, rounds: int = 3) -> Row:
     """Samples a second of the real loader with two processes against one; the best of some rounds each, in turns."""
     draws = range(10 * PICTURES, 10 * PICTURES + (batches + 8) * config.batch_size)
-    options = {"collate_fn": collate, "worker_init_fn": _quiet_worker}
+    options = {"collate_fn": collate, "worker_init_fn": _single_thread_worker}
     rates = [0.0, 0.0]
     for _ in range(rounds):
         for number, count in enumerate((1, WORKERS)):
@@ -76,7 +76,7 @@ def _workers(dataset: MosaicDataset, config: Config, batches: int = 24, rounds: 
     return Row(f"Loader, {WORKERS} processes, cache warm", ours, against, rates[1] / rates[0], 1.8)
 
 
-def _memory(dataset: MosaicDataset, records: list[Record]) -> Row:
+def _memory(dataset: MosaicDataset, records: list[ImageRecord]) -> Row:
     """Shared memory of all pictures of 07+12 once, against every worker (8) holding its own decoded ones."""
     sizes = [dataset.image(index)[0].size for index in range(len(records))]
     shared, decoded = VOC * (np.mean(sizes) + 16) / 1e9, VOC * 500 * 375 * 3 / 1e9

@@ -10,15 +10,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from benchmarks.material import empty_logits, objects
-from benchmarks.measure import Row, milliseconds, seconds, threads
-from benchmarks.obvious import dense_loss, dense_targets
+from benchmarks.baselines import dense_loss, dense_targets
+from benchmarks.synthetic_inputs import empty_logits, objects
+from benchmarks.timing import Row, milliseconds, seconds, threads
 from src.config import Config
 from src.model.network import ANCHORS, YOLOv3
-from src.serving.images import to_input
+from src.serving.images import to_network_input
 from src.training.callbacks import StopIfNotFinite, ema
 from src.training.loss import YOLOLoss, assign_targets
-from src.training.module import Detector, make_trainer, precision_here
+from src.training.module import YOLOv3Module, make_trainer, resolve_precision
 
 SIDE, GRIDS = 416, [13, 26, 52]
 BATCH = 16
@@ -85,7 +85,7 @@ class NetworkClock(pl.Callback):
 def _outside(steps: int = 3) -> Row:
     """The part of a real step (Lightning, loss, clipping, fused AdamW, averaging) that is not the network."""
     config = Config(width=1.0, image_size=SIDE, epochs=1, max_lr=1e-4, batch_size=BATCH)
-    detector = Detector(config)
+    detector = YOLOv3Module(config)
     clock = NetworkClock(detector.model)
     images = torch.randint(256, (BATCH, SIDE, SIDE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     batches = [{"images": images, "targets": objects(BATCH, 6)}] * (steps + 1)
@@ -95,7 +95,7 @@ def _outside(steps: int = 3) -> Row:
         trainer.fit(detector, torch.utils.data.DataLoader(batches, batch_size=None))
     whole, inside = sum(clock.steps[1:]) / steps, sum(clock.inside[1:]) / steps
     ours = f"{1e3 * (whole - inside):.0f} ms outside the network"
-    against = f"whole step, {BATCH} images, {precision_here(config)}, {whole:.2f} s"
+    against = f"whole step, {BATCH} images, {resolve_precision(config)}, {whole:.2f} s"
     return Row("Step at width 1, 416, outside the network", ours, against, 100 * (1 - inside / whole), 5, True, "%")
 
 
@@ -117,7 +117,7 @@ def _variants() -> Iterator[Row]:
     """One thing changed at a time."""
     model = YOLOv3().train()
     fused = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    images = to_input(torch.randint(256, (SMALL, SIDE, SIDE, 3), dtype=torch.uint8).permute(0, 3, 1, 2))
+    images = to_network_input(torch.randint(256, (SMALL, SIDE, SIDE, 3), dtype=torch.uint8).permute(0, 3, 1, 2))
     half = _step(model, fused, images, True)
     jobs = half, _step(model, fused, images.contiguous(), True), _step(model, fused, images, False)
     last, first, single = seconds(*jobs, rounds=2)

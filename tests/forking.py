@@ -5,7 +5,7 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-MODULES = ["src.training", "tests.test_interrupted", "tests.test_processes"]
+MODULES = ["src.training.fit", "tests.test_interrupted", "tests.test_processes"]
 
 
 def begin(target, *args) -> tuple[multiprocessing.Process, Connection]:

@@ -15,8 +15,8 @@ import httpx
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from src.serving.app import MOST_PIXELS
-from src.serving.guard import MOST_REQUEST
+from src.serving.app import MAX_PIXELS
+from src.serving.guard import MAX_REQUEST_BYTES
 from tests.planted import blurred_noise
 from tests.visitor import PATIENCE
 
@@ -79,8 +79,8 @@ class Door:
         assert Path(response.json()[0]).parent.parent == Path(get_upload_folder())
         return self.detect(marked(response.json()[0]))
 
-    def detect(self, file, confidence=0.3, overlap=0.5) -> Answer:
-        return self.call(b"/gradio_api/call/detect", {"data": [file, confidence, overlap]})
+    def detect(self, file, confidence=0.3, iou_threshold=0.5) -> Answer:
+        return self.call(b"/gradio_api/call/detect", {"data": [file, confidence, iou_threshold]})
 
     def page(self, function: str, *data, session: str = "") -> Answer:
         """One of the page's own functions, as a new visitor."""
@@ -173,7 +173,7 @@ def large_pictures() -> list[Case]:
         "tall.gif": encoded("GIF", Image.new("L", (3, 20_000))),
         "film.gif": encoded("GIF", frames[0], save_all=True, append_images=frames[1:]),
         "film.webp": encoded("WEBP", frames[0], save_all=True, append_images=frames[1:20]),
-        "most.png": encoded("PNG", Image.new("1", (MOST_PIXELS // 5_000, 5_000))),
+        "most.png": encoded("PNG", Image.new("1", (MAX_PIXELS // 5_000, 5_000))),
     }  # fmt: skip
     return uploads("told", "million|decompression bomb|can't be read", bombs) + uploads("answered", '"width"', fine)
 
@@ -218,8 +218,8 @@ def forged_paths(folder: Path) -> list[Case]:
         for file in (marked(path), {"path": path}):
             name = f"{'un' * ('meta' not in file)}marked {path[:50]!r}"
             cases.append(Case(f"detect {name}", lambda door, f=file: door.detect(f), "told", says))
-        send = lambda door, p=path: door.page("arrive", marked(p), 0.3, 0.5)  # noqa: E731
-        cases.append(Case(f"arrive {name}", send, "told", says))
+        send = lambda door, p=path: door.page("on_upload", marked(p), 0.3, 0.5)  # noqa: E731
+        cases.append(Case(f"on_upload {name}", send, "told", says))
     odd = [
         {**marked("/etc/passwd"), "is_stream": True},
         {**marked("x"), "url": "http://127.0.0.1:1/"},
@@ -228,7 +228,7 @@ def forged_paths(folder: Path) -> list[Case]:
         {**marked("/etc/passwd"), "meta": "gradio.FileData"},
     ]
     cases += [Case(f"file {file}", lambda door, f=file: door.detect(f), "told silent") for file in odd]
-    send = lambda door: door.page("slide", None, "all", marked("/etc/passwd"), 1)  # noqa: E731
+    send = lambda door: door.page("on_threshold_change", None, "all", marked("/etc/passwd"), 1)  # noqa: E731
     cases.append(Case("slider", send, "told", says))
     return cases
 
@@ -252,14 +252,14 @@ def wrong_values() -> list[Case]:
     for number in numbers:
         name = repr(number)[:40]
         cases.append(Case(f"confidence {name}", asked(number, 0.5), "told", "confidence must be a number"))
-        cases.append(Case(f"overlap {name}", asked(0.3, number), "told", "overlap must be a number"))
+        cases.append(Case(f"iou_threshold {name}", asked(0.3, number), "told", "iou_threshold must be a number"))
     for number in (float("nan"), -float("inf"), 10**400, -1, "x", [0.5], {"a": 1}, "__import__('os').system('id')"):
         name = repr(number)[:40]
         either = "told silent answered"  # a visitor with no photograph yet: nothing to do, or gradio's own word
-        cases.append(Case(f"slide {name}", slid("slide", "all", number, 0.5), either))
+        cases.append(Case(f"on_threshold_change {name}", slid("on_threshold_change", "all", number, 0.5), either))
         cases.append(Case(f"row {name}", slid("explain", number, "own", "hirescam", 0.7, 0.3, 0.5), either))
         cases.append(Case(f"layer {name}", slid("explain", "all", number, "hirescam", 0.7, 0.3, 0.5), either))
-        cases.append(Case(f"arrive {name}", lambda door, n=number: door.page("arrive", None, n, n), "answered"))
+        cases.append(Case(f"on_upload {name}", lambda door, n=number: door.page("on_upload", None, n, n), "answered"))
         cases.append(Case(f"example {name}", lambda door, n=number: door.page("load_example", n), either))
     return cases
 
@@ -279,18 +279,18 @@ def wrong_requests() -> list[Case]:
         cases += [post(api + path, body, "refused") for body in bodies]
         huge = [b'{"data": [' + b"[]," * 5_000_000 + b"[]]}", b'{"data": ["' + b"x" * 10_000_000 + b'"]}']
         cases += [post(api + path, body, "refused", "larger than 0.25 MB") for body in huge]
-    for data in (b"[]", b"[1, 2, 3, 4]", b"[" * 300 + b"]" * 300, b'["' + b"x" * (MOST_REQUEST - 50) + b'"]'):
+    for data in (b"[]", b"[1, 2, 3, 4]", b"[" * 300 + b"]" * 300, b'["' + b"x" * (MAX_REQUEST_BYTES - 50) + b'"]'):
         cases.append(post(api + b"call/detect", b'{"data": %s}' % data, "told silent"))
-    for name in (b"nothing", b"..%2f..", b"__class__", b"arrive/", b"%00", b"a" * 3_000, b"detect;id", b"predict"):
+    for name in (b"nothing", b"..%2f..", b"__class__", b"on_upload/", b"%00", b"a" * 3_000, b"detect;id", b"predict"):
         cases += [post(api + way + name, b'{"data": []}', "refused silent") for way in (b"call/", b"call/v2/", b"run/")]
     for index in (b"-1", b"99", b"1e9", b'"x"', b"null", b"99999999999999999999", b"[1]"):
         body = b'{"data": [], "session_hash": "a", "fn_index": %s}' % index
         cases.append(post(api + b"queue/join", body, "refused silent"))
     body = json.dumps({"data": [marked("/etc/passwd"), 0.3, 0.5]}).encode()
-    past_the_queue = b"run/detect", b"api/detect", b"run/arrive"
+    past_the_queue = b"run/detect", b"api/detect", b"run/on_upload"
     cases += [post(api + way, body, "refused") for way in past_the_queue]
     for session in ("../..", "\0", "x" * 9_000, "<script>", "None"):
-        send = lambda door, s=session: door.page("arrive", None, 1, 1, session=s)  # noqa: E731
+        send = lambda door, s=session: door.page("on_upload", None, 1, 1, session=s)  # noqa: E731
         cases.append(Case(f"session {session[:20]!r}", send, "answered"))
     for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "HACK"):
         for path in (b"/gradio_api/call/detect", b"/gradio_api/upload"):

@@ -10,16 +10,16 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from src.serving.app import Page, about_html, build_app, detect, look, show_boxes, show_heat
-from src.serving.drawing import class_colours, draw_detections, draw_heat
+from src.serving.app import Page, analyze_image, build_app, detect, model_facts_html, render_detections, render_heatmap
+from src.serving.drawing import class_colours, draw_detections, draw_heatmap
 from src.serving.predictor import Detections, Predictor
 from tests.planted import CLASSES, blurred_noise, planted_model
 
 
 @pytest.fixture(scope="module")
 def predictor():
-    about = {"data": "nothing <yet>", "map50": 0.12345, "metrics": {"class": 50}}
-    return Predictor(planted_model(about=about), device="cpu")
+    about = {"data": "nothing <yet>", "mAP50": 0.12345, "metrics": {"class": 50}}
+    return Predictor(planted_model(metadata=about), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +88,20 @@ def test_labels_keep_clear_of_each_other():
 
 def test_heat_hides_the_picture_only_where_it_is_hot():
     image = np.full((20, 20, 3), (10, 200, 90), np.uint8)
-    heat = np.zeros((20, 20), np.float32)
-    heat[:, 10:] = 1
-    drawn = draw_heat(image, heat, 0.7).astype(int)
+    heatmap = np.zeros((20, 20), np.float32)
+    heatmap[:, 10:] = 1
+    drawn = draw_heatmap(image, heatmap, 0.7).astype(int)
     assert np.abs(np.diff(drawn[:, :10], axis=1)).max() == 0
     assert np.abs(drawn[0, 0] - drawn[0, 15]).max() > 60
-    assert np.ptp(draw_heat(image, heat, 0.0)) == 0  # no opacity: grey alone
+    assert np.ptp(draw_heatmap(image, heatmap, 0.0)) == 0  # no opacity: grey alone
 
 
 def test_one_forward_pass_serves_every_threshold(predictor, photo):
-    visit = look(predictor, photo)
+    visit = analyze_image(predictor, photo)
     calls = []
     hook = predictor.model.register_forward_hook(lambda *_: calls.append(1))
-    tables = {limit: show_boxes(visit, limit, 0.45)[2] for limit in (0.2, 0.4, 0.99)}
-    show_heat(visit, "all", "own", "gradcam", 0.5, 0.2, 0.45)
+    tables = {limit: render_detections(visit, limit, 0.45)[2] for limit in (0.2, 0.4, 0.99)}
+    render_heatmap(visit, "all", "own", "gradcam", 0.5, 0.2, 0.45)
     hook.remove()
     assert not calls
     assert len(tables[0.2]) > len(tables[0.4]) > len(tables[0.99]) == 0
@@ -109,7 +109,7 @@ def test_one_forward_pass_serves_every_threshold(predictor, photo):
 
 def test_the_table_says_what_the_predictor_found(predictor, photo):
     found = predictor(photo, 0.2)
-    picture, line, table, choices = show_boxes(look(predictor, photo), 0.2, 0.45)
+    picture, line, table, choices = render_detections(analyze_image(predictor, photo), 0.2, 0.45)
     assert f"{len(found)} objects" in line and "150 &times; 90" in line and " s " in line
     assert [row[0] for row in table] == [*range(1, len(found) + 1)]
     for row, label, score, box in zip(table, found.labels, found.scores, found.boxes, strict=True):
@@ -123,23 +123,23 @@ def test_classes_cannot_write_html(photo):
     model = planted_model()
     model.classes = ["<script>", "b", "c"]
     predictor = Predictor(model, device="cpu")
-    table = show_boxes(look(predictor, photo), 0.2, 0.45)[2]
-    assert "<script>" not in about_html(predictor, {"<b>": 'x"y'}) + "".join(row[1] for row in table)
+    table = render_detections(analyze_image(predictor, photo), 0.2, 0.45)[2]
+    assert "<script>" not in model_facts_html(predictor, {"<b>": 'x"y'}) + "".join(row[1] for row in table)
 
 
 def test_the_map_says_what_it_is_about(predictor, photo):
-    visit = look(predictor, photo)
-    first, line = show_heat(visit, 0, "own", "hirescam", 0.7, 0.2, 0.45)
-    second, _ = show_heat(visit, 1, "own", "hirescam", 0.7, 0.2, 0.45)
+    visit = analyze_image(predictor, photo)
+    first, line = render_heatmap(visit, 0, "own", "hirescam", 0.7, 0.2, 0.45)
+    second, _ = render_heatmap(visit, 1, "own", "hirescam", 0.7, 0.2, 0.45)
     assert first.shape == visit.view.shape and (first != second).any() and "looked" in line
-    assert "Nothing found above 99%" in show_heat(visit, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
+    assert "Nothing found above 99%" in render_heatmap(visit, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
 
 
 def test_the_page_states_the_facts(predictor):
-    text = about_html(predictor, {"The code": "https://example.org/code"})
+    text = model_facts_html(predictor, {"The code": "https://example.org/code"})
     for part in ("nothing &lt;yet&gt;", "0.123", "50", 'href="https://example.org/code"', *CLASSES):
         assert part in text
-    assert "million" in about_html(Predictor(planted_model(), device="cpu"), {})
+    assert "million" in model_facts_html(Predictor(planted_model(), device="cpu"), {})
 
 
 def test_weights_are_taken_from_a_folder(tmp_path, photo):

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from src.config import Config
-from src.data.datamodule import DetectionData, HeldOutDataset
+from src.data.datamodule import DetectionDataModule, ValDataset
 from src.data.mosaic import MosaicDataset
-from src.data.voc import read_picture, read_voc
+from src.data.voc import read_image_record, read_voc
 from src.model.boxes import cxcywh_to_xyxy
 
 CLASSES = ("cat", "dog", "person")
@@ -50,7 +50,7 @@ OBJECT = (
 WHOLE = "<annotation><size><width>100</width><height>80</height></size>{}</annotation>".format(
     "".join(map(OBJECT.format, CLASSES))
 )
-SETTINGS = Config(image_size=64, classes=CLASSES, epochs=10, mosaic_off_epochs=0, cache_gb=0, workers=0)
+CONFIG = Config(image_size=64, classes=CLASSES, epochs=10, close_mosaic_epochs=0, cache_gb=0, num_workers=0)
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_spoilt_annotations(tree, seed):
     for _ in range(12):
         for way, (content, named) in mutations(random).items():
             file.write_bytes(content if isinstance(content, bytes) else content.encode())
-            record, problems = read_picture(tree, "whole", CLASSES)
+            record, problems = read_image_record(tree, "whole", CLASSES)
             note = way, content[:2000], problems[:3]
             if record is None:
                 assert all(p.text.startswith(str(file)) and len(p.text) < len(str(file)) + 300 for p in problems), note
@@ -154,8 +154,8 @@ def test_spoilt_annotations(tree, seed):
                 refused += 1
             else:
                 assert not named, note
-                check_sample(*HeldOutDataset([record], SETTINGS)[0][1:3], note)
-                check_sample(*MosaicDataset([record], SETTINGS)[usable % 10][1:], note)
+                check_sample(*ValDataset([record], CONFIG)[0][1:3], note)
+                check_sample(*MosaicDataset([record], CONFIG)[usable % 10][1:], note)
                 usable += 1
     file.write_text(WHOLE)
     assert usable + refused == 300 and usable > 8 and refused > 200
@@ -205,15 +205,15 @@ def test_damaged_pictures(tree):
     file = tree / "JPEGImages" / "some.jpg"
     for way, (content, good) in pictures((tree / "JPEGImages" / "whole.jpg").read_bytes()).items():
         file.write_bytes(content)
-        record, problems = read_picture(tree, "some", CLASSES)
-        decoded, all_problems = read_picture(tree, "some", CLASSES, decode=True)
+        record, problems = read_image_record(tree, "some", CLASSES)
+        decoded, all_problems = read_image_record(tree, "some", CLASSES, decode=True)
         assert all(str(file) in problem.text for problem in problems + all_problems), way
         assert good is None or (record is not None) == (decoded is not None) == good, (way, problems)
         assert record is not None or decoded is None, way
         if record is not None:
             try:
-                assert HeldOutDataset([record], SETTINGS)[0][0].shape == (3, 64, 64)
-                assert MosaicDataset([record], SETTINGS)[0][0].shape == (3, 64, 64)
+                assert ValDataset([record], CONFIG)[0][0].shape == (3, 64, 64)
+                assert MosaicDataset([record], CONFIG)[0][0].shape == (3, 64, 64)
             except ValueError as error:
                 assert str(file) in str(error) and all_problems and good is None, way
 
@@ -224,9 +224,9 @@ def test_an_annotation_is_for_the_picture_as_seen(tree):
     with Image.open(tree / "JPEGImages" / "whole.jpg") as image:
         image.save(tree / "JPEGImages" / "turned.jpg", exif=exif)
     (tree / "Annotations" / "turned.xml").write_text(WHOLE)
-    assert [problem.kind for problem in read_picture(tree, "turned", CLASSES)[1]] == ["size"]
+    assert [problem.kind for problem in read_image_record(tree, "turned", CLASSES)[1]] == ["size"]
     (tree / "Annotations" / "turned.xml").write_text(WHOLE.replace("100</w", "80</w").replace("80</h", "100</h"))
-    assert len(read_picture(tree, "turned", CLASSES)[0].boxes) == 3
+    assert len(read_image_record(tree, "turned", CLASSES)[0].boxes) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -234,8 +234,8 @@ def test_a_picture_damaged_while_training_is_named(tree, tmp_path, workers):
     root = shutil.copytree(tree.parents[1], tmp_path / "a tree")
     folder = root / "VOCdevkit" / "VOC2007"
     (folder / "ImageSets" / "Main" / "train.txt").write_text("whole\n")
-    data = DetectionData(SETTINGS.replace(
-        voc_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",), workers=workers, batch_size=1
+    data = DetectionDataModule(CONFIG.replace(
+        voc_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",), num_workers=workers, batch_size=1
     ))  # fmt: skip
     data.setup()
     with open(folder / "JPEGImages" / "whole.jpg", "r+b") as file:
@@ -250,7 +250,7 @@ def test_odd_paths(tree, tmp_path):
     for name in ("with spaces", "Bücher é 猫", b"bytes \xff".decode("utf-8", "surrogateescape")):
         root = shutil.copytree(tree.parents[1], tmp_path / name)
         (root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt").write_text("whole\n")
-        data = DetectionData(SETTINGS.replace(voc_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",)))
+        data = DetectionDataModule(CONFIG.replace(voc_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",)))
         data.setup()
         assert len(next(iter(data.val_dataloader()))["targets"]) == 3
         assert len(read_voc(root, ("2007/train",), CLASSES)) == 1

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torchvision.ops import complete_box_iou_loss
 
-from benchmarks import changes, evaluation, obvious, recipe
-from benchmarks.material import empty_logits, objects, photographs, plant
-from benchmarks.measure import Row, seconds, table
-from src import training
+from benchmarks import ablations, baselines, evaluation, run_ablations
+from benchmarks.synthetic_inputs import empty_logits, objects, photographs, plant
+from benchmarks.timing import Row, seconds, table
 from src.config import Config
 from src.data.cache import ImageCache
 from src.data.mosaic import MosaicDataset
 from src.model.boxes import cxcywh_to_xyxy, decode, decode_above
 from src.model.network import ANCHORS
 from src.serving.predictor import Predictor
+from src.training import module
 from src.training.loss import YOLOLoss, assign_targets, complete_iou_loss
-from src.training.metrics import Evaluation, area_under
+from src.training.metrics import Evaluation, average_precision
 from tests.planted import planted_model
 from tests.test_loss import random_targets
 from tests.test_metrics import iou, random_results
@@ -32,18 +32,18 @@ def apart(images: int, seed: int = 0) -> torch.Tensor:
     """Targets of which no two want the same cell."""
     targets = random_targets(2 * images, images, seed=seed)
     found = assign_targets(targets, GRIDS, ANCHOR, images)
-    return targets[torch.stack([scale.owner for scale in found]).all(dim=0)]
+    return targets[torch.stack([scale.valid for scale in found]).all(dim=0)]
 
 
 def test_dense_targets_and_loss_equal_ours():
     targets, logits = apart(4), empty_logits(4, side=96, classes=4)
-    pictures = [obvious.dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, ANCHOR) for i in range(4)]
+    pictures = [baselines.dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, ANCHOR) for i in range(4)]
     dense = [torch.stack(scale) for scale in zip(*pictures, strict=True)]
     for grid, found in zip(dense, assign_targets(targets, GRIDS, ANCHOR, 4), strict=True):
         assert torch.equal(grid[..., 0] == 1, found.positive)
         assert torch.equal(grid[..., 0] == -1, found.ignored)
     ours = YOLOLoss(Config())(logits, targets, ANCHOR)
-    for name, value in obvious.dense_loss(logits, dense, ANCHOR, targets).items():
+    for name, value in baselines.dense_loss(logits, dense, ANCHOR, targets).items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
 
 
@@ -66,8 +66,8 @@ def test_the_loops_find_the_same_average_precision(monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH", 4)
     _, values, candidates = evaluation.scores(8)
     assert candidates > 0
-    for overlap in (obvious.tensor_iou, obvious.float_iou):
-        assert evaluation.obvious_scores(8, overlap)[1] == pytest.approx(values["area"], abs=1e-4)
+    for overlap in (baselines.tensor_iou, baselines.float_iou):
+        assert evaluation.obvious_scores(8, overlap)[1] == pytest.approx(values["ap"], abs=1e-4)
 
 
 def test_cells_that_are_sure_enough_are_decoded_as_all_are():
@@ -85,8 +85,8 @@ def test_cells_that_are_sure_enough_are_decoded_as_all_are():
 def test_loaders_give_samples_of_one_kind(tmp_path):
     records = photographs(tmp_path, 4)
     ours = MosaicDataset(records, Config(image_size=96), ImageCache(tmp_path / "cache", 4, 96))
-    for pipeline in (obvious.course_augmentations, obvious.same_augmentations):
-        theirs = obvious.ObviousDataset(records, 96, ANCHOR, pipeline(96))
+    for pipeline in (baselines.course_augmentations, baselines.same_augmentations):
+        theirs = baselines.ObviousDataset(records, 96, ANCHOR, pipeline(96))
         for draw in range(4):
             image, dense = theirs[draw]
             assert image.shape == ours[draw][0].shape and 0 <= image.min() <= image.max() <= 1
@@ -116,33 +116,33 @@ def test_table_says_what_is_met():
 
 LOSSES = [
     name
-    for name in changes.CHANGES
+    for name in ablations.CHANGES
     if name.startswith(("box", "object-", "class", "ignore", "positives")) and "bias" not in name
 ]
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_change_of_the_loss_is_one(name):
-    change, targets = changes.CHANGES[name], random_targets(30, 4)
+    change, targets = ablations.CHANGES[name], random_targets(30, 4)
     chance = torch.Generator().manual_seed(0)
     logits = [torch.randn(4, 3, grid, grid, 25, generator=chance).requires_grad_() for grid in (5, 10, 20)]
-    plain = training.YOLOLoss(changes.BASE)(logits, targets, ANCHOR)["loss"]
+    plain = module.YOLOLoss(ablations.BASE)(logits, targets, ANCHOR)["loss"]
     with ExitStack() as stack:
         for target, instead in change.instead.items():
             stack.enter_context(mock.patch(target, instead))
-        changed = training.YOLOLoss(changes.BASE.replace(**change.settings))(logits, targets, ANCHOR)["loss"]
+        changed = module.YOLOLoss(ablations.BASE.replace(**change.settings))(logits, targets, ANCHOR)["loss"]
     changed.backward()
     assert changed.isfinite() and abs(changed - plain) > 1e-3
     assert all(level.grad.isfinite().all() for level in logits)
 
 
 def test_the_table_of_changes_compares_runs_of_one_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "RUNS", tmp_path)
+    monkeypatch.setattr(run_ablations, "RUNS", tmp_path)
     for name, pooled in {"baseline-0": 0.2, "baseline-1": 0.3, "box-1-1": 0.4, "box-1-2": 0.2}.items():
         (tmp_path / "6" / name).mkdir(parents=True)
-        result = {"pooled": pooled, "map50": pooled / 2, "class": pooled + 0.1, "object@0.05": 0.5}
+        result = {"pooled": pooled, "mAP50": pooled / 2, "class": pooled + 0.1, "object@0.05": 0.5}
         (tmp_path / "6" / name / "result.json").write_text(json.dumps(result))
-    rows = recipe.table(6).splitlines()[2:]
+    rows = run_ablations.table(6).splitlines()[2:]
     assert rows[0] == "| nothing (`baseline`) | 0.200 0.300 | +0.000 +0.000 | 0.125 | 35.0 | 50.0 |"
     assert rows[1] == "| weight of the box term 1 (`box-1`) | 0.400 0.200 | +0.100 ? | 0.150 | 40.0 | 50.0 |"
 
@@ -161,5 +161,7 @@ def test_one_ranking_of_all_classes(seed):
         right.append(hit and best not in taken)
         taken |= {best} if hit else set()
     true = np.cumsum(right)
-    expected = area_under(true / np.arange(1, len(right) + 1), true / (truth[:, 2] == 0).sum(), "area")
-    assert 0.2 < expected < 0.95 and recipe.pooled(Evaluation({}, {}, [], found, truth)) == pytest.approx(expected, abs=1e-6)
+    expected = average_precision(true / np.arange(1, len(right) + 1), true / (truth[:, 2] == 0).sum(), "area")
+    assert 0.2 < expected < 0.95 and run_ablations.pooled(Evaluation({}, {}, [], found, truth)) == pytest.approx(
+        expected, abs=1e-6
+    )

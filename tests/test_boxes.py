@@ -41,7 +41,7 @@ def test_decode_does_not_overflow_half_precision():
     assert boxes.dtype == torch.float32 and boxes.isfinite().all() and scores.isfinite().all()
 
 
-def slow_nms(boxes, scores, confidence, overlap):
+def slow_nms(boxes, scores, confidence, iou_threshold):
     """Greedy, one box at a time."""
     order = sorted(range(len(boxes)), key=lambda k: -max(scores[k]))
     kept = []
@@ -53,7 +53,7 @@ def slow_nms(boxes, scores, confidence, overlap):
             a, b = boxes[k], boxes[other]
             shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
             union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-            if other_label == label and shared / union > overlap:
+            if other_label == label and shared / union > iou_threshold:
                 break
         else:
             kept.append((k, label))

@@ -28,7 +28,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """The exported folder, running."""
-    model = planted_model(about={"data": "nothing, for a test", "map50": 0.125})
+    model = planted_model(metadata={"data": "nothing, for a test", "mAP50": 0.125})
     samples = [blurred_noise(192, 192, seed) for seed in range(3)]
     folder = export_space(model, tmp_path_factory.mktemp("served") / "space", samples, {"Code": "https://example.org"})
     with served(folder) as address:
@@ -62,36 +62,36 @@ def test_a_sample_can_be_clicked(visitor):
 def test_a_slider_redraws_without_another_forward_pass(visitor, pictures):
     visitor.upload(pictures / "wide.jpg")
     visitor.see(300, 180)
-    seconds, boxes, heat = visitor.text("#found").split("·")[1], visitor.source("boxes"), visitor.source("heat")
-    visitor.slide("confidence", 0.45)
-    visitor.until(lambda: visitor.source("boxes") != boxes and visitor.source("heat") != heat)
+    seconds, boxes, heat = visitor.text("#found").split("·")[1], visitor.source("boxes"), visitor.source("heatmap")
+    visitor.on_threshold_change("confidence", 0.45)
+    visitor.until(lambda: visitor.source("boxes") != boxes and visitor.source("heatmap") != heat)
     assert visitor.text("#found").split("·")[1] == seconds  # the time of the one forward pass
-    visitor.slide("confidence", 0.95)
+    visitor.on_threshold_change("confidence", 0.95)
     visitor.until(lambda: "Nothing found" in visitor.text("#found"))
-    visitor.until(lambda: "strongest candidate" in visitor.text("#why"))
+    visitor.until(lambda: "top_candidate candidate" in visitor.text("#why"))
     assert not visitor.rows()
 
 
 def test_a_class_or_a_row_can_be_explained(visitor, pictures):
     visitor.upload(pictures / "wide.jpg")
     visitor.see(300, 180)
-    heat = visitor.source("heat")
+    heat = visitor.source("heatmap")
     visitor.choose("target", "Every square")
-    visitor.until(lambda: visitor.source("heat") != heat)
-    heat = visitor.source("heat")
+    visitor.until(lambda: visitor.source("heatmap") != heat)
+    heat = visitor.source("heatmap")
     visitor.until(lambda: visitor.all("#table .virtual-row .body-cell"))[5].click()  # the second row
-    visitor.until(lambda: visitor.source("heat") != heat)
+    visitor.until(lambda: visitor.source("heatmap") != heat)
     assert visitor.all("#target input")[0].get_attribute("value").startswith("2: ")
     for name, choice in (("method", "EigenCAM"), ("target", "Every star"), ("layer", "All, averaged")):
-        heat = visitor.source("heat")
+        heat = visitor.source("heatmap")
         visitor.choose(name, choice)
-        visitor.until(lambda before=heat: visitor.source("heat") != before)
+        visitor.until(lambda before=heat: visitor.source("heatmap") != before)
 
 
 def test_rubbish_gets_a_message_and_the_page_goes_on(visitor, pictures):
     visitor.upload(pictures / "rubbish.jpg")
     visitor.until(lambda: "This file can't be read as a picture" in visitor.text("#found [role=alert]"))
-    assert not visitor.source("boxes") and not visitor.source("heat") and not visitor.rows()
+    assert not visitor.source("boxes") and not visitor.source("heatmap") and not visitor.rows()
     visitor.upload(pictures / "tall.jpg")
     visitor.see(160, 240)
     assert not visitor.all("#found [role=alert]")
@@ -109,7 +109,7 @@ def test_two_visitors_keep_their_own_pictures(driver, address, pictures):
     second_window = driver.current_window_handle
     driver.switch_to.window(window)
     boxes = first.source("boxes")
-    first.slide("confidence", 0.4)
+    first.on_threshold_change("confidence", 0.4)
     first.until(lambda: first.source("boxes") != boxes)
     first.see(300, 180)
     assert "300 × 180" in first.text("#found")
@@ -132,11 +132,11 @@ def test_the_page_fits_its_window(visitor, pictures, width):
     visitor.see(300, 180)
     assert visitor.script("return document.documentElement.scrollWidth") <= width
     code = "let r = document.getElementById(arguments[0]).getBoundingClientRect(); return [r.left, r.right, r.top]"
-    places = {name: visitor.script(code, name) for name in ("photo", "boxes", "heat", "table", "confidence", "target")}
+    places = {name: visitor.script(code, name) for name in ("photo", "boxes", "heatmap", "table", "confidence", "target")}
     visitor.unsize()
     assert all(0 <= left < right <= width and right - left > 300 for left, right, _ in places.values())
-    above = places["photo"][2] < places["boxes"][2] < places["heat"][2]
-    assert above if width < 500 else places["photo"][2] == places["boxes"][2] == places["heat"][2]
+    above = places["photo"][2] < places["boxes"][2] < places["heatmap"][2]
+    assert above if width < 500 else places["photo"][2] == places["boxes"][2] == places["heatmap"][2]
 
 
 def test_the_browser_has_nothing_to_complain_about(visitor, pictures):

@@ -9,7 +9,7 @@ from src.model.network import ANCHORS
 
 
 def test_a_run_can_be_started_again_from_its_settings(tmp_path):
-    config = Config(data="shapes", classes=("a", "b"), sizes=(256, 288), width=0.25, max_lr=0.003)
+    config = Config(dataset="shapes", classes=("a", "b"), multiscale_sizes=(256, 288), width=0.25, max_lr=0.003)
     config.save(tmp_path / "run" / "config.json")
     assert Config.load(tmp_path / "run" / "config.json") == config
 
@@ -20,18 +20,18 @@ def test_unknown_settings_and_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: unknown settings \['widht'\]"):
         Config.load(path)
     path.write_text('{"width": ')
-    with pytest.raises(ValueError, match=r"config\.json is not a run's settings"):
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON file of settings"):
         Config.load(path)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"image_size": 100}, "side 100 is not a positive multiple of 32; use e.g. 96"),
-        ({"sizes": (256, 300)}, "side 300"),
-        ({"data": "coco"}, "Config.data is 'coco'"),
+        ({"image_size": 100}, "side 100 is not a positive multiple of 32. Use e.g. 96"),
+        ({"multiscale_sizes": (256, 300)}, "side 300"),
+        ({"dataset": "coco"}, "Config.dataset is 'coco'"),
         ({"classes": ("a", "a")}, "Config.classes"),
-        ({"mosaic": 1.5}, "Config.mosaic is 1.5"),
+        ({"mosaic_prob": 1.5}, "Config.mosaic_prob is 1.5"),
         ({"epochs": 0}, "Config.epochs is 0"),
     ],
 )

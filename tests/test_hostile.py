@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.serving.app import MOST_PIXELS
+from src.serving.app import MAX_PIXELS
 from src.serving.predictor import Predictor
 from src.serving.space import export_space
 from tests.hostile import Door, all_cases, encoded
@@ -55,9 +55,9 @@ def settled(process, below: float) -> float:
 
 def warm(door: Door) -> None:
     """Normal visitors until nothing grows: as many sessions as are kept, and the largest picture that is taken."""
-    picture, largest = encoded("PNG"), encoded("PNG", Image.new("1", (MOST_PIXELS // 5_000, 5_000)))
+    picture, largest = encoded("PNG"), encoded("PNG", Image.new("1", (MAX_PIXELS // 5_000, 5_000)))
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        send = lambda n: door.page("arrive", door.upload("a.png", picture), 0.3, 0.5)  # noqa: E731
+        send = lambda n: door.page("on_upload", door.upload("a.png", picture), 0.3, 0.5)  # noqa: E731
         assert {answer.kind for answer in pool.map(send, range(64))} == {"answered"}
     for _ in range(2):
         assert door.detect(door.upload("a.png", largest)).kind == "answered"

@@ -16,12 +16,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from src.training.fit.fit import fit, load_detector, start
 
 from src.config import SHAPE_CLASSES, Config
-from src.data.datamodule import DetectionData
-from src.training.callbacks import MetricsFile, Progress
-from src.training.checkpoints import BEFORE, LAST, WholeCheckpoints, damage, held, last_good, write_whole
+from src.data.datamodule import DetectionDataModule
+from src.training.callbacks import Progress, ResumableCSVLogger
+from src.training.checkpoints import (
+    LAST,
+    PREVIOUS,
+    AtomicCheckpointIO,
+    atomic_write,
+    find_corruption,
+    latest_valid_checkpoint,
+    run_lock,
+)
+from src.training.fit import fit, load_detector, prepare_run
 from tests.forking import begin
 from tests.test_training import rows
 
@@ -29,8 +37,8 @@ from tests.test_training import rows
 def tiny(folder: Path, **changes) -> Config:
     """Two steps an epoch."""
     return Config(
-        data="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=2, image_size=64, width=0.0625, epochs=3, batch_size=4,
-        max_lr=1e-3, mosaic_off_epochs=1, workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
+        dataset="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=2, image_size=64, width=0.0625, epochs=3, batch_size=4,
+        max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
     ).replace(**changes)  # fmt: skip
 
 
@@ -64,7 +72,7 @@ def flip(file: Path) -> None:
 
 
 def test_the_checkpoint_before_the_last_is_kept(run):
-    epochs = [torch.load(run[0] / name, weights_only=True)["epoch"] for name in (LAST, BEFORE)]
+    epochs = [torch.load(run[0] / name, weights_only=True)["epoch"] for name in (LAST, PREVIOUS)]
     assert epochs == [2, 1] and not list(run[0].glob("*.part"))
 
 
@@ -72,15 +80,15 @@ def test_the_checkpoint_before_the_last_is_kept(run):
 def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(run, copy, spoil, capsys):
     """Unlinked: killed between the two renames."""
     spoil(copy / LAST)
-    assert last_good(copy) == copy / BEFORE
+    assert latest_valid_checkpoint(copy) == copy / PREVIOUS
     assert "last.ckpt is damaged" in capsys.readouterr().out or spoil == Path.unlink
     if spoil == flip:
         resumed = fit(tiny(copy), ckpt_path="last")
-        assert same(resumed.state_dict(), run[1].state_dict()) and not damage(copy / LAST)
+        assert same(resumed.state_dict(), run[1].state_dict()) and not find_corruption(copy / LAST)
 
 
 def test_nothing_good_left_is_said(copy):
-    for name in (LAST, BEFORE, "best.ckpt"):
+    for name in (LAST, PREVIOUS, "best.ckpt"):
         flip(copy / name)
     for call in (lambda: fit(tiny(copy), ckpt_path="auto"), lambda: load_detector(copy, "last")):
         with pytest.raises(ValueError, match="every last checkpoint in .* is damaged"):
@@ -95,7 +103,7 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
     """Of 600 flipped bits and 100 cuts each is recognised, or changes nothing that is read."""
     file, draw = tmp_path / "some.ckpt", random.Random(0)
     values = {"epoch": 3, "state_dict": {name: torch.randn(40) for name in "abc"}}
-    WholeCheckpoints().save_checkpoint(values, file)
+    AtomicCheckpointIO().save_checkpoint(values, file)
     whole, unseen = file.read_bytes(), 0
     for number in range(700):
         spoilt = bytearray(whole)
@@ -104,7 +112,7 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
         else:
             del spoilt[draw.randrange(len(whole)) :]
         file.write_bytes(spoilt)
-        if not damage(file):
+        if not find_corruption(file):
             unseen += 1
             read = torch.load(file, weights_only=True)
             assert read["epoch"] == 3 and same(read["state_dict"], values["state_dict"]), number
@@ -113,23 +121,23 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path):
 
 def test_a_checkpoint_without_digest_is_read(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "some.ckpt")
-    assert not damage(tmp_path / "some.ckpt")
+    assert not find_corruption(tmp_path / "some.ckpt")
 
 
 def test_a_full_disk_stops_with_a_message_and_the_last_good_checkpoint_stands(run, copy):
-    (copy / BEFORE).replace(copy / LAST)
+    (copy / PREVIOUS).replace(copy / LAST)
     (copy / f"{LAST}.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"last\.ckpt can't be written \(.*\)\. Is the disk full\?.*ckpt_path=\"last\""):
         fit(tiny(copy), ckpt_path="last")
-    assert not list(copy.glob("*.part")) and torch.load(last_good(copy), weights_only=True)["epoch"] == 1
+    assert not list(copy.glob("*.part")) and torch.load(latest_valid_checkpoint(copy), weights_only=True)["epoch"] == 1
     assert same(fit(tiny(copy), ckpt_path="last").state_dict(), run[1].state_dict())
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     file = tmp_path / "some.txt"
-    write_whole(file, lambda out: out.write(b"one"))
+    atomic_write(file, lambda out: out.write(b"one"))
     with pytest.raises(ZeroDivisionError):
-        write_whole(file, lambda out: (out.write(b"two"), 1 / 0))
+        atomic_write(file, lambda out: (out.write(b"two"), 1 / 0))
     assert file.read_bytes() == b"one" and list(tmp_path.iterdir()) == [file]
 
 
@@ -141,20 +149,20 @@ def test_a_finished_run_gone_on_with_is_as_it_was(run, copy):
 
 
 def test_starting_anew_leaves_no_checkpoint_to_mistake_for_its_own(copy):
-    config, data = tiny(copy), DetectionData(tiny(copy))
-    assert start(config, data, "auto")[1] == copy / LAST
-    assert start(config, data, None)[1] is None and last_good(copy) is None
-    assert start(config, data, "auto")[1] is None
+    config, data = tiny(copy), DetectionDataModule(tiny(copy))
+    assert prepare_run(config, data, "auto")[1] == copy / LAST
+    assert prepare_run(config, data, None)[1] is None and latest_valid_checkpoint(copy) is None
+    assert prepare_run(config, data, "auto")[1] is None
     with pytest.raises(FileNotFoundError, match="there is no run to go on with"):
-        start(config, data, "last")
+        prepare_run(config, data, "last")
 
 
 def test_metrics_of_a_torn_run_stay_up_to_the_checkpoint(tmp_path):
-    log = MetricsFile(tmp_path / "metrics.csv")
+    log = ResumableCSVLogger(tmp_path / "metrics.csv")
     for step in range(4):
         log.log_metrics({"a/b": torch.tensor(step + 0.5), "epoch": step} | ({"late": 1.0} if step == 3 else {}), step)
         log.save()
-    resumed = MetricsFile(tmp_path / "metrics.csv", before=2)
+    resumed = ResumableCSVLogger(tmp_path / "metrics.csv", before=2)
     assert len(rows(tmp_path)) == 4  # nothing is lost before something is logged
     resumed.log_metrics({"c": 7.0}, 2)
     resumed.save()
@@ -178,7 +186,7 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path):
             fit(tiny(tmp_path))
         other.kill()
         other.wait()
-        with held(tmp_path):
+        with run_lock(tmp_path):
             pass
     finally:
         os.killpg(other.pid, signal.SIGKILL)
@@ -213,7 +221,7 @@ def test_killed_ten_times_it_ends_as_if_never(tmp_path):
         assert process.exitcode is None
         process.kill()
         process.join()
-        good = last_good(tmp_path / "killed") if (tmp_path / "killed").exists() else None
+        good = latest_valid_checkpoint(tmp_path / "killed") if (tmp_path / "killed").exists() else None
         reached.append(torch.load(good, weights_only=True)["epoch"] if good else -1)
     assert reached == sorted(reached)
     process, _ = begin(train, tmp_path / "killed")
@@ -221,5 +229,5 @@ def test_killed_ten_times_it_ends_as_if_never(tmp_path):
     whole, killed = (torch.load(tmp_path / name / LAST, weights_only=True) for name in ("whole", "killed"))
     for part in ("state_dict", "current_model_state"):
         assert same(whole[part], killed[part]), reached
-    one, other = ([row["val/map50"] for row in rows(tmp_path / name) if row["val/map50"]] for name in ("whole", "killed"))
+    one, other = ([row["val/mAP50"] for row in rows(tmp_path / name) if row["val/mAP50"]] for name in ("whole", "killed"))
     assert one == other and len(one) == 12

@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 from src.config import Config
 from src.model.boxes import cxcywh_to_xyxy, decode
 from src.model.network import ANCHORS
-from src.training.loss import YOLOLoss, assign_targets, near_objects
+from src.training.loss import YOLOLoss, assign_targets, ignore_mask
 
 ANCHOR = torch.tensor(ANCHORS)
 GRIDS = [3, 6, 12]
@@ -46,7 +46,7 @@ def test_assignment_equals_the_loop(seed):
     for scale, found in enumerate(assign_targets(targets, GRIDS, ANCHOR, batch=3)):
         positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale], 3)
         places = zip(*(v.tolist() for v in (found.image, found.anchor, found.row, found.column)), strict=True)
-        mine = {place: number for number, place in enumerate(places) if found.owner[number]}
+        mine = {place: number for number, place in enumerate(places) if found.valid[number]}
         assert mine == positives
         assert {tuple(i) for i in found.positive.nonzero().tolist()} == set(positives)
         assert {tuple(i) for i in found.ignored.nonzero().tolist()} == ignored
@@ -57,7 +57,7 @@ def test_assignment_equals_the_loop(seed):
 def test_every_object_has_one_positive_a_scale():
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.3], [1, 2, 0.999, 1.0, 0.01, 0.01]])
     for found in assign_targets(targets, GRIDS, ANCHOR, batch=2):
-        assert found.owner.all() and found.positive.sum() == 2
+        assert found.valid.all() and found.positive.sum() == 2
 
 
 def test_no_objects():
@@ -80,7 +80,7 @@ def test_near_objects_equals_the_loop(seed):
     random, met = torch.Generator().manual_seed(seed), 0
     for grid, anchors in zip(GRIDS, ANCHOR, strict=True):
         level = torch.randn(3, 3, grid, grid, 9, generator=random)
-        near = near_objects(level, targets, anchors)
+        near = ignore_mask(level, targets, anchors)
         boxes, _ = decode([level], anchors[None])
         assert torch.equal(near.flatten(1), loop_near(boxes, targets)) and not near[1].any()
         met += near.sum()
@@ -95,11 +95,11 @@ def test_what_finds_an_object_elsewhere_costs_nothing():
     anchors = ANCHOR[2]
     logits[2][0, 0, 6, 5, 1:3] = torch.tensor([12.0 * shift, -12.0])
     logits[2][0, 0, 6, 5, 3:5] = (target[0, 4:] / anchors[0]).log()
-    calm = YOLOLoss(Config())(logits, target, ANCHOR)["no_object"]
+    calm = YOLOLoss(Config())(logits, target, ANCHOR)["no_object_loss"]
     logits[2][0, 0, 6, 5, 0] = 12.0
-    assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object"] <= calm
+    assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object_loss"] <= calm
     logits[2][0, 0, 2, 5] = logits[2][0, 0, 6, 5]  # the same box, four cells up
-    assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object"] > 1
+    assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object_loss"] > 1
 
 
 def complete_iou(one, two):
@@ -126,7 +126,7 @@ def test_loss_equals_the_loop():
     logits = [torch.randn(2, 3, g, g, 9, generator=random) for g in GRIDS]
     boxes, _ = decode(logits, ANCHOR)
     near = loop_near(boxes, targets)
-    sums = dict.fromkeys(("box", "object", "no_object", "class"), 0.0)
+    sums = dict.fromkeys(("box_loss", "object_loss", "no_object_loss", "class_loss"), 0.0)
     first = 0
     for scale, level in enumerate(logits):
         grid = GRIDS[scale]
@@ -138,17 +138,17 @@ def test_loss_equals_the_loop():
                 target = targets[positives[place]]
                 box = boxes[image, number].tolist()
                 cost, overlap = complete_iou(box, cxcywh_to_xyxy(target[2:]).tolist())
-                sums["box"] += cost
-                sums["object"] += entropy(cell[0], overlap)
+                sums["box_loss"] += cost
+                sums["object_loss"] += entropy(cell[0], overlap)
                 wanted = [0.025 + 0.9 * (label == int(target[1])) for label in range(4)]
-                sums["class"] += sum(entropy(value, want) for value, want in zip(cell[5:], wanted, strict=True))
+                sums["class_loss"] += sum(entropy(value, want) for value, want in zip(cell[5:], wanted, strict=True))
             elif not near[image, number]:
-                sums["no_object"] += entropy(cell[0], 0)
+                sums["no_object_loss"] += entropy(cell[0], 0)
         first += 3 * grid * grid
     terms = YOLOLoss(config)(logits, targets, ANCHOR)
     for name, value in sums.items():
         assert terms[name].item() == pytest.approx(value / (3 * len(targets)), rel=1e-3), name
-    total = 2.0 * terms["box"] + 2.0 * terms["object"] + terms["no_object"] + terms["class"]
+    total = 2.0 * terms["box_loss"] + 2.0 * terms["object_loss"] + terms["no_object_loss"] + terms["class_loss"]
     torch.testing.assert_close(terms["loss"], total)
 
 
@@ -165,7 +165,7 @@ def test_perfect_prediction_costs_little_and_a_wrong_box_more():
     assert loss(logits, target, ANCHOR)["loss"] < 0.01
     moved = target.clone()
     moved[0, 4] *= 1.5
-    assert loss(logits, moved, ANCHOR)["box"] > 0.2
+    assert loss(logits, moved, ANCHOR)["box_loss"] > 0.2
 
 
 def test_half_precision_logits_stay_finite():
@@ -179,4 +179,4 @@ def test_no_targets_still_trains_the_background():
     logits = [torch.zeros(1, 3, g, g, 9, requires_grad=True) for g in GRIDS]
     terms = YOLOLoss(Config())(logits, torch.zeros(0, 6), ANCHOR)
     terms["loss"].backward()
-    assert terms["box"] == 0 and terms["no_object"] > 0 and logits[0].grad[..., 0].min() > 0
+    assert terms["box_loss"] == 0 and terms["no_object_loss"] > 0 and logits[0].grad[..., 0].min() > 0

@@ -9,14 +9,15 @@ import torch
 from src.model.boxes import decode
 from src.model.network import ANCHORS
 from src.training.metrics import (
+    AP_METHODS,
     THRESHOLDS,
     CellAccuracy,
-    DetectionStore,
-    area_under,
-    class_table,
+    DetectionAccumulator,
+    average_precision,
     coco_average_precision,
     confusion,
     mean_average_precision,
+    per_class_table,
 )
 from tests.test_boxes import slow_nms
 from tests.test_loss import GRIDS, loop_assign, random_targets
@@ -54,7 +55,7 @@ def test_cell_accuracies_equal_the_loop():
 
 
 def random_results(seed: int, images: int = 12):
-    """Rows as DetectionStore gives them: truth, and detections that are near it, doubled, or wrong."""
+    """Rows as DetectionAccumulator gives them: truth, and detections that are near it, doubled, or wrong."""
     random = np.random.default_rng(seed)
     truth, found = [], []
     for image in range(images):
@@ -97,7 +98,7 @@ def loop_curve(found, truth, label, course):
 
 
 def loop_average_precision(curve, rule):
-    if rule == "11 points":
+    if rule == "11pt":
         return sum(max([p for p, r in curve if r >= t / 10 - 1e-9], default=0) for t in range(11)) / 11
     area, before, last = 0.0, 0.0, 1.0
     for number, (precision, recall) in enumerate(curve):
@@ -110,43 +111,43 @@ def loop_average_precision(curve, rule):
 @pytest.mark.parametrize("seed", range(6))
 def test_average_precisions_equal_the_loops(seed):
     found, truth = random_results(seed)
-    for label, row in enumerate(class_table(found, truth, NAMES)):
-        for rule in ("area", "11 points", "course"):
+    for label, row in enumerate(per_class_table(found, truth, NAMES)):
+        for column, rule in AP_METHODS.items():
             curve, total = loop_curve(found.tolist(), truth.tolist(), label, rule == "course")
-            assert row[rule] == pytest.approx(loop_average_precision(curve, rule), abs=1e-5), (rule, label)
+            assert row[column] == pytest.approx(loop_average_precision(curve, rule), abs=1e-5), (rule, label)
             if rule == "area":
-                assert row["objects"] == total
+                assert row["num_gt"] == total
 
 
 def test_a_perfect_detector_and_a_blind_one():
     _, truth = random_results(0)
     perfect = truth.copy()
     perfect[:, 2] = 0.9
-    for rule in ("area", "11 points", "course"):
-        assert mean_average_precision(class_table(perfect, truth, NAMES), rule) == pytest.approx(1)
-        assert mean_average_precision(class_table(perfect[:0], truth, NAMES), rule) == 0
-    assert mean_average_precision(class_table(perfect, truth[:0], NAMES)) == 0
+    for rule in AP_METHODS:
+        assert mean_average_precision(per_class_table(perfect, truth, NAMES), rule) == pytest.approx(1)
+        assert mean_average_precision(per_class_table(perfect[:0], truth, NAMES), rule) == 0
+    assert mean_average_precision(per_class_table(perfect, truth[:0], NAMES)) == 0
 
 
 def test_difficult_objects_are_neither_counted_nor_punished():
     truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3], [0, 0, 1, 0.5, 0.5, 0.9, 0.9]])
     found = np.float32([[0, 0, 0.9, 0.5, 0.5, 0.9, 0.9], [0, 0, 0.8, 0.1, 0.1, 0.3, 0.3]])
     for part in (found, found[1:]):
-        assert class_table(part, truth, ("a",))[0]["area"] == pytest.approx(1)
-    assert class_table(found[1:], truth, ("a",))[0]["course"] == pytest.approx(0.5)
+        assert per_class_table(part, truth, ("a",))[0]["ap"] == pytest.approx(1)
+    assert per_class_table(found[1:], truth, ("a",))[0]["ap_course"] == pytest.approx(0.5)
 
 
 def test_a_class_without_objects_is_left_out_of_the_mean():
     truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3]])
     found = np.float32([[0, 0, 0.9, 0.1, 0.1, 0.3, 0.3], [0, 1, 0.9, 0.1, 0.1, 0.3, 0.3]])
-    table = class_table(found, truth, ("a", "b"))
-    assert math.isnan(table[1]["area"]) and mean_average_precision(table) == 1
+    table = per_class_table(found, truth, ("a", "b"))
+    assert math.isnan(table[1]["ap"]) and mean_average_precision(table) == 1
 
 
 def test_eleven_points_by_hand():
     precision, recall = np.array([1, 1, 2 / 3]), np.array([0.25, 0.5, 0.5])
-    assert area_under(precision, recall, "11 points") == pytest.approx(6 / 11)
-    assert area_under(precision, recall, "area") == pytest.approx(0.5)
+    assert average_precision(precision, recall, "11pt") == pytest.approx(6 / 11)
+    assert average_precision(precision, recall, "area") == pytest.approx(0.5)
 
 
 def test_coco_equals_pycocotools():
@@ -181,7 +182,7 @@ def test_coco_equals_pycocotools():
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")  # asked for nothing on purpose
 def test_store_keeps_what_slow_nms_keeps():
-    store, rows = DetectionStore(), []
+    store, rows = DetectionAccumulator(), []
     for batch in range(2):
         logits = [torch.randn(2, 3, g, g, 8, generator=torch.Generator().manual_seed(batch)) for g in (1, 2, 4)]
         targets = random_targets(4, images=2, classes=3, seed=batch)

@@ -73,11 +73,11 @@ def test_starts_near_nothing_here():
 
 
 def test_saved_and_read_back(tmp_path):
-    net = random_net(num_classes=3, width=0.125, classes=["a", "b", "c"], image_size=96, about={"epochs": 2})
+    net = random_net(num_classes=3, width=0.125, classes=["a", "b", "c"], image_size=96, metadata={"epochs": 2})
     net.save_pretrained(tmp_path)
     again = YOLOv3.from_pretrained(tmp_path)
     assert {"config.json", "model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
-    assert (again.classes, again.image_size, again.about, again.width) == (["a", "b", "c"], 96, {"epochs": 2}, 0.125)
+    assert (again.classes, again.image_size, again.metadata, again.width) == (["a", "b", "c"], 96, {"epochs": 2}, 0.125)
     images = torch.rand(1, 3, 64, 64)
     for one, other in zip(net(images), again(images), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

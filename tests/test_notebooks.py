@@ -9,13 +9,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from src import notebook
+from tools import notebook
 from tools.execution import rendered, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "epochs": 1, "mosaic_off_epochs": 0, "width": 0.125, "image_size": 64, "shapes_train": 8, "shapes_val": 6,
-    "batch_size": 4, "workers": 0, "precision": "32-true",
+    "epochs": 1, "close_mosaic_epochs": 0, "width": 0.125, "image_size": 64, "shapes_train": 8, "shapes_val": 6,
+    "batch_size": 4, "num_workers": 0, "precision": "32-true",
 }  # fmt: skip
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|content|kaggle/working)/|[A-Z]:\\\\")
 WARNING = re.compile(r"Warning:|\bWARNING\b|Traceback")
@@ -46,7 +46,7 @@ def check_outputs(book):
 def folder(tmp_path_factory):
     """A fresh clone, as it were: nothing but what the notebooks need."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("src", "requirements.txt"):
+    for name in ("src", "tools", "requirements.txt"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
@@ -64,7 +64,7 @@ def trained(folder):
     command = [
         sys.executable,
         "-m",
-        "src.notebook",
+        "tools.notebook",
         "run",
         str(local(folder, "s13_assignment.ipynb")),
         "runs/out.ipynb",
@@ -86,7 +86,7 @@ def test_the_main_notebook_runs_and_leaves_what_it_promises(folder, trained):
 
 
 def test_the_multi_scale_notebook_runs_beside_the_first(folder, trained):
-    settings = SMALL | {"sizes": [64, 96]}
+    settings = SMALL | {"multiscale_sizes": [64, 96]}
     assert run(local(folder, "multi_scale_s13_assignment.ipynb"), folder / "multi.ipynb", settings) == ""
     book = nbformat.read(folder / "multi.ipynb", as_version=4)
     check_outputs(book)
@@ -138,12 +138,12 @@ def test_all_three_begin_with_the_same_first_cell_and_the_same_address():
 
 
 def test_one_command_writes_the_address_everywhere(tmp_path, monkeypatch):
-    for name in (*notebook.NOTEBOOKS, "src/notebook.py"):
+    for name in (*notebook.NOTEBOOKS, "tools/notebook.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    assert notebook.set_address("https://github.com/ada/detector.git") == [*notebook.NOTEBOOKS, "src/notebook.py"]
-    for name in (*notebook.NOTEBOOKS, "src/notebook.py"):
+    assert notebook.set_address("https://github.com/ada/detector.git") == [*notebook.NOTEBOOKS, "tools/notebook.py"]
+    for name in (*notebook.NOTEBOOKS, "tools/notebook.py"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "github.com/ada/detector" in text
         assert notebook.REPOSITORY not in text
@@ -168,7 +168,7 @@ def test_a_failing_cell_is_named_and_the_notebook_still_saved(tmp_path):
     book = nbformat.v4.new_notebook()
     book.cells = [nbformat.v4.new_markdown_cell("## Divide"), nbformat.v4.new_code_cell("print('before')\n1 / 0")]
     nbformat.write(book, tmp_path / "bad.ipynb")
-    command = [sys.executable, "-m", "src.notebook", "run", str(tmp_path / "bad.ipynb"), str(tmp_path / "out.ipynb")]
+    command = [sys.executable, "-m", "tools.notebook", "run", str(tmp_path / "bad.ipynb"), str(tmp_path / "out.ipynb")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "bad.ipynb: a cell under 'Divide' failed: ZeroDivisionError: division by zero" in done.stderr
@@ -191,7 +191,7 @@ def test_what_an_output_widget_captures_is_not_sent_to_the_kernel(tmp_path):
 
 
 def test_figures_of_tagged_cells_become_images(tmp_path, monkeypatch):
-    code = "from src.plots import drawn_sizes\ndrawn_sizes([64, 96])"
+    code = "from src.figures.curves import plot_multiscale_sizes\ndrawn_sizes([64, 96])"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, metadata={"tags": ["image:drawn"]})])
     (tmp_path / "src").symlink_to(ROOT / "src")
     nbformat.write(book, tmp_path / "app_with_gradCAM.ipynb")

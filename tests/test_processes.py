@@ -13,58 +13,61 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
-from src.training.fit.fit import evaluate, load_detector
 
-from src import cache, dataset, run_folder, training
 from src.config import SHAPE_CLASSES, Config
-from src.data.datamodule import DetectionData
+from src.data import cache, datamodule
+from src.data.datamodule import DetectionDataModule
 from src.data.shapes import draw_shapes
+from src.training import checkpoints, module
+from src.training import fit as fitting
 from src.training.checkpoints import LAST
-from src.training.module import Detector
+from src.training.fit import evaluate, load_detector
+from src.training.module import YOLOv3Module
 from tests.forking import begin
 from tests.test_training import rows
 
-SETTINGS = Config(
-    data="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=5, image_size=64, sizes=(32, 64, 96), size_steps=1,
-    width=0.125, epochs=2, batch_size=2, max_lr=1e-3, mosaic_off_epochs=1, workers=0, cache_gb=0, precision="32-true",
+CONFIG = Config(
+    dataset="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=5, image_size=64, multiscale_sizes=(32, 64, 96), multiscale_interval=1,
+    width=0.125, epochs=2, batch_size=2, max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0, precision="32-true",
     devices=2,
 )  # fmt: skip
 
 
 def train_on_two(folder: Path, poisoned: bool, pipe) -> None:
     """As from a notebook's cell. What each process draws, sees and writes goes to the file "events" beside the folder."""
-    sys.ps1, plain = ">>> ", (training.drawn_side, run_folder.write_whole, Detector.on_validation_epoch_end)
-    forward = training.YOLOLoss.forward
+    sys.ps1, plain = ">>> ", (module.sample_image_size, checkpoints.atomic_write, YOLOv3Module.on_validation_epoch_end)
+    forward = module.YOLOLoss.forward
 
     def note(*what) -> None:
         with open(folder.parent / "events", "a") as file:
-            file.write(" ".join(map(str, (training.dist.get_rank() if training.dist.is_initialized() else -1, *what))) + "\n")
+            file.write(" ".join(map(str, (dist.get_rank() if dist.is_initialized() else -1, *what))) + "\n")
 
-    def drawn_side(config, step, epoch):
+    def sample_image_size(config, step, epoch):
         note("side", step, plain[0](config, step, epoch))
         return plain[0](config, step, epoch)
 
-    def write_whole(path, *args, **options):
+    def atomic_write(path, *args, **options):
         note("wrote", path.name)
         plain[1](path, *args, **options)
 
     def on_validation_epoch_end(self):
         plain[2](self)
-        note("saw", len(self.truth), len(set(self.truth[:, 0])), self.results["map50"])
+        note("saw", len(self.ground_truth), len(set(self.ground_truth[:, 0])), self.results["mAP50"])
 
     def poison(self, *args):
         terms = forward(self, *args)
-        spoilt = poisoned and torch.is_grad_enabled() and training.dist.get_rank() == 1 and next(calls) == 3
+        spoilt = poisoned and torch.is_grad_enabled() and dist.get_rank() == 1 and next(calls) == 3
         return terms | {"loss": terms["loss"] * (math.nan if spoilt else 1)}
 
     logging.disable()
     warnings.simplefilter("ignore")
     calls = iter(range(100))
-    training.drawn_side, run_folder.write_whole, training.YOLOLoss.forward = drawn_side, write_whole, poison
-    Detector.on_validation_epoch_end = on_validation_epoch_end
+    module.sample_image_size, checkpoints.atomic_write, module.YOLOLoss.forward = sample_image_size, atomic_write, poison
+    YOLOv3Module.on_validation_epoch_end = on_validation_epoch_end
     try:
-        detector = training.fit(SETTINGS.replace(run_dir=str(folder)))
+        detector = fitting.fit(CONFIG.replace(run_dir=str(folder)))
         pipe.send(detector.state_dict()["model.backbone.stem.0.weight"].numpy())
     except Exception as error:
         pipe.send(str(error))
@@ -79,14 +82,14 @@ def test_two_processes_see_what_one_sees(tmp_path):
     events = [line.split() for line in (tmp_path / "events").read_text().splitlines()]
     sides = [sorted(event[2:] for event in events if event[:2] == [rank, "side"]) for rank in "01"]
     assert sides[0] == sides[1] and len(sides[0]) == 2 * 2
-    data = DetectionData(SETTINGS.replace(devices=1))
+    data = DetectionDataModule(CONFIG.replace(devices=1))
     detector = load_detector(folder, "last")
     alone = evaluate(detector, data)
     seen = {rank: [event[2:] for event in events if event[:2] == [rank, "saw"]] for rank in "01"}
     objects = sum(len(record.labels) for record in data.val_records)
     assert seen["0"] == seen["1"] and [event[:2] for event in seen["0"]] == [[str(objects), "5"]] * 2
-    last = [row for row in rows(folder) if row["val/map50"]][-1]
-    assert float(last["val/map50"]) == pytest.approx(detector.results["map50"], abs=1e-6)
+    last = [row for row in rows(folder) if row["val/mAP50"]][-1]
+    assert float(last["val/mAP50"]) == pytest.approx(detector.results["mAP50"], abs=1e-6)
     for name, value in alone.accuracies.items():
         assert float(last[f"val/accuracy/{name}"]) == pytest.approx(value, abs=1e-6), name
     assert {event[0] for event in events if event[1] == "wrote" and not event[2].startswith(".")} == {"0"}
@@ -105,9 +108,9 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(tmp_path):
 def test_loader_processes_fit_in_shared_memory(monkeypatch, capsys, megabytes, room):
     """64 MB is what Docker gives. Where it fills up, a loader process dies by a bus error."""
     usage = namedtuple("usage", "total used free")(0, 0, megabytes * 10**6)
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda _: usage)
-    data = DetectionData(Config(image_size=416, batch_size=32, workers=8))
-    assert data.workers == room and DetectionData(Config(workers=0)).workers == 0
+    monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda _: usage)
+    data = DetectionDataModule(Config(image_size=416, batch_size=32, num_workers=8))
+    assert data.workers == room and DetectionDataModule(Config(num_workers=0)).workers == 0
     assert (f"going on with {room}" in capsys.readouterr().out) == (room < 8)
 
 
@@ -145,10 +148,10 @@ def test_a_tree_that_can_not_be_written(monkeypatch):
         path.chmod(0o555)
     monkeypatch.setattr(cache, "FOLDER", root / "cache")
     splits = {"train_splits": ("2007/train",), "val_splits": ("2007/train",)}
-    config = Config(voc_root=str(root), image_size=64, workers=0, batch_size=1, **splits)
+    config = Config(voc_root=str(root), image_size=64, num_workers=0, batch_size=1, **splits)
 
     def use(config: Config) -> None:
-        data = DetectionData(config)
+        data = DetectionDataModule(config)
         data.prepare_data()
         data.setup()
         for loader in (data.train_dataloader(), data.val_dataloader()):

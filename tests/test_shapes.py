@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from src.config import SHAPE_CLASSES
-from src.data.shapes import DIFFICULT_BELOW, LEAST_VISIBLE, MOST_SHAPES, SIDES, draw_shapes, plan
+from src.data.shapes import DIFFICULT_BELOW, MAX_SHAPES, MIN_VISIBLE_FRACTION, SIDES, draw_shapes, plan
 
 SIZE = 96
 
@@ -58,7 +58,7 @@ def test_records_have_the_types_of_the_contract(size):
 
 
 def test_every_record_has_shapes_and_every_class_appears_about_as_often(records):
-    assert len(SHAPE_CLASSES) >= 8 and all(1 <= len(record.labels) <= MOST_SHAPES for record in records)
+    assert len(SHAPE_CLASSES) >= 8 and all(1 <= len(record.labels) <= MAX_SHAPES for record in records)
     counts = np.bincount(np.concatenate([record.labels for record in records]), minlength=len(SHAPE_CLASSES))
     assert len(counts) == len(SHAPE_CLASSES) and counts.min() > 0.4 * counts.mean()
 
@@ -90,7 +90,7 @@ def test_difficult_marks_what_is_mostly_hidden_and_nothing_else(scenes):
         front = np.zeros_like(masks[0])
         for shape, mask, difficult in zip(shapes, masks, record.difficult, strict=True):
             visible = (mask & ~front).sum() / mask.sum()
-            assert visible == pytest.approx(shape.visible, abs=0.06) and visible > LEAST_VISIBLE - 0.06
+            assert visible == pytest.approx(shape.visible, abs=0.06) and visible > MIN_VISIBLE_FRACTION - 0.06
             assert difficult == (shape.visible < DIFFICULT_BELOW)
             marked += difficult
             front |= mask

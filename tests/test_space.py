@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 
 from src.serving.images import load_image
 from src.serving.predictor import Predictor
-from src.serving.space import MARK, SERVING, export_space, push_space
+from src.serving.space import MARK, export_space, push_space
 from tests.planted import blurred_noise, planted_model
 
+ROOT = Path(__file__).parents[1]
 # Run inside an exported folder: what starting it opens and imports, and what the page then finds.
 START = """
 import json, os, sys
@@ -35,7 +37,7 @@ json.dump([sorted(opened), sorted(sys.modules), found.index.tolist()], open("tol
 
 @pytest.fixture(scope="module")
 def model():
-    return planted_model(about={"data": "nothing yet"})
+    return planted_model(metadata={"data": "nothing yet"})
 
 
 @pytest.fixture
@@ -51,7 +53,10 @@ def files(folder) -> set[str]:
 def test_the_folder_holds_what_a_space_needs(folder, model):
     held = files(folder)
     assert {"app.py", "README.md", "requirements.txt", "weights/config.json", "weights/model.safetensors"} <= held
-    assert {name for name in held if name.startswith("src/")} == {f"src/{name}" for name in SERVING}
+    assert {name for name in held if name.startswith("src/")} == {
+        str(path.relative_to(ROOT))
+        for path in [ROOT / "src/__init__.py", *ROOT.glob("src/model/*.py"), *ROOT.glob("src/serving/*.py")]
+    }
     assert {name for name in held if name.startswith("samples/")} == {"samples/01.jpg", "samples/02.jpg"}
     assert not any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pyc")) for name in held)
     stored = load_file(folder / "weights" / "model.safetensors")
@@ -127,7 +132,7 @@ def test_it_starts_from_its_own_files_alone(folder, model):
     environment.pop("PYTHONPATH", None)
     subprocess.run([sys.executable, "-c", START], cwd=folder, env=environment, check=True)
     opened, modules, index = json.loads((folder / "told.json").read_text())
-    project = str(export_space.__code__.co_filename).removesuffix("src/space.py")
+    project = str(export_space.__code__.co_filename).removesuffix("src/serving/space.py")
     interpreter = (os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
     assert not [path for path in opened if path.startswith(project) and not path.startswith(interpreter)]
     assert not {"pytorch_lightning", "lightning", "albumentations"} & {name.partition(".")[0] for name in modules}
@@ -135,7 +140,7 @@ def test_it_starts_from_its_own_files_alone(folder, model):
 
 
 def test_pushing_without_a_token_says_what_to_do(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("src.space.get_token", lambda: None)
+    monkeypatch.setattr("src.serving.space.get_token", lambda: None)
     with pytest.raises(PermissionError, match="huggingface.co/settings/tokens"):
         push_space(folder, "someone/space")
     with pytest.raises(FileNotFoundError, match="export_space"):
@@ -155,6 +160,6 @@ def test_pushing_uploads_the_folder(folder, monkeypatch):
         def upload_folder(self, **options):
             calls.append(options)
 
-    monkeypatch.setattr("src.space.HfApi", Hub)
+    monkeypatch.setattr("src.serving.space.HfApi", Hub)
     assert push_space(folder, "someone/space", token="secret") == "https://huggingface.co/spaces/someone/space"
     assert calls[0] == "secret" and calls[1]["folder_path"] == folder and calls[1]["repo_type"] == "space"

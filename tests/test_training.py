@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from src.training.fit.fit import evaluate, fit, load_detector
 
-from src import callbacks, training
 from src.config import Config
-from src.data.datamodule import DetectionData, HeldOutDataset, collate
+from src.data.datamodule import DetectionDataModule, ValDataset, collate
 from src.data.records import make_record
 from src.model.network import ANCHORS
-from src.serving.images import to_input
+from src.serving.images import to_network_input
+from src.training import callbacks, lr_finder, module
+from src.training.fit import evaluate, fit, load_detector
 from src.training.loss import assign_targets
 from src.training.lr_finder import find_lr
-from src.training.module import Detector, build_model, drawn_side, make_trainer, precision_here, strategy_here
+from src.training.module import YOLOv3Module, build_model, make_trainer, resolve_precision, resolve_strategy, sample_image_size
 from src.training.report import rows as rows_of
 from src.training.report import targets
 
@@ -25,8 +25,8 @@ from src.training.report import targets
 def tiny(folder, **changes) -> Config:
     """Four steps an epoch, seconds in all."""
     settings = Config(
-        data="shapes", classes=training_classes(), shapes_train=16, shapes_val=6, image_size=64, width=0.125, epochs=3,
-        batch_size=4, max_lr=1e-3, mosaic_off_epochs=1, workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
+        dataset="shapes", classes=training_classes(), shapes_train=16, shapes_val=6, image_size=64, width=0.125, epochs=3,
+        batch_size=4, max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
     )  # fmt: skip
     return settings.replace(**changes)
 
@@ -55,19 +55,19 @@ def test_a_run_leaves_settings_log_and_two_checkpoints(run):
     assert Config.load(folder / "config.json") == tiny(folder)
     names = {name for row in rows(folder) for name, value in row.items() if value}
     for part in ("train", "val"):
-        assert {f"{part}/{term}" for term in ("loss", "box", "object", "no_object", "class")} <= names
-    assert {"val/map50", "val/accuracy/class", "val/accuracy/object@0.05", "val/accuracy/no_object@0.5"} <= names
-    assert sum(bool(row["val/map50"]) for row in rows(folder)) == 3
+        assert {f"{part}/{term}" for term in ("loss", "box_loss", "object_loss", "no_object_loss", "class_loss")} <= names
+    assert {"val/mAP50", "val/accuracy/class", "val/accuracy/object@0.05", "val/accuracy/no_object@0.5"} <= names
+    assert sum(bool(row["val/mAP50"]) for row in rows(folder)) == 3
 
 
 def test_onecycle_rises_and_falls_by_the_step(run):
     folder, _ = run
     config = tiny(folder)
-    detector = Detector(config)
+    detector = YOLOv3Module(config)
     trainer = make_trainer(config, max_epochs=config.epochs, limit_val_batches=0)
     rates = []
     detector.on_train_batch_start = lambda *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-    trainer.fit(detector, datamodule=DetectionData(config))
+    trainer.fit(detector, datamodule=DetectionDataModule(config))
     assert len(rates) == len(set(rates)) == 12
     peak = rates.index(max(rates))
     assert max(rates) <= 1e-3 and rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:])[::-1]
@@ -85,12 +85,12 @@ def test_checkpoints_hold_the_averaged_weights(run):
 
 def test_weights_know_what_they_were_trained_on_and_reach(run):
     folder, detector = run
-    last = load_detector(folder, "last").model.about
-    assert last == detector.model.about
-    measured = evaluate(load_detector(folder, "last"), DetectionData(tiny(folder)))
+    last = load_detector(folder, "last").model.metadata
+    assert last == detector.model.metadata
+    measured = evaluate(load_detector(folder, "last"), DetectionDataModule(tiny(folder)))
     assert last["data"] == "16 drawn pictures of 8 shapes" and last["epochs"] == "3 of 3"
     wanted = measured.precisions["VOC AP@.5, area"], measured.accuracies["class"], measured.accuracies["object@0.05"]
-    assert [last["metrics"][name] for name in ("map50", "class accuracy", "object accuracy")] == pytest.approx(wanted)
+    assert [last["metrics"][name] for name in ("mAP50", "class accuracy", "object accuracy")] == pytest.approx(wanted)
 
 
 def test_weight_decay_is_for_kernels_alone(run):
@@ -120,7 +120,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(run, tmp_path, monkeypa
     resumed = fit(tiny(tmp_path), ckpt_path="last")
     for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
-    assert [row["val/map50"] for row in rows(folder)] == [row["val/map50"] for row in rows(tmp_path)]
+    assert [row["val/mAP50"] for row in rows(folder)] == [row["val/mAP50"] for row in rows(tmp_path)]
     assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(tmp_path)]
 
 
@@ -131,7 +131,7 @@ def test_resuming_needs_the_same_schedule(run):
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": 96}, {"mosaic": 0.5}, {"devices": 2}, {"shapes_train": 20}, {"ema_decay": 0.9}]
+    "change", [{"image_size": 96}, {"mosaic_prob": 0.5}, {"devices": 2}, {"shapes_train": 20}, {"ema_decay": 0.9}]
 )
 def test_resuming_needs_the_same_data_and_loss(run, change):
     folder, _ = run
@@ -146,7 +146,7 @@ def test_resuming_needs_the_same_number_of_pictures(tmp_path, monkeypatch):
     with pytest.raises(ConnectionError):
         fit(tiny(tmp_path))
     monkeypatch.undo()
-    data = DetectionData(tiny(tmp_path))
+    data = DetectionDataModule(tiny(tmp_path))
     data.setup()
     data.train_data.records = data.train_data.records + data.train_data.records[:4]
     with pytest.raises(ValueError, match=r"schedule has 12 steps, the data now make 15"):
@@ -157,25 +157,25 @@ def test_data_of_other_settings_are_refused(tmp_path):
     config = tiny(tmp_path)
     for train in (fit, find_lr):
         with pytest.raises(ValueError, match=r"made with Config.batch_size 4, not 8: make them anew"):
-            train(config.replace(batch_size=8), DetectionData(config))
-    DetectionData(config).must_suit(config.replace(max_lr=0.1, run_dir="elsewhere", workers=1))
+            train(config.replace(batch_size=8), DetectionDataModule(config))
+    DetectionDataModule(config).check_matches(config.replace(max_lr=0.1, run_dir="elsewhere", num_workers=1))
 
 
 def test_half_of_a_short_run_has_mosaics_and_sides(tmp_path):
-    for epochs, whole_from in ((1, 1), (3, 2), (4, 2), (8, 4), (40, 36)):
-        config = tiny(tmp_path, epochs=epochs, mosaic_off_epochs=4, sizes=(64, 96))
-        assert config.whole_from == whole_from
-        sides = [{drawn_side(config, step, epoch) for step in range(0, 400, 10)} for epoch in range(epochs)]
-        assert sides == [{64, 96}] * whole_from + [{64}] * (epochs - whole_from)
+    for epochs, close_mosaic_epoch in ((1, 1), (3, 2), (4, 2), (8, 4), (40, 36)):
+        config = tiny(tmp_path, epochs=epochs, close_mosaic_epochs=4, multiscale_sizes=(64, 96))
+        assert config.close_mosaic_epoch == close_mosaic_epoch
+        sides = [{sample_image_size(config, step, epoch) for step in range(0, 400, 10)} for epoch in range(epochs)]
+        assert sides == [{64, 96}] * close_mosaic_epoch + [{64}] * (epochs - close_mosaic_epoch)
 
 
 def test_several_gpus_in_a_notebook_need_one_that_was_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
-    assert strategy_here(tiny(tmp_path, devices=2))._start_method == "fork"
+    assert resolve_strategy(tiny(tmp_path, devices=2))._start_method == "fork"
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match=r"restart it, set Config.max_lr"):
-        strategy_here(tiny(tmp_path, devices=2))
-    assert strategy_here(tiny(tmp_path)) == "auto"
+        resolve_strategy(tiny(tmp_path, devices=2))
+    assert resolve_strategy(tiny(tmp_path)) == "auto"
 
 
 def test_the_assignment_asks_less_of_reduced_kernels(tmp_path):
@@ -193,13 +193,13 @@ def test_resuming_nothing_says_so(tmp_path):
 
 def test_a_checkpoint_of_other_classes_is_refused(run):
     folder, _ = run
-    other = Detector(tiny(folder, classes=("a", "b")))
+    other = YOLOv3Module(tiny(folder, classes=("a", "b")))
     with pytest.raises(ValueError, match=r"Config.classes are \['a', 'b'\]"):
         other.on_load_checkpoint(torch.load(folder / "last.ckpt", weights_only=True))
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    forward = training.YOLOLoss.forward
+    forward = module.YOLOLoss.forward
 
     def poisoned(self, logits, targets, anchors):
         terms = forward(self, logits, targets, anchors)
@@ -207,7 +207,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, 
         return terms | {"loss": terms["loss"] * (math.nan if len(calls) > 8 else 1)}
 
     calls = []
-    monkeypatch.setattr(training.YOLOLoss, "forward", poisoned)
+    monkeypatch.setattr(module.YOLOLoss, "forward", poisoned)
     with pytest.raises(FloatingPointError, match=r"not finite at step .*last good checkpoint"):
         fit(tiny(tmp_path))
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -216,71 +216,72 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, 
 
 def test_learning_rate_finder_leaves_no_trace(tmp_path):
     config = tiny(tmp_path, max_lr=0.0)
-    data = DetectionData(config)
+    data = DetectionDataModule(config)
     before = build_model(config).state_dict()
     found = find_lr(config, data, steps=30)
     assert 1e-5 <= found.suggestion <= 0.1 and len(found.rates) == len(found.losses) > 10
     assert found.rates == sorted(found.rates)
-    for one, other in zip(before.values(), Detector(config).model.state_dict().values(), strict=True):
+    for one, other in zip(before.values(), YOLOv3Module(config).model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_range_test_ends_where_the_loss_explodes():
     fall = np.linspace(10, 6, 60)
-    assert training.until_explosion(fall) == pytest.approx([fall[max(0, i - 7) : i + 8].mean() for i in range(60)])
+    assert lr_finder.smooth_until_divergence(fall) == pytest.approx([fall[max(0, i - 7) : i + 8].mean() for i in range(60)])
     for after in (np.full(20, 13.0), np.full(20, np.nan), np.array([1e6, *np.full(19, 5.0)])):
-        means = training.until_explosion(np.concatenate((fall, after)))
+        means = lr_finder.smooth_until_divergence(np.concatenate((fall, after)))
         assert 50 <= len(means) < 70 and np.diff(means).max() < 1.0
 
 
 def test_the_fall_of_the_loss_is_counted_from_its_highest_point():
-    assert training.nine_tenths_down(np.array([9.0, 8, 7, 4, 3, 2, 1, 0.5, 0, 5])) == 7
-    assert training.nine_tenths_down(np.array([2.0, 9, 12, 10, 7, 4, 3, 9, 11])) == 6
+    assert lr_finder.suggest_lr(np.array([9.0, 8, 7, 4, 3, 2, 1, 0.5, 0, 5])) == 7
+    assert lr_finder.suggest_lr(np.array([2.0, 9, 12, 10, 7, 4, 3, 9, 11])) == 6
     for never in ([1.0, 2, 3], [2.0], []):
         with pytest.raises(RuntimeError, match="max_lr"):
-            training.nine_tenths_down(np.array(never))
+            lr_finder.suggest_lr(np.array(never))
 
 
 def test_every_size_is_drawn_and_held(tmp_path):
     sizes = tuple(range(256, 449, 32))
-    config = tiny(tmp_path, sizes=sizes)
-    drawn = [drawn_side(config, step, 0) for step in range(2000)]
+    config = tiny(tmp_path, multiscale_sizes=sizes)
+    drawn = [sample_image_size(config, step, 0) for step in range(2000)]
     assert set(drawn) == set(sizes)
-    for start in range(0, 2000, config.size_steps):
-        assert len(set(drawn[start : start + config.size_steps])) == 1
-    assert drawn == [drawn_side(config, step, 1) for step in range(2000)]
-    assert {drawn_side(config, step, 2) for step in range(50)} == {64}  # the epoch without mosaics
-    assert {drawn_side(tiny(tmp_path), step, 0) for step in range(50)} == {64}
+    for start in range(0, 2000, config.multiscale_interval):
+        assert len(set(drawn[start : start + config.multiscale_interval])) == 1
+    assert drawn == [sample_image_size(config, step, 1) for step in range(2000)]
+    assert {sample_image_size(config, step, 2) for step in range(50)} == {64}  # the epoch without mosaics
+    assert {sample_image_size(tiny(tmp_path), step, 0) for step in range(50)} == {64}
 
 
 def test_multi_resolution_trains_at_the_drawn_sides(tmp_path):
-    config = tiny(tmp_path, sizes=(32, 64, 96), size_steps=1, epochs=3)
-    detector, seen = Detector(config), []
+    config = tiny(tmp_path, multiscale_sizes=(32, 64, 96), multiscale_interval=1, epochs=3)
+    detector, seen = YOLOv3Module(config), []
     detector.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
-    make_trainer(config, max_epochs=3, limit_val_batches=0).fit(detector, datamodule=DetectionData(config))
-    assert seen == [drawn_side(config, step, step // 4) for step in range(12)] and len(set(seen[:8])) > 1
+    make_trainer(config, max_epochs=3, limit_val_batches=0).fit(detector, datamodule=DetectionDataModule(config))
+    assert seen == [sample_image_size(config, step, step // 4) for step in range(12)] and len(set(seen[:8])) > 1
 
 
 @pytest.mark.parametrize("side", [256, 288, 352, 448])
 def test_a_resized_batch_is_one_read_at_that_size(side):
     """What training_step does to a batch as the loader makes it for 256 to 448 pixels, against a data set of `side` pixels."""
-    config = Config(data="shapes", classes=training_classes(), width=0.125, sizes=(side,))
+    config = Config(dataset="shapes", classes=training_classes(), width=0.125, multiscale_sizes=(side,))
     smooth = np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)  # sides divide by 13
     corners = np.random.default_rng(side).uniform(0, 700, (20, 2))
     record = make_record(smooth, np.hstack((corners, corners + np.geomspace(30, 130, 20)[:, None])), [0] * 20, [False] * 20)
-    home, there = (collate([HeldOutDataset([record], config.replace(image_size=size))[0]]) for size in (448, side))
+    home, there = (collate([ValDataset([record], config.replace(image_size=size))[0]]) for size in (448, side))
     torch.testing.assert_close(home["targets"], there["targets"], atol=1e-6, rtol=0)
 
     given, model = [], build_model(config)
     detector = SimpleNamespace(
-        config=config, model=model, trainer=SimpleNamespace(global_step=0), current_epoch=0, log_dict=lambda *_, **__: None,
+        config=config, model=model, trainer=SimpleNamespace(global_step=0), current_epoch=0, log_dict=lambda *_, **__: None, log=lambda *_, **__: None,
+        optimizers=lambda: SimpleNamespace(param_groups=[{"lr": 0.1}]),
         network=lambda images: given.append(images) or model(images),
         loss=lambda *parts: given.append(parts) or {"loss": torch.zeros(1)},
     )  # fmt: skip
-    Detector.training_step(detector, home, 0)
+    YOLOv3Module.training_step(detector, home, 0)
     images, (logits, targets, anchors) = given
-    assert images.shape[-1] == side and (images - to_input(there["images"])).abs().mean() < 0.005
+    assert images.shape[-1] == side and (images - to_network_input(there["images"])).abs().mean() < 0.005
     grids = [level.shape[2] for level in logits]
     assert grids == [side // 32, side // 16, side // 8]
     torch.testing.assert_close(anchors * side, torch.tensor(ANCHORS) * 416)  # the same pixels
@@ -292,9 +293,9 @@ def test_a_resized_batch_is_one_read_at_that_size(side):
 
 def test_frozen_backbone_epochs(tmp_path):
     config = tiny(tmp_path, freeze_epochs=1, epochs=1)
-    detector = Detector(config)
+    detector = YOLOv3Module(config)
     before = {name: value.clone() for name, value in detector.model.state_dict().items()}
-    make_trainer(config, max_epochs=1, limit_val_batches=0).fit(detector, datamodule=DetectionData(config))
+    make_trainer(config, max_epochs=1, limit_val_batches=0).fit(detector, datamodule=DetectionDataModule(config))
     after = detector.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
     assert not torch.equal(before["heads.0.predict.weight"], after["heads.0.predict.weight"])
@@ -302,26 +303,26 @@ def test_frozen_backbone_epochs(tmp_path):
 
 def test_evaluation_has_every_number(run):
     folder, _ = run
-    data = DetectionData(tiny(folder))
+    data = DetectionDataModule(tiny(folder))
     evaluation = evaluate(load_detector(folder), data)
     assert set(evaluation.accuracies) == {"class", "object@0.05", "no_object@0.05", "object@0.5", "no_object@0.5"}
     assert {"VOC AP@.5, area", "VOC AP@.5, 11 points", "course mAP@.5", "COCO AP@.5", "COCO AP@.5:.95"} == set(
         evaluation.precisions
     )
-    assert len(evaluation.truth) == sum(len(record.labels) for record in data.val_records)
-    assert len(evaluation.table) == len(training_classes())
+    assert len(evaluation.ground_truth) == sum(len(record.labels) for record in data.val_records)
+    assert len(evaluation.per_class) == len(training_classes())
 
 
 def test_weights_to_start_from(run, tmp_path):
     folder, detector = run
     detector.model.save_pretrained(tmp_path)
-    started = build_model(tiny(folder, weights=str(tmp_path)))
+    started = build_model(tiny(folder, pretrained_weights=str(tmp_path)))
     assert torch.equal(started.backbone.stem[0].weight, detector.model.backbone.stem[0].weight)
 
 
 def test_precision_is_what_the_machine_computes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert precision_here(Config()) == "16-mixed"
-    assert precision_here(Config(precision="32-true")) == "32-true"
+    assert resolve_precision(Config()) == "16-mixed"
+    assert resolve_precision(Config(precision="32-true")) == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert precision_here(Config()) in ("bf16-mixed", "32-true")
+    assert resolve_precision(Config()) in ("bf16-mixed", "32-true")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from src.config import VOC_CLASSES, Config
-from src.data.datamodule import DetectionData
+from src.data.datamodule import DetectionDataModule
 from src.data.voc import check, download_voc, main, read_annotation, read_voc
 
 BOX = "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax></bndbox>"
@@ -140,11 +140,11 @@ def test_the_command_ends_with_a_status(tmp_path, monkeypatch, capsys):
 def test_training_refuses_a_bad_tree_or_leaves_bad_pictures_out(tmp_path, capsys):
     splits = {"train_splits": ("2007/trainval",), "val_splits": ("2007/test",)}
     config = Config(voc_root=str(bad_tree(tmp_path)), cache_gb=0, **splits)
-    with pytest.raises(ValueError, match=r"(?s)1 of 2 pictures of 2007/test.*5\.xml.*src.voc check .*skip_bad_files=True"):
-        DetectionData(config).setup()
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 pictures of 2007/test.*5\.xml.*src.data.voc check .*skip_bad_files=True"):
+        DetectionDataModule(config).setup()
     with pytest.raises(ValueError, match=r"(?s)3 of 4 pictures of 2007/trainval.*2\.xml.*3\.jpg.*3\.xml.*4\.jpg"):
-        DetectionData(config.replace(val_splits=("2007/cat_trainval",))).setup()
-    data = DetectionData(config.replace(skip_bad_files=True))
+        DetectionDataModule(config.replace(val_splits=("2007/cat_trainval",))).setup()
+    data = DetectionDataModule(config.replace(skip_bad_files=True))
     data.setup()
     assert (len(data.train_records), len(data.val_records)) == (1, 1)
     assert "3 of 4 pictures of 2007/trainval can't be used" in capsys.readouterr().out
@@ -189,10 +189,10 @@ def test_nothing_is_unpacked_over_lists_that_are_there(tmp_path, monkeypatch):
     write_tree(tmp_path, "2012", {"train": {"1": obj()}})
     download_voc(tmp_path, ("2012/train", "2012/val", "2012/trainval"))
     own = Config(classes=("mask",), voc_root=str(tmp_path / "mistyped"), train_splits=("2012/train",), val_splits=("2012/val",))
-    DetectionData(own).prepare_data()
+    DetectionDataModule(own).prepare_data()
     assert not asked
     with pytest.raises(FileNotFoundError, match="mistyped"):
-        DetectionData(own).setup()
+        DetectionDataModule(own).setup()
 
 
 def test_a_failed_download_names_the_way_out(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ class Visitor:
         return " ".join(element.text for element in self.all(selector))
 
     def source(self, picture: str) -> str:
-        """Address of the picture in #boxes or #heat, empty where there is none."""
+        """Address of the picture in #boxes or #heatmap, empty where there is none."""
         images = self.all(f"#{picture} img")
         return images[0].get_attribute("src") if images else ""
 
@@ -115,10 +115,10 @@ class Visitor:
         """Wait until picture and map of this shape, long side 480, are shown."""
         scale = 480 / max(width, height)
         expected = [round(width * scale), round(height * scale)]
-        for picture in ("boxes", "heat"):
+        for picture in ("boxes", "heatmap"):
             self.until(lambda name=picture: self.source(name) and self.size(name) == expected)
 
-    def slide(self, name: str, value: float) -> None:
+    def on_threshold_change(self, name: str, value: float) -> None:
         """Set a slider by its number field."""
         field = self.all(f"#{name} input[type=number]")[0]
         self.script(

@@ -1,8 +1,8 @@
 """Notebooks: what their first cell needs, and the address of the repository they fetch.
 
-python -m src.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
-python -m src.notebook address https://github.com/NAME/REPOSITORY
-python -m src.notebook images
+python -m tools.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
+python -m tools.notebook address https://github.com/NAME/REPOSITORY
+python -m tools.notebook images
 """
 
 import argparse
@@ -23,7 +23,7 @@ HARMLESS = (  # beginnings of libraries' warnings that a reader can do nothing a
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's use of PyTorch
     r"Checkpoint directory .* exists and is not empty",  # a run begun again in its own folder
     r"The number of training batches \(\d+\) is smaller than the logging interval",  # a very small run
-    r"The '\w+' does not have many workers",  # Config.workers says how many
+    r"The '\w+' does not have many workers",  # Config.num_workers says how many
 )
 FIGURES = {"image/jpeg": "jpg", "image/png": "png"}
 
@@ -63,7 +63,7 @@ def set_address(url: str) -> list[str]:
         raise ValueError(f"{url!r} is no address of a repository; give https://github.com/OWNER/NAME")
     old, new = (address.removeprefix("https://github.com/") for address in (REPOSITORY, url))
     changed = []
-    for name in (*NOTEBOOKS, "README.md", "src/notebook.py"):
+    for name in (*NOTEBOOKS, "README.md", "tools/notebook.py"):
         path = ROOT / name
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         renamed = re.sub(re.escape(old) + r"(?![\w-])", new, text)
@@ -95,7 +95,7 @@ def keep_images(folder: str | Path = "images") -> list[Path]:
 
 def main() -> None:
     """The commands above; ends with status 1 where a cell failed."""
-    parser = argparse.ArgumentParser(prog="python -m src.notebook", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.notebook", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     execute = commands.add_parser("run", help="execute a notebook from top to bottom, showing its output as it comes")
     execute.add_argument("source", help="the notebook")

@@ -24,7 +24,7 @@ def main(space: str, sample: int = 2) -> None:
             visitor = Visitor(driver, address)
             visitor.resize(*size)
             visitor.script("arguments[0].click()", visitor.all("#samples .gallery-item")[sample - 1])
-            visitor.until(lambda page=visitor: page.source("boxes") and page.source("heat"))
+            visitor.until(lambda page=visitor: page.source("boxes") and page.source("heatmap"))
             time.sleep(3)  # until nothing moves any more
             path = ROOT / "images" / f"app_{name}.png"
             driver.save_screenshot(str(path))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.records import Record
+from src.data.records import ImageRecord
 
 FOLDER = Path("data/cache")
 
@@ -62,7 +62,7 @@ class ImageCache:
         return image, original
 
 
-def open_cache(records: list[Record], name: str, side: int, room_gb: float) -> ImageCache | None:
+def open_cache(records: list[ImageRecord], name: str, side: int, room_gb: float) -> ImageCache | None:
     """The cache of these pictures at this side, or None with a word why: over `room_gb`, or no place to write it.
 
     Its file is named after the pictures (path, size and time, or content), so changed pictures get a new one.

@@ -15,21 +15,18 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from src.config import VOC_CLASSES, Config
 from src.data.cache import ImageCache, open_cache
 from src.data.mosaic import MosaicDataset, to_sample
-from src.data.records import Record
+from src.data.records import ImageRecord
 from src.data.shapes import draw_shapes
 from src.data.voc import download_voc, read_voc
-from src.serving.images import letterbox, letterbox_placement, load_image, picture_size
-
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
-
+from src.serving.images import image_size_of, letterbox, letterbox_placement, load_image
 
 SHARED = "/dev/shm"  # where loader processes leave their batches; 64 MB in a Docker container that asks for no more
 
 
-class HeldOutDataset(Dataset):
+class ValDataset(Dataset):
     """Evaluation samples: each record letterboxed, nothing random. Also gives the difficult flags."""
 
-    def __init__(self, records: list[Record], config: Config, cache: ImageCache | None = None):
+    def __init__(self, records: list[ImageRecord], config: Config, cache: ImageCache | None = None):
         self.records, self.config, self.cache = records, config, cache
 
     def __len__(self) -> int:
@@ -39,7 +36,7 @@ class HeldOutDataset(Dataset):
         record, side = self.records[index], self.config.image_size
 
         def read():
-            return letterbox(load_image(record.image), side)[0], picture_size(record.image)
+            return letterbox(load_image(record.image), side)[0], image_size_of(record.image)
 
         square, (width, height) = self.cache.fetch(index, read) if self.cache else read()
         placement = letterbox_placement(width, height, side)
@@ -64,7 +61,7 @@ def collate(samples: list[tuple]) -> dict[str, Tensor]:
     return batch
 
 
-class DrawSampler(DistributedSampler):
+class SampleIdSampler(DistributedSampler):
     """Every picture once an epoch, shuffled by (seed, epoch), as draws of `MosaicDataset`; a part to each process."""
 
     def __init__(self, dataset: Dataset, seed: int):
@@ -75,33 +72,33 @@ class DrawSampler(DistributedSampler):
         return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 
-OF_DATA = (  # what of a Config decides which batches there are
-    "data", "voc_root", "train_splits", "val_splits", "classes", "skip_bad_files", "shapes_train", "shapes_val",
-    "image_size", "sizes", "mosaic", "mosaic_off_epochs", "mosaic_scale", "single_scale", "min_visible",
+DATA_FIELDS = (  # what of a Config decides which batches there are
+    "dataset", "voc_root", "train_splits", "val_splits", "classes", "skip_bad_files", "shapes_train", "shapes_val",
+    "image_size", "multiscale_sizes", "mosaic_prob", "close_mosaic_epochs", "mosaic_scale", "image_scale", "min_visibility",
     "epochs", "batch_size", "devices", "seed",
 )  # fmt: skip
 
 
-class DetectionData(pl.LightningDataModule):
-    """The two splits of `config.data` and their loaders; the download happens in `prepare_data`."""
+class DetectionDataModule(pl.LightningDataModule):
+    """The two splits of `config.dataset` and their loaders; the download happens in `prepare_data`."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.train_records: list[Record] = []
-        self.val_records: list[Record] = []
+        self.train_records: list[ImageRecord] = []
+        self.val_records: list[ImageRecord] = []
 
-    def must_suit(self, config: Config) -> None:
+    def check_matches(self, config: Config) -> None:
         """Raises ValueError that names a setting of the data in which `config` differs from the one they were made with."""
-        for name in OF_DATA:
+        for name in DATA_FIELDS:
             ours, asked = getattr(self.config, name), getattr(config, name)
             if ours != asked:
                 raise ValueError(
-                    f"the data were made with Config.{name} {ours}, not {asked}: make them anew, DetectionData(config)"
+                    f"the data were made with Config.{name} {ours}, not {asked}: make them anew, DetectionDataModule(config)"
                 )
 
     def prepare_data(self) -> None:
-        if self.config.data == "voc" and self.config.classes == VOC_CLASSES:
+        if self.config.dataset == "voc" and self.config.classes == VOC_CLASSES:
             download_voc(self.config.voc_root, self.config.train_splits + self.config.val_splits)
 
     def setup(self, stage: str = "") -> None:
@@ -109,22 +106,22 @@ class DetectionData(pl.LightningDataModule):
         if self.train_records:
             return
         config = self.config
-        if config.data == "voc":
+        if config.dataset == "voc":
             where, how = config.voc_root, (config.classes, config.skip_bad_files)
             self.val_records = read_voc(where, config.val_splits, *how)
             self.train_records = read_voc(where, config.train_splits, *how)  # last: see above
         else:
             self.train_records = draw_shapes(config.shapes_train, seed=2 * config.seed)
             self.val_records = draw_shapes(config.shapes_val, seed=2 * config.seed + 1)
-        train_cache = open_cache(self.train_records, "training", config.canvas, config.cache_gb)
+        train_cache = open_cache(self.train_records, "training", config.canvas_size, config.cache_gb)
         self.train_data = MosaicDataset(self.train_records, config, train_cache)
         val_cache = open_cache(self.val_records, "held-out", config.image_size, config.cache_gb)
-        self.val_data = HeldOutDataset(self.val_records, config, val_cache)
+        self.val_data = ValDataset(self.val_records, config, val_cache)
 
     def train_dataloader(self) -> DataLoader:
         """Batches without end of an epoch's remainder: the last, smaller one is dropped."""
         few = len(self.train_data) < self.config.batch_size
-        return self._loader(self.train_data, DrawSampler(self.train_data, self.config.seed), drop_last=not few)
+        return self._loader(self.train_data, SampleIdSampler(self.train_data, self.config.seed), drop_last=not few)
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out picture exactly once, whatever the number of processes."""
@@ -134,7 +131,7 @@ class DetectionData(pl.LightningDataModule):
     def _loader(self, dataset: Dataset, sampler, **options) -> DataLoader:
         return DataLoader(
             dataset, self.config.batch_size, sampler=sampler, num_workers=self.workers, collate_fn=collate, **options,
-            worker_init_fn=_quiet_worker, persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_single_thread_worker, persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
     @cached_property
@@ -143,8 +140,8 @@ class DetectionData(pl.LightningDataModule):
 
         Two finished batches wait there for each, and two more are on their way.
         """
-        wanted = self.config.workers if self.config.workers >= 0 else min(8, os.cpu_count() or 1)
-        batch = 3 * self.config.canvas**2 * self.config.batch_size * self.config.devices
+        wanted = self.config.num_workers if self.config.num_workers >= 0 else min(8, os.cpu_count() or 1)
+        batch = 3 * self.config.canvas_size**2 * self.config.batch_size * self.config.devices
         free = shutil.disk_usage(SHARED).free if os.path.isdir(SHARED) else 2 * batch * (wanted + 1)
         room = max(0, free // (2 * batch) - 1)
         if room < wanted:
@@ -153,6 +150,6 @@ class DetectionData(pl.LightningDataModule):
         return min(wanted, room)
 
 
-def _quiet_worker(_: int) -> None:
+def _single_thread_worker(_: int) -> None:
     """One loader process, one thread: OpenCV's own threads would fight over the cores."""
     cv2.setNumThreads(0)

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Training samples: four-image mosaics and single images, augmented."""
+
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
 
 import albumentations as A
 import cv2
@@ -9,13 +13,11 @@ from torch.utils.data import Dataset
 
 from src.config import Config
 from src.data.cache import ImageCache
-from src.data.records import Record
+from src.data.records import ImageRecord
 from src.model.boxes import xyxy_to_cxcywh
-from src.serving.images import PAD, fit_inside, load_image, picture_size
+from src.serving.images import PAD, image_size_of, load_image, resize_long_side
 
 MIN_SIDE = 2  # pixels; smaller remains of a box are dropped
-
-
 Sample = tuple[Tensor, Tensor, Tensor]  # uint8 [3, S, S]; boxes float32 [n, 4] cxcywh in 0..1; labels int64 [n]
 
 
@@ -46,54 +48,54 @@ def paste(canvas: np.ndarray, region: tuple[int, int, int, int], image: np.ndarr
     )
 
 
-def place_boxes(boxes: np.ndarray, matrix: np.ndarray, region: tuple, min_visible: float) -> tuple:
+def place_boxes(boxes: np.ndarray, matrix: np.ndarray, region: tuple, min_visibility: float) -> tuple:
     """Boxes [n, 4] xyxy moved by `matrix` and cut at `region`; which keep enough of their area: bool [n]."""
     moved = boxes * matrix[[0, 1, 0, 1], [0, 1, 0, 1]] + matrix[[0, 1, 0, 1], 2]
     cut = np.clip(moved, region[:2] * 2, region[2:] * 2)
     sides, whole = cut[:, 2:] - cut[:, :2], moved[:, 2:] - moved[:, :2]
-    kept = (sides >= MIN_SIDE).all(axis=1) & (sides.prod(axis=1) >= min_visible * whole.prod(axis=1))
+    kept = (sides >= MIN_SIDE).all(axis=1) & (sides.prod(axis=1) >= min_visibility * whole.prod(axis=1))
     return cut.astype(np.float32), kept
 
 
 class MosaicDataset(Dataset):
-    """Training samples: `dataset[draw]`, draw = epoch * len(dataset) + index.
+    """Training samples: `dataset[sample_id]`, sample_id = epoch * len(dataset) + index.
 
-    What is drawn depends on (seed, draw) alone, not on workers, so a resumed run goes on as if never stopped.
-    `config.mosaic` of the draws join four images around a random centre; the others place one. Each image is
-    resized by `config.mosaic_scale` or `single_scale` and a small change of shape in the same warp that places it.
+    What is drawn depends on (seed, sample_id) alone, not on workers, so a resumed run goes on as if never stopped.
+    `config.mosaic_prob` of the draws join four images around a random centre; the others place one. Each image is
+    resized by `config.mosaic_scale` or `image_scale` and a small change of shape in the same warp that places it.
     """
 
-    def __init__(self, records: list[Record], config: Config, cache: ImageCache | None = None):
+    def __init__(self, records: list[ImageRecord], config: Config, cache: ImageCache | None = None):
         self.records, self.config, self.cache = records, config, cache
         self.augment = augmentations()
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def is_mosaic(self, draw: int) -> bool:
-        """Whether this draw is a four-image mosaic."""
-        return self._wants_mosaic(draw, self._random(draw))
+    def is_mosaic(self, sample_id: int) -> bool:
+        """Whether this sample_id is a four-image mosaic."""
+        return self._is_mosaic(sample_id, self._random(sample_id))
 
-    def _wants_mosaic(self, draw: int, random: np.random.Generator) -> bool:
-        return random.random() < self.config.mosaic and draw // len(self) < self.config.whole_from
+    def _is_mosaic(self, sample_id: int, random: np.random.Generator) -> bool:
+        return random.random() < self.config.mosaic_prob and sample_id // len(self) < self.config.close_mosaic_epoch
 
-    def __getitem__(self, draw: int) -> Sample:
-        random = self._random(draw)
-        draw_canvas = self._mosaic if self._wants_mosaic(draw, random) else self._single
-        canvas, boxes, labels = draw_canvas(draw % len(self), random)
+    def __getitem__(self, sample_id: int) -> Sample:
+        random = self._random(sample_id)
+        draw_canvas = self._mosaic if self._is_mosaic(sample_id, random) else self._single
+        canvas, boxes, labels = draw_canvas(sample_id % len(self), random)
         self.augment.set_random_seed(int(random.integers(2**31)))
         out = self.augment(image=canvas, bboxes=boxes, labels=labels)
         return to_sample(out["image"], np.float32(out["bboxes"]).reshape(-1, 4), np.int64(out["labels"]))
 
-    def _random(self, draw: int) -> np.random.Generator:
-        return np.random.default_rng((self.config.seed, draw))
+    def _random(self, sample_id: int) -> np.random.Generator:
+        return np.random.default_rng((self.config.seed, sample_id))
 
     def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Picture `index` with `canvas` pixels on its long side, uint8, and its boxes in these pixels."""
-        record, side = self.records[index], self.config.canvas
+        record, side = self.records[index], self.config.canvas_size
 
         def read():
-            return fit_inside(load_image(record.image, side), side), picture_size(record.image)
+            return resize_long_side(load_image(record.image, side), side), image_size_of(record.image)
 
         small, original = self.cache.fetch(index, read) if self.cache else read()
         return small, record.boxes * np.array((small.shape[1] / original[0], small.shape[0] / original[1]) * 2)
@@ -110,7 +112,7 @@ class MosaicDataset(Dataset):
 
         An image larger than its part shows a random cut of itself, a smaller one lies at the common point.
         """
-        side = self.config.canvas
+        side = self.config.canvas_size
         x, y = (int(v) for v in random.uniform(0.25, 0.75, 2) * side)
         regions = (0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)
         canvas = np.empty((side, side, 3), dtype=np.uint8)
@@ -128,9 +130,9 @@ class MosaicDataset(Dataset):
 
     def _single(self, index: int, random: np.random.Generator) -> tuple:
         """One image somewhere on the canvas: canvas, boxes, labels."""
-        side = self.config.canvas
+        side = self.config.canvas_size
         canvas = np.empty((side, side, 3), dtype=np.uint8)
-        scale = self._jitter(random, self.config.single_scale)
+        scale = self._jitter(random, self.config.image_scale)
         image, boxes = self.image(index)
         free = np.float64([side - image.shape[1] * scale[0], side - image.shape[0] * scale[1]])
         picture = image, boxes, self.records[index].labels
@@ -141,7 +143,7 @@ class MosaicDataset(Dataset):
         image, boxes, labels = picture
         matrix = np.float64([[scale[0], 0, corner[0]], [0, scale[1], corner[1]]])
         paste(canvas, region, image, matrix)
-        cut, kept = place_boxes(boxes, matrix, region, self.config.min_visible)
+        cut, kept = place_boxes(boxes, matrix, region, self.config.min_visibility)
         return cut[kept], labels[kept]
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.serving.images import load_image, picture_size
+from src.serving.images import image_size_of, load_image
 
 
 class Problem(NamedTuple):
@@ -15,7 +15,7 @@ class Problem(NamedTuple):
     text: str  # names the file and the field
 
 
-class Record(NamedTuple):
+class ImageRecord(NamedTuple):
     """One picture and its objects."""
 
     image: str | np.ndarray  # a path, or uint8 [H, W, 3] RGB
@@ -24,10 +24,10 @@ class Record(NamedTuple):
     difficult: np.ndarray  # bool [n]: hard to see; neither counted nor punished by VOC's average precision
 
 
-def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: list) -> Record:
+def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: list) -> ImageRecord:
     """A record of the right types, whatever the number of objects."""
     boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    return Record(image, boxes, np.asarray(labels, dtype=np.int64), np.asarray(difficult, dtype=bool))
+    return ImageRecord(image, boxes, np.asarray(labels, dtype=np.int64), np.asarray(difficult, dtype=bool))
 
 
 def read_size(path: Path, decode: bool = False) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def read_size(path: Path, decode: bool = False) -> tuple[int, int]:
             whole = start == b"\xff\xd8" and b"\xff\xd9" in file.read()
         if decode or not whole:
             load_image(path)
-        return picture_size(path)
+        return image_size_of(path)
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise anything where bytes are damaged

@@ -11,26 +11,14 @@ import numpy as np
 from numpy.random import Generator
 
 from src.config import SHAPE_CLASSES
-from src.data.records import Record
+from src.data.records import ImageRecord
 
 SIDES = (0.08, 0.64)  # longer side of a shape's box, as a fraction of the picture
-
-
-MOST_TURN = 15  # degrees either way: more, and a small network takes far longer to tell the shapes apart
-
-
-MOST_SHAPES = 5  # in one picture
-
-
+MAX_ROTATION = 15  # degrees either way: more, and a small network takes far longer to tell the shapes apart
+MAX_SHAPES = 5  # in one picture
 TRIES = 6  # places tried for one shape
-
-
-LEAST_VISIBLE = 0.3  # a shape that would show less of itself is placed elsewhere, or not at all
-
-
+MIN_VISIBLE_FRACTION = 0.3  # a shape that would show less of itself is placed elsewhere, or not at all
 DIFFICULT_BELOW = 0.4  # visible fraction under which a shape is marked difficult
-
-
 PATTERNS = ("marble", "stripes", "checks", "dots")
 
 
@@ -60,23 +48,11 @@ def _rounded(corners: list | np.ndarray, radius: float, points: int = 240) -> np
 
 
 ARROW = [(10, 0), (1, -8), (1, -3), (-10, -3), (-10, 3), (1, 3), (1, 8)]
-
-
 BOLT = [(0, -11), (-7, 2), (-1, 2), (-4, 11), (7, -3), (1, -3), (5, -11)]
-
-
 STAR = np.stack([_arc(-90, 198, points=5), _arc(-54, 234, radius=0.44, points=5)], axis=1).reshape(10, 2)
-
-
 CRESCENT = np.concatenate([_arc(45, 315), _arc(-70, -290, radius=0.752, centre=(0.45, 0))])
-
-
 T = np.linspace(0, 2 * np.pi, 240)  # the heart's angle
-
-
 HEART = [16 * np.sin(T) ** 3, 5 * np.cos(2 * T) + 2 * np.cos(3 * T) + np.cos(4 * T) - 13 * np.cos(T)]
-
-
 FORMS = {  # curves around the origin, in any unit, y downwards
     "circle": [_arc(0, 360)],
     "triangle": [_rounded(_arc(-90, 150, points=3), radius=0.12)],
@@ -91,7 +67,7 @@ FORMS = {  # curves around the origin, in any unit, y downwards
 
 def _pose(rng: Generator, curves: list[np.ndarray], side: float) -> list[np.ndarray]:
     """Curves turned and squeezed a little. Their box is centred on the origin, `side` pixels at its longer side."""
-    angle = np.radians(rng.uniform(-MOST_TURN, MOST_TURN))
+    angle = np.radians(rng.uniform(-MAX_ROTATION, MAX_ROTATION))
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     squeeze = rng.uniform(0.8, 1, 2)[:, None] * turn
     curves = [curve @ squeeze for curve in curves]
@@ -126,7 +102,7 @@ def _window(curves: list[np.ndarray], size: int, margin: float) -> tuple:
 def plan(rng: Generator, size: int) -> list[Shape]:
     """The shapes of one scene, front to back."""
     shapes, taken = [], np.zeros((size, size), np.float32)
-    for _ in range(rng.integers(1, MOST_SHAPES + 1)):
+    for _ in range(rng.integers(1, MAX_SHAPES + 1)):
         label = int(rng.integers(len(FORMS)))
         side = size * SIDES[0] * (SIDES[1] / SIDES[0]) ** rng.random()
         posed = _pose(rng, FORMS[SHAPE_CLASSES[label]], side)
@@ -136,7 +112,7 @@ def plan(rng: Generator, size: int) -> list[Shape]:
             window = x1, y1, x2, y2 = _window(curves, size, 0)
             mask, front = _fill(curves, window), taken[y1:y2, x1:x2]
             visible = 1 - float((mask * front).sum() / mask.sum())
-            if visible >= LEAST_VISIBLE:
+            if visible >= MIN_VISIBLE_FRACTION:
                 np.maximum(front, mask, out=front)
                 shapes.append(Shape(label, curves, _box(curves, mask, window), visible))
                 break
@@ -213,8 +189,8 @@ def _paint(rng: Generator, picture: np.ndarray, shape: Shape, clouds: np.ndarray
     region += mask * (face - region)
 
 
-def _scene(seed: int, index: int, size: int) -> Record:
-    """Record number `index` of a seed."""
+def _scene(seed: int, index: int, size: int) -> ImageRecord:
+    """ImageRecord number `index` of a seed."""
     rng = np.random.default_rng([seed, index])
     shapes, clouds, hue = plan(rng, size), _clouds(rng, size), rng.uniform(0, 360)
     picture, light = _backdrop(rng, clouds, hue), _arc(rng.uniform(200, 300), 0, points=1)[0]
@@ -222,7 +198,7 @@ def _scene(seed: int, index: int, size: int) -> Record:
         _paint(rng, picture, shape, clouds, hue + rng.uniform(50, 310), light)
     picture += rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(0, 0.022))
     image = np.rint(picture * 255).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-    return Record(
+    return ImageRecord(
         image=cv2.GaussianBlur(np.ascontiguousarray(image), (3, 3), rng.uniform(0.2, 0.7)),
         boxes=np.array([shape.box for shape in shapes], np.float32),
         labels=np.array([shape.label for shape in shapes], np.int64),
@@ -230,10 +206,10 @@ def _scene(seed: int, index: int, size: int) -> Record:
     )
 
 
-def draw_shapes(count: int, size: int = 192, seed: int = 0) -> list[Record]:
+def draw_shapes(count: int, size: int = 192, seed: int = 0) -> list[ImageRecord]:
     """`count` records with their pictures, uint8 [size, size, 3] RGB; one to five shapes in each.
 
-    Record i depends on (seed, i, size) alone, so a longer list starts with the shorter one. Held-out pictures take a
+    ImageRecord i depends on (seed, i, size) alone, so a longer list starts with the shorter one. Held-out pictures take a
     seed of their own. Boxes are tight around a shape's whole form, hidden parts included, clipped to the picture.
     """
     if count < 0:

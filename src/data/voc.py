@@ -12,11 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from src.config import VOC_CLASSES
-from src.data.records import Problem, Record, make_record, read_size
+from src.data.records import ImageRecord, Problem, make_record, read_size
 
 SLACK = 1.0  # pixels that a box may stick out of its picture, and is cut: tools count from 0 or from 1
-
-
 LARGEST = 1e6  # pixels
 
 
@@ -104,18 +102,14 @@ def _number(parent: ElementTree.Element, field: str, where: str, problems: list[
     return value
 
 
-PUBLISHED = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)
-
-
+PUBLISHED_SPLITS = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)
 KAGGLE_INPUTS = Path("/kaggle/input")
-
-
 SHOWN = 10  # problems that a refusal lists
 
 
-def read_picture(
+def read_image_record(
     folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False
-) -> tuple[Record | None, list[Problem]]:
+) -> tuple[ImageRecord | None, list[Problem]]:
     """The record of one picture of a folder VOC2007 or VOC2012, or None and what is wrong with it."""
     image, annotation = folder / "JPEGImages" / f"{stem}.jpg", folder / "Annotations" / f"{stem}.xml"
     try:
@@ -147,7 +141,7 @@ def split_folder(root: str | Path, split: str) -> Path:
     return Path(root) / "VOCdevkit" / f"VOC{year}"
 
 
-def list_pictures(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str]]:
+def list_images(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str]]:
     """(the folder VOC2007 or VOC2012, name without ending) of each listed picture, in the order of the lists.
 
     Raises FileNotFoundError where a list is missing, ValueError where it is no text or lists nothing.
@@ -159,7 +153,7 @@ def list_pictures(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, s
         if not listed.exists():
             raise FileNotFoundError(
                 f"{listed} is missing. Set Config.voc_root or the environment variable VOC_ROOT to the folder that "
-                'holds VOCdevkit, or use Config(data="shapes"), which needs no download'
+                'holds VOCdevkit, or use Config(dataset="shapes"), which needs no download'
             )
         try:
             lines = listed.read_text(encoding="utf-8-sig").split("\n")
@@ -171,18 +165,18 @@ def list_pictures(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, s
     return pictures
 
 
-def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool = False) -> list[Record]:
+def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool = False) -> list[ImageRecord]:
     """Records of the listed splits, each "year/split" such as "2007/trainval", in the order of their lists.
 
     root: the folder that holds VOCdevkit. skip_bad: go on without pictures that can't be used, saying how many.
     Raises FileNotFoundError where a list is missing, and ValueError that lists what is wrong and the way out.
     """
-    found = [read_picture(*picture, classes) for picture in list_pictures(root, splits)]
+    found = [read_image_record(*picture, classes) for picture in list_images(root, splits)]
     records = [record for record, _ in found if record is not None]
     problems = [problem for _, wrong in found for problem in wrong]
     bad = len(found) - len(records)
     named = () if classes == VOC_CLASSES else ("--classes", ",".join(classes))
-    command = shlex.join(("python", "-m", "src.voc", "check", str(root), *named))
+    command = shlex.join(("python", "-m", "src.data.voc", "check", str(root), *named))
     says = f"{bad:,} of {len(found):,} pictures of {', '.join(splits)} can't be used ({count(problems)})"
     if bad and not (skip_bad and records):
         shown = "\n  ".join(problem.text for problem in problems[:SHOWN])
@@ -203,14 +197,14 @@ def count(problems: list[Problem]) -> str:
 def check(root: str | Path, classes: tuple[str, ...]) -> list[Problem]:
     """Everything that is wrong with the listed pictures of a tree, each decoded in full; printed, with counts.
 
-    Lists of one class, such as cat_train.txt, are not read. Raises what `list_pictures` raises.
+    Lists of one class, such as cat_train.txt, are not read. Raises what `list_images` raises.
     """
     named = {*classes, *VOC_CLASSES}
     lists = [f for f in _find(root, "VOC*/ImageSets/Main/*.txt") if f.stem.rpartition("_")[0] not in named]
-    pictures = dict.fromkeys(list_pictures(root, [f"{f.parents[2].name[3:]}/{f.stem}" for f in lists]))
+    pictures = dict.fromkeys(list_images(root, [f"{f.parents[2].name[3:]}/{f.stem}" for f in lists]))
     problems, boxes, good = [], 0, 0
     for folder, stem in tqdm(pictures, unit="picture", leave=False, disable=None):
-        record, wrong = read_picture(folder, stem, classes, decode=True)
+        record, wrong = read_image_record(folder, stem, classes, decode=True)
         problems += wrong
         good, boxes = good + (record is not None), boxes + (len(record.labels) if record else 0)
         for problem in wrong:
@@ -232,7 +226,7 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
         year, _, name = split.partition("/")
         archive = ("test",) if name == "test" else ("train", "val", "trainval")
         lists = split_folder(root, split) / "ImageSets" / "Main"
-        if split not in PUBLISHED or any((lists / f"{other}.txt").exists() for other in archive):
+        if split not in PUBLISHED_SPLITS or any((lists / f"{other}.txt").exists() for other in archive):
             continue
         print(f"VOC {split} is not under {root}: downloading it")
         try:
@@ -240,13 +234,13 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
         except (OSError, RuntimeError, ValueError) as error:
             raise RuntimeError(
                 f"VOC {split} is not under {Path(root).resolve()} and can't be downloaded ({error}). Set "
-                'Config.voc_root or VOC_ROOT to the folder that holds VOCdevkit, or use Config(data="shapes")'
+                'Config.voc_root or VOC_ROOT to the folder that holds VOCdevkit, or use Config(dataset="shapes")'
             ) from error
 
 
 def main() -> None:
     """The command above; ends with status 1 where a picture can't be used."""
-    parser = argparse.ArgumentParser(prog="python -m src.voc", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m src.data.voc", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="list everything that is wrong with a tree's pictures, with counts")
     command.add_argument("folder", help="the folder that holds VOCdevkit")

@@ -1,6 +1,5 @@
 """Figures of numbers: data sets, training curves, precision, speed. They show what they get, and decide nothing."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,25 +9,31 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from src.figures.style import HELD_OUT, INK, SCALES, SOFT, TARGET, TRAIN, Sheet, colours, styled
+from src.figures.style import INK, SCALES, SOFT, TARGET, TRAIN, VAL, NotebookFigure, colours, with_style
 from src.model.network import STRIDES
-from src.serving.images import picture_size
+from src.serving.images import image_size_of
+from src.training.callbacks import read_metrics
 from src.training.metrics import THRESHOLDS, match, precision_recall
 from src.training.report import NAMES
 
-TERMS = {"box": "box", "object": "object there", "no_object": "nothing there", "class": "class"}
+TERMS = {
+    "box_loss": "box",
+    "object_loss": "objectness, positives",
+    "no_object_loss": "objectness, background",
+    "class_loss": "class",
+}
 
 
 def _box_sides(records: Sequence) -> np.ndarray:
     """Width and height of every object [n, 2], in sides of the square that its picture is letterboxed into."""
-    sides = [(r.boxes[:, 2:] - r.boxes[:, :2]) / max(picture_size(r.image)) for r in records]
+    sides = [(r.boxes[:, 2:] - r.boxes[:, :2]) / max(image_size_of(r.image)) for r in records]
     return np.concatenate([np.zeros((0, 2)), *sides])
 
 
-@styled
-def data_summary(records: Sequence, classes: Sequence[str]) -> Figure:
+@with_style
+def plot_dataset_summary(records: Sequence, classes: Sequence[str]) -> Figure:
     """How many objects each class has, and how large objects are."""
-    figure = Sheet(max(2.8, 0.22 * len(classes) + 0.9))
+    figure = NotebookFigure(max(2.8, 0.22 * len(classes) + 0.9))
     left, right = figure.subplots(1, 2)
     counts = np.bincount(np.concatenate([r.labels for r in records]), minlength=len(classes))
     bars = left.barh(classes, counts, color=colours(len(classes)), edgecolor=INK, linewidth=0.4)
@@ -38,7 +43,7 @@ def data_summary(records: Sequence, classes: Sequence[str]) -> Figure:
     left.set(title=f"{counts.sum():,} objects in {len(records):,} pictures", xlabel="objects")
     left.margins(x=0.12)
     sizes = np.sqrt(_box_sides(records).prod(axis=1))
-    right.hist(sizes, bins=np.geomspace(0.01, 1, 31), color=HELD_OUT, edgecolor="white", linewidth=0.5)
+    right.hist(sizes, bins=np.geomspace(0.01, 1, 31), color=VAL, edgecolor="white", linewidth=0.5)
     right.set(title="How large they are", xlabel="√(width × height), in % of the picture's side", ylabel="objects")
     right.set_xscale("log")
     right.set_xticks([0.01, 0.03, 0.1, 0.3, 1], ["1", "3", "10", "30", "100"])
@@ -47,10 +52,10 @@ def data_summary(records: Sequence, classes: Sequence[str]) -> Figure:
     return figure
 
 
-@styled
-def anchors_over_boxes(records: Sequence, anchors: Sequence) -> Figure:
+@with_style
+def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
     """Shapes of all objects under the nine anchors [3][3] (width, height), and the anchors as boxes."""
-    figure = Sheet(4.3)
+    figure = NotebookFigure(4.3)
     left, right = figure.subplots(1, 2)
     left.scatter(*_box_sides(records).T, s=6, color=SOFT, alpha=0.3, linewidths=0)
     for scale, (stride, colour, marker) in enumerate(zip(STRIDES, SCALES, "s^o", strict=True)):
@@ -72,12 +77,12 @@ def anchors_over_boxes(records: Sequence, anchors: Sequence) -> Figure:
     return figure
 
 
-@styled
-def lr_curve(found) -> Figure:
-    """A `LearningRates`: loss against learning rate, the suggestion marked."""
-    figure = Sheet(3.0)
+@with_style
+def plot_lr_finder(found) -> Figure:
+    """A `LRFinderResult`: loss against learning rate, the suggestion marked."""
+    figure = NotebookFigure(3.0)
     axis = figure.subplots()
-    axis.plot(found.rates, found.losses, color=HELD_OUT)
+    axis.plot(found.rates, found.losses, color=VAL)
     axis.axvline(found.suggestion, color=TARGET, linestyle="--", linewidth=1.4)
     low, high = np.nanmin(found.losses), max(found.losses[: found.rates.index(found.suggestion) + 1])
     axis.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)", title="Learning-rate range test")
@@ -94,7 +99,7 @@ def read_curve(path: str | Path, name: str, x: str = "epoch") -> tuple[np.ndarra
     Of rows with the same x the last counts, so a resumed run has no seam; a line still being written is left out.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    rows = read_metrics(line for line in lines if line.endswith("\n"))
     values = {int(row[x]): float(row[name]) for row in rows if row.get(x) and row.get(name)}
     order = sorted(values)
     return np.array(order, dtype=int), np.array([values[key] for key in order])
@@ -106,25 +111,25 @@ def _curve(axis: Axes, path: str | Path, name: str, **style) -> None:
     axis.plot(epochs + 1, values, marker="o" if 0 < len(values) < 3 else "", markersize=4, **style)
 
 
-@styled
-def training_curves(path: str | Path, targets: dict[str, float]) -> Figure:
+@with_style
+def plot_training_curves(path: str | Path, targets: dict[str, float]) -> Figure:
     """A run drawn from its metrics.csv alone, finished or not.
 
     targets: parts of 1 asked of "class", "no_object" and "object" accuracy.
     """
-    figure = Sheet(7.6)
+    figure = NotebookFigure(7.6)
     layout = [["loss", "loss", "rate", "rate"], [*TERMS], ["a class", "a no_object", "a object", "map"]]
     axes = figure.subplot_mosaic(layout)
     for key, title in {"loss": "Total loss", **{term: f"Loss: {name}" for term, name in TERMS.items()}}.items():
         _curve(axes[key], path, f"train/{key}", color=TRAIN, linestyle=(0, (4, 1.2)), label="training, mosaics")
-        _curve(axes[key], path, f"val/{key}", color=HELD_OUT, label="held out")
+        _curve(axes[key], path, f"val/{key}", color=VAL, label="held out")
         axes[key].set_title(title)
         _from_zero(axes[key])
     axes["loss"].legend()
     for key, name in NAMES.items():
         _accuracy(axes[f"a {key}"], path, key, targets[key])
         axes[f"a {key}"].set_title(name.capitalize())
-    _curve(axes["map"], path, "val/map50", color=HELD_OUT)
+    _curve(axes["map"], path, "val/mAP50", color=VAL)
     axes["map"].set(title="mAP at IoU 0.5", ylim=(0, 1))
     _rate(axes["rate"], path)
     for key, axis in axes.items():
@@ -154,10 +159,10 @@ def _from_zero(axis: Axes) -> None:
 def _accuracy(axis: Axes, path: str | Path, key: str, wanted: float) -> None:
     """One of the three accuracies in %, at both thresholds of objectness where it has any, and what the assignment asks."""
     if key == "class":
-        _curve(axis, path, "val/accuracy/class", color=HELD_OUT)
+        _curve(axis, path, "val/accuracy/class", color=VAL)
     else:
         for threshold, line in zip(THRESHOLDS, ("-", (0, (1, 1))), strict=True):
-            style = {"color": HELD_OUT, "linestyle": line, "label": f"threshold {threshold}"}
+            style = {"color": VAL, "linestyle": line, "label": f"threshold {threshold}"}
             _curve(axis, path, f"val/accuracy/{key}@{threshold}", **style)
     axis.axhline(wanted, color=TARGET, linestyle="--", linewidth=1.2, label=f"asked: {100 * wanted:.0f}%")
     axis.legend(loc="lower right")
@@ -165,12 +170,12 @@ def _accuracy(axis: Axes, path: str | Path, key: str, wanted: float) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-@styled
-def precision_recall_curves(found: np.ndarray, truth: np.ndarray, table: Sequence[dict]) -> Figure:
+@with_style
+def plot_precision_recall(found: np.ndarray, truth: np.ndarray, table: Sequence[dict]) -> Figure:
     """One panel a class, at IoU 0.5; found [n, 7], truth [m, 7], table as in an `Evaluation`."""
     columns = 4 if len(table) % 5 else 5
     rows = -(-len(table) // columns)
-    figure = Sheet(1.75 * rows + 0.4)
+    figure = NotebookFigure(1.75 * rows + 0.4)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     matched = match(found, truth)
     for label, (axis, row) in enumerate(zip(axes, table, strict=False)):
@@ -180,7 +185,7 @@ def precision_recall_curves(found: np.ndarray, truth: np.ndarray, table: Sequenc
         axis.fill_between(x, y, step="pre", color=colours(len(table))[label], alpha=0.55)
         axis.plot(x, y, drawstyle="steps-pre", color=INK, linewidth=1)
         axis.set(xlim=(0, 1), ylim=(0, 1.03), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-        axis.set_title(f"{row['class']}  AP {row['area']:.2f}", fontsize=9)
+        axis.set_title(f"{row['class']}  AP {row['ap']:.2f}", fontsize=9)
     for axis in axes[len(table) :]:
         axis.set_axis_off()
     figure.supxlabel("recall", fontsize=9)
@@ -188,13 +193,13 @@ def precision_recall_curves(found: np.ndarray, truth: np.ndarray, table: Sequenc
     return figure
 
 
-@styled
-def class_precisions(table: Sequence[dict]) -> Figure:
+@with_style
+def plot_per_class_ap(table: Sequence[dict]) -> Figure:
     """Average precision of every class at IoU 0.5, VOC's area under the curve, and their mean."""
-    figure = Sheet(max(2.6, 0.23 * len(table) + 0.8))
+    figure = NotebookFigure(max(2.6, 0.23 * len(table) + 0.8))
     axis = figure.subplots()
-    names = [f"{row['class']} ({row['objects']:,})" for row in table]
-    values = np.array([row["area"] for row in table])
+    names = [f"{row['class']} ({row['num_gt']:,})" for row in table]
+    values = np.array([row["ap"] for row in table])
     bars = axis.barh(names, np.nan_to_num(values), color=colours(len(table)), edgecolor=INK, linewidth=0.4)
     texts = [f"{value:.2f}" if value == value else "no objects" for value in values]
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
@@ -213,12 +218,12 @@ def class_precisions(table: Sequence[dict]) -> Figure:
     return figure
 
 
-@styled
-def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+@with_style
+def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     """Counts [C + 1, C + 1] as `metrics.confusion` gives them; shades are parts of a row."""
     names = [*classes, "nothing"]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure = Sheet(0.32 * len(names) + 1.2, width=min(9.0, 0.5 * len(names) + 2.4))
+    figure = NotebookFigure(0.32 * len(names) + 1.2, width=min(9.0, 0.5 * len(names) + 2.4))
     axis = figure.subplots()
     axis.grid(visible=False)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -234,16 +239,16 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     return figure
 
 
-@styled
-def drawn_sizes(sides: Sequence[int]) -> Figure:
+@with_style
+def plot_multiscale_sizes(sides: Sequence[int]) -> Figure:
     """The side of the batch at each step of a multi-resolution run, and how often each was drawn."""
-    figure = Sheet(2.8)
+    figure = NotebookFigure(2.8)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
-    left.step(np.arange(len(sides)), sides, where="post", color=HELD_OUT, linewidth=1.2)
+    left.step(np.arange(len(sides)), sides, where="post", color=VAL, linewidth=1.2)
     left.set(xlabel="step", ylabel="side of the batch, pixels", title="Drawn as training goes", yticks=sorted(set(sides)))
     drawn, counts = np.unique(sides, return_counts=True)
     gap = np.diff(drawn).min() if len(drawn) > 1 else 32
-    bars = right.barh(drawn, counts / len(sides), height=0.7 * gap, color=HELD_OUT)
+    bars = right.barh(drawn, counts / len(sides), height=0.7 * gap, color=VAL)
     right.bar_label(bars, [f"{100 * share:.0f} %" for share in counts / len(sides)], padding=3, fontsize=8)
     right.set(title="Part of the steps", xticks=[])
     right.margins(x=0.3)
@@ -251,15 +256,15 @@ def drawn_sizes(sides: Sequence[int]) -> Figure:
     return figure
 
 
-@styled
-def size_comparison(runs: dict[str, Sequence[dict]]) -> Figure:
-    """Runs by name, each a row for every test size: "size" (pixels), "map50" and "milliseconds" (an image)."""
-    figure = Sheet(3.3)
+@with_style
+def plot_size_comparison(runs: dict[str, Sequence[dict]]) -> Figure:
+    """Runs by name, each a row for every test size: "size" (pixels), "mAP50" and "milliseconds" (an image)."""
+    figure = NotebookFigure(3.3)
     left, right = figure.subplots(1, 2)
     for (name, rows), colour, marker in zip(runs.items(), SCALES, "os^", strict=False):
         sizes = [row["size"] for row in rows]
         style = {"color": colour, "marker": marker, "markersize": 6, "markeredgecolor": "white", "label": name}
-        left.plot(sizes, [row["map50"] for row in rows], **style)
+        left.plot(sizes, [row["mAP50"] for row in rows], **style)
         right.plot(sizes, [row["milliseconds"] for row in rows], **style)
     left.set(title="How well", ylabel="mAP at IoU 0.5", ylim=(0, 1))
     right.set(title="How fast", ylabel="milliseconds an image", ylim=(0, None))

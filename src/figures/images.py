@@ -1,4 +1,4 @@
-"""Figures full of pictures: records, samples, detections, heat maps, and the cells that answer for an object."""
+"""Figures full of pictures: records, samples, detections, heatmap maps, and the cells that answer for an object."""
 
 from collections.abc import Sequence
 from textwrap import fill
@@ -10,28 +10,26 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from src.figures.style import SOFT, WIDTH, Sheet, colours, styled
+from src.figures.style import SOFT, WIDTH, NotebookFigure, colours, with_style
 from src.model.boxes import cxcywh_to_xyxy
 from src.model.network import STRIDES
-from src.serving.drawing import draw_heat
+from src.serving.drawing import draw_heatmap
 from src.serving.images import load_image
 from src.training.loss import assign_targets
 
 DARK = "#141414"  # edge of lines and chips, so that they are seen on any picture
-
-
 DASHED = (0, (3, 2))
-
-
 BETWEEN = "   ·   "  # two parts of a caption
 
 
-def _grid(count: int, columns: int, shape: float = 1.0, caption: str = "", titled: bool = False) -> tuple[Sheet, list[Axes]]:
+def _grid(
+    count: int, columns: int, shape: float = 1.0, caption: str = "", titled: bool = False
+) -> tuple[NotebookFigure, list[Axes]]:
     """A figure for `count` pictures whose height is `shape` times their width; a caption stands below them."""
     columns = max(1, min(columns, count))
     rows, side = -(-count // columns), WIDTH / max(columns, 3)  # inches
     height = rows * (side * shape + 0.22 * titled) + 0.25 * bool(caption)
-    figure = Sheet(height, pictures=True, width=columns * side)
+    figure = NotebookFigure(height, pictures=True, width=columns * side)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -69,8 +67,8 @@ def _boxes(axis: Axes, boxes: np.ndarray, labels: np.ndarray, names: Sequence[st
         )  # fmt: skip
 
 
-@styled
-def show_records(records: Sequence, classes: Sequence[str], columns: int = 4) -> Figure:
+@with_style
+def plot_annotations(records: Sequence, classes: Sequence[str], columns: int = 4) -> Figure:
     """Pictures as they are, with the boxes and names of their objects; "?" marks difficult ones."""
     images = [load_image(record.image) for record in records]
     figure, axes = _grid(len(records), columns, max(image.shape[0] / image.shape[1] for image in images))
@@ -81,8 +79,8 @@ def show_records(records: Sequence, classes: Sequence[str], columns: int = 4) ->
     return figure
 
 
-@styled
-def show_samples(samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4) -> Figure:
+@with_style
+def plot_samples(samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4) -> Figure:
     """Samples as the network gets them: uint8 [3, S, S], boxes cxcywh in 0..1 [n, 4], labels [n]."""
     figure, axes = _grid(len(samples), columns, titled=bool(titles))
     for number, (axis, (image, boxes, labels, *_)) in enumerate(zip(axes, samples, strict=True)):
@@ -92,8 +90,8 @@ def show_samples(samples: Sequence[tuple], classes: Sequence[str], titles: Seque
     return figure
 
 
-@styled
-def show_detections(
+@with_style
+def plot_detections(
     images: Sequence[np.ndarray], found: Sequence, classes: Sequence[str], records: Sequence = (), columns: int = 4
 ) -> Figure:
     """Detections over their pictures uint8 [H, W, 3], confidence in %; of `records`, the true boxes dashed."""
@@ -108,8 +106,8 @@ def show_detections(
     return figure
 
 
-@styled
-def show_explanations(
+@with_style
+def plot_gradcam(
     images: Sequence[np.ndarray], explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()
 ) -> Figure:
     """Above what was found in each picture, below an `Explanation` of what is framed: where the network looked."""
@@ -122,14 +120,14 @@ def show_explanations(
         names = [f"{classes[label]} {100 * score:.0f}" for label, score in zip(what.labels, what.scores, strict=True)]
         _show(above, image, titles[number] if titles else "")
         _boxes(above, what.boxes, what.labels, names, len(classes))
-        _show(below, draw_heat(image, found.heat, 0.75), fill(found.message, 42))
+        _show(below, draw_heatmap(image, found.heatmap, 0.75), fill(found.message, 42))
         for row in found.explained:
             _frame(below, what.boxes[row], colours(len(classes))[what.labels[row]])
     return figure
 
 
-@styled
-def show_scales(sample: tuple, anchors: torch.Tensor, classes: Sequence[str]) -> Figure:
+@with_style
+def plot_anchor_assignment(sample: tuple, anchors: torch.Tensor, classes: Sequence[str]) -> Figure:
     """Which cell and which anchor [3, 3, 2] answer for each object of a sample, on each of the three grids."""
     image, boxes, labels = sample[:3]
     side = image.shape[-1]

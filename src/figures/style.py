@@ -11,20 +11,10 @@ from PIL import Image
 from src.serving.drawing import class_colours
 
 WIDTH = 9.0  # inches; times DPI a little more than GitHub shows, so that nothing is blurred
-
-
 DPI = 120
-
-
 INK, SOFT, GRID = "#1f2328", "#6b7280", "#e3e5e8"
-
-
-TRAIN, HELD_OUT, TARGET = "#e69f00", "#0072b2", "#d55e00"  # Okabe and Ito's, told apart with any colour vision
-
-
+TRAIN, VAL, TARGET = "#e69f00", "#0072b2", "#d55e00"  # Okabe and Ito's, told apart with any colour vision
 SCALES = ("#0072b2", "#d55e00", "#009e73")  # strides 32, 16, 8
-
-
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "text.color": INK, "axes.labelcolor": INK,
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold",
@@ -36,7 +26,7 @@ STYLE = {
 }  # fmt: skip
 
 
-class Sheet(Figure):
+class NotebookFigure(Figure):
     """A white figure that a notebook shows by itself, without pyplot.
 
     As a PNG of 128 colours, or, where it is full of pictures, as a JPEG.
@@ -65,7 +55,7 @@ class Sheet(Figure):
         return file.getvalue()
 
 
-def styled(draw):
+def with_style(draw):
     """Runs a function that returns a figure under STYLE, leaving matplotlib's settings as they were."""
 
     @functools.wraps(draw)

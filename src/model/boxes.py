@@ -73,17 +73,17 @@ def decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> li
 
 
 def nms(
-    boxes: Tensor, scores: Tensor, confidence: float, overlap: float, most: int = 300, candidates: int = 1000
+    boxes: Tensor, scores: Tensor, confidence: float, iou_threshold: float, max_detections: int = 300, pre_nms_topk: int = 1000
 ) -> tuple[Tensor, Tensor]:
     """Non-maximum suppression within each class, for one image.
 
     boxes [K, 4] xyxy; scores [K, C]. A prediction counts as its best class if that scores above `confidence`;
-    of two of one class that overlap (IoU) by more than `overlap` the better stays. At most `candidates`
-    are compared and `most` kept, best first. Returns (index into K [n], class [n]).
+    of two of one class that iou_threshold (IoU) by more than `iou_threshold` the better stays. At max_detections `pre_nms_topk`
+    are compared and `max_detections` kept, best first. Returns (index into K [n], class [n]).
     """
     best, label = scores.max(dim=1)
     index = torch.nonzero(best > confidence).flatten()
-    if len(index) > candidates:
-        index = index[best[index].topk(candidates).indices]
-    kept = batched_nms(boxes[index], best[index], label[index], overlap)[:most]
+    if len(index) > pre_nms_topk:
+        index = index[best[index].topk(pre_nms_topk).indices]
+    kept = batched_nms(boxes[index], best[index], label[index], iou_threshold)[:max_detections]
     return index[kept], label[index[kept]]

@@ -3,15 +3,15 @@
 import json
 import math
 import os
-import struct
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from src.model.darknet import load_darknet
 
 # YOLOv3 (Redmon & Farhadi 2018), section 2.3: widths and heights in pixels of a 416 x 416 image,
 # large objects (stride 32) first. Kept as fractions of the image side.
@@ -23,8 +23,6 @@ ANCHORS = tuple(
         ((10, 13), (16, 30), (33, 23)),
     )
 )
-
-
 STRIDES = (32, 16, 8)
 
 
@@ -107,7 +105,7 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
     """Images float [B, 3, S, S] in 0..1 -> three logits [B, 3, S/stride, S/stride, 5 + C], strides 32, 16, 8.
 
     Per cell: objectness, x, y, w, h, classes. `width` scales the kernels of every layer; `classes` and `anchors`
-    ([3][3] width, height in sides of an image of `image_size`) travel with the weights, `about` holds facts about
+    ([3][3] width, height in sides of an image of `image_size`) travel with the weights, `metadata` holds facts about
     their training.
     """
 
@@ -118,7 +116,8 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         classes: list | None = None,
         anchors: list = ANCHORS,
         image_size: int = 416,
-        about: dict | None = None,
+        metadata: dict | None = None,
+        about: dict | None = None,  # the former name of metadata, in older config.json files
     ):
         super().__init__()
         if classes is not None and len(classes) != num_classes:
@@ -126,7 +125,7 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         if num_classes < 1 or not 0 < width <= 4:
             raise ValueError(f"YOLOv3: num_classes {num_classes} must be at least 1 and width {width} in 0..4")
         self.classes = list(classes) if classes else [f"class {i}" for i in range(num_classes)]
-        self.width, self.image_size, self.about = width, image_size, about or {}
+        self.width, self.image_size, self.metadata = width, image_size, metadata or about or {}
         c = [max(8, 8 * round(channels * width / 8)) for channels in (32, 64, 128, 256, 512, 1024)]
         self.backbone = Darknet53(c)
         self.heads = nn.ModuleList(
@@ -176,7 +175,7 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         """The arguments that build this net again; `config.json` holds them."""
         return {
             "num_classes": len(self.classes), "width": self.width, "classes": self.classes,
-            "anchors": self.anchor_sides, "image_size": self.image_size, "about": self.about,
+            "anchors": self.anchor_sides, "image_size": self.image_size, "metadata": self.metadata,
         }  # fmt: skip
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -209,54 +208,5 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         return model.to(map_location).eval()
 
     def load_darknet(self, path: str | Path) -> str:
-        """Read weights published for Darknet: darknet53.conv.74 (the backbone) or yolov3.weights (everything).
-
-        The file is a header (version 3 x int32, images seen int64; int32 before version 0.2), then float32: for
-        each convolution in order its batch norm (bias, weight, mean, variance) or its bias, then the kernel.
-        A file of 80 classes read into a net of another class count leaves the three last layers as they are.
-        Returns what was read, in words. Raises ValueError where the size is neither of the two.
-        """
-        path = Path(path)
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            major, minor, _ = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
-            file.seek(min(size, 20 if major * 10 + minor >= 2 else 16))
-            values = torch.from_numpy(np.fromfile(file, dtype="<f4"))
-        blocks, backbone_blocks = self._darknet_order(), 52
-        backbone = sum(tensor.numel() for tensor in sum(blocks[:backbone_blocks], []))
-        whole = sum(tensor.numel() for tensor in sum(blocks, []))
-        last_80 = sum(3 * (80 - len(self.classes)) * (head.predict.in_channels + 1) for head in self.heads)
-        expected = {backbone: "backbone", whole + last_80: "all but the last layers", whole: "everything"}
-        if len(values) not in expected or not values.isfinite().all():
-            sizes = " or ".join(f"{20 + 4 * count:,}" for count in expected)
-            raise ValueError(
-                f"{path} holds {size:,} bytes; Darknet weights for this net hold {sizes}. "
-                "Published files fit width 1 alone; at width 1, download it again"
-            )
-        read = expected[len(values)]
-        with torch.no_grad():
-            for tensors in blocks if read != "backbone" else blocks[:backbone_blocks]:
-                if len(tensors) == 2 and read == "all but the last layers":
-                    values = values[3 * 85 * (tensors[1].shape[1] + 1) :]
-                    continue
-                for tensor in tensors:
-                    part, values = values[: tensor.numel()], values[tensor.numel() :]
-                    tensor.copy_(_objectness_first(part.view_as(tensor)) if len(tensors) == 2 else part.view_as(tensor))
-        return read
-
-    def _darknet_order(self) -> list[list[Tensor]]:
-        """The tensors of each convolution in the order of Darknet's files; two where there is no batch norm."""
-        blocks = []
-        for module in self.modules():
-            if isinstance(module, ConvBlock):
-                conv, norm, _ = module
-                blocks.append([norm.bias, norm.weight, norm.running_mean, norm.running_var, conv.weight])
-            elif isinstance(module, nn.Conv2d) and module.bias is not None:
-                blocks.append([module.bias, module.weight])
-        return blocks
-
-
-def _objectness_first(tensor: Tensor) -> Tensor:
-    """Darknet's channels x, y, w, h, objectness, classes -> objectness, x, y, w, h, classes, for three anchors."""
-    parts = tensor.unflatten(0, (3, -1))
-    return torch.cat((parts[:, 4:5], parts[:, :4], parts[:, 5:]), dim=1).flatten(0, 1)
+        """Read a weight file published for Darknet; see `src.model.darknet.load_darknet`."""
+        return load_darknet(self, path)

@@ -1,4 +1,4 @@
-"""How detections look: one colour for each class, labelled boxes, heat over a photograph."""
+"""How detections look: one colour for each class, labelled boxes, heatmap over a photograph."""
 
 import colorsys
 from collections.abc import Sequence
@@ -91,13 +91,13 @@ def _draw_label(
     draw.text((left + pad, top + pad / 2), text, fill=_contrast(colour), font=font)
 
 
-def draw_heat(image: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """uint8 [H, W, 3] RGB under a heat map [H, W] in 0..1: the picture in grey, the hotter the less it shows.
+def draw_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """uint8 [H, W, 3] RGB under a heatmap map [H, W] in 0..1: the picture in grey, the hotter the less it shows.
 
     opacity 0..1: how much of the picture the hottest pixels hide.
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
-    levels = np.rint(heat * 255).astype(np.uint8)
+    levels = np.rint(heatmap * 255).astype(np.uint8)
     colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB).astype(np.float32)
-    share = opacity * (0.25 + 0.75 * heat[..., None])
+    share = opacity * (0.25 + 0.75 * heatmap[..., None])
     return np.rint(grey * (1 - share) + colours * share).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Why a detection was made: heat maps through pytorch-grad-cam."""
+"""Why a detection was made: heatmap maps through pytorch-grad-cam."""
 
 import copy
 from dataclasses import dataclass
@@ -14,11 +14,7 @@ from src.serving.images import load_image
 from src.serving.predictor import Detections, Predictor
 
 METHODS = {"hirescam": HiResCAM, "gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
-
-
-MOST = 24  # detections explained at once, the best
-
-
+MAX_EXPLAINED = 24  # detections explained at once, the best
 BATCH = 4  # of them in one backward pass
 
 
@@ -26,9 +22,9 @@ BATCH = 4  # of them in one backward pass
 class Explanation:
     """What was found in one image and where the network looked to find it."""
 
-    heat: np.ndarray  # float32 [H, W] in 0..1, on the image's pixels; the hottest is 1, or all are 0
-    detections: Detections  # what was found; where that is nothing, the strongest candidate
-    explained: np.ndarray  # int64 [m] rows of `detections` that `heat` is about
+    heatmap: np.ndarray  # float32 [H, W] in 0..1, on the image's pixels; the hottest is 1, or all are 0
+    detections: Detections  # what was found; where that is nothing, the top_candidate candidate
+    explained: np.ndarray  # int64 [m] rows of `detections` that `heatmap` is about
     message: str  # empty, or what the reader should know: that nothing was found, or that the map is empty
 
 
@@ -44,12 +40,12 @@ class Explainer:
         image = load_image(image)
         self.predictor = predictor
         self.size = image.shape[1], image.shape[0]  # width, height
-        self.model = _twin(predictor.model)
-        self.inputs, self.placement = predictor.input(image)
+        self.model = _frozen_copy(predictor.model)
+        self.inputs, self.placement = predictor.preprocess(image)
         with torch.no_grad():
             self.features = self.model.backbone(self.inputs)
             self.necks, logits = self.model.detect(self.features)
-            self.candidates = predictor.read(logits, self.placement, *self.size)
+            self.candidates = predictor.postprocess(logits, self.placement, *self.size)
         self.ends = np.cumsum([level[0, ..., 0].numel() for level in logits])  # where each scale's predictions end
 
     def explain(
@@ -58,34 +54,34 @@ class Explainer:
         layer: str | int = "own",
         method: str = "hirescam",
         confidence: float = 0.25,
-        overlap: float = 0.45,
+        iou_threshold: float = 0.45,
     ) -> Explanation:
         """As the function `explain`, without its forward pass."""
         if method not in METHODS:
             raise ValueError(f"explain: no method {method!r}; choose one of {', '.join(METHODS)}")
         if layer not in ("own", "all", *range(len(self.ends))):
             raise ValueError(f'explain: no layer {layer!r}; choose "own", "all" or a scale of 0..{len(self.ends) - 1}')
-        detections, rows, message = self._choose(target, confidence, overlap)
-        if len(rows) > MOST:
-            message = f"The map is about the best {MOST} of {len(rows)}."
-        rows, heat = rows[:MOST], np.zeros(self.inputs.shape[2:], np.float32)
+        detections, rows, message = self._choose(target, confidence, iou_threshold)
+        if len(rows) > MAX_EXPLAINED:
+            message = f"The map is about the best {MAX_EXPLAINED} of {len(rows)}."
+        rows, heatmap = rows[:MAX_EXPLAINED], np.zeros(self.inputs.shape[2:], np.float32)
         scales = np.searchsorted(self.ends, detections.index, side="right")
         if isinstance(layer, int):
             rows = rows[scales[rows] >= layer]
             message = message if len(rows) else f"Stride {STRIDES[layer]} had no part in this: coarser scales decided."
         for scale in sorted({*scales[rows].tolist()}):
-            taps = {"own": [scale], "all": [*range(scale + 1)]}.get(layer, [layer])
+            target_layers = {"own": [scale], "all": [*range(scale + 1)]}.get(layer, [layer])
             group = rows[scales[rows] == scale]
             for part in np.split(group, range(BATCH, len(group), BATCH)):
-                one = self._heat(detections.index[part], detections.labels[part], scale, taps, method)
-                heat = np.maximum(heat, one)
-        if len(rows) and not (message or heat.any()):
+                one = self._heatmap(detections.index[part], detections.labels[part], scale, target_layers, method)
+                heatmap = np.maximum(heatmap, one)
+        if len(rows) and not (message or heatmap.any()):
             message = "No part of the picture speaks for it, seen with this method on this layer."
-        return Explanation(self._cut(heat), detections, rows, message)
+        return Explanation(self._crop_to_image(heatmap), detections, rows, message)
 
-    def _choose(self, target: str | int, confidence: float, overlap: float) -> tuple[Detections, np.ndarray, str]:
-        """What was found, which rows of it `target` means, no message; or the strongest candidate, its row and why."""
-        classes, found = self.predictor.classes, self.candidates.detections(confidence, overlap)
+    def _choose(self, target: str | int, confidence: float, iou_threshold: float) -> tuple[Detections, np.ndarray, str]:
+        """What was found, which rows of it `target` means, no message; or the top_candidate candidate, its row and why."""
+        classes, found = self.predictor.classes, self.candidates.detections(confidence, iou_threshold)
         label, rows = None, np.arange(len(found))
         if target in classes:
             label = classes.index(target)
@@ -98,34 +94,34 @@ class Explainer:
             rows = rows[[target]]
         if len(rows):
             return found, rows, ""
-        best = self.candidates.strongest(label)
+        best = self.candidates.top_candidate(label)
         what = "Nothing" if label is None else f"No {target}"
-        seen = f"the strongest candidate is {classes[best.labels[0]]} at {100 * best.scores[0]:.1f}%"
+        seen = f"the top_candidate candidate is {classes[best.labels[0]]} at {100 * best.scores[0]:.1f}%"
         return best, np.zeros(1, np.int64), f"{what} found above {100 * confidence:.0f}%; {seen}."
 
-    def _heat(self, index: np.ndarray, labels: np.ndarray, scale: int, taps: list[int], method: str) -> np.ndarray:
+    def _heatmap(self, index: np.ndarray, labels: np.ndarray, scale: int, target_layers: list[int], method: str) -> np.ndarray:
         """The CAMs of predictions index [m], made by one scale, each at most 1, laid over each other: [S, S].
 
-        The layer mapped is the neck of each scale in `taps`; a prediction sees 3 x 3 cells of its own scale's.
+        The layer mapped is the neck of each scale in `target_layers`; a prediction sees 3 x 3 cells of its own scale's.
         """
         start = self.ends[scale - 1] if scale else 0
         scores = [_Score(*pair) for pair in zip((index - start).tolist(), labels.tolist(), strict=True)]
         scores = scores[:1] if method == "eigencam" else scores  # it is the same for every prediction
-        part = slice(taps[0], scale + 1)
-        heads = _Heads(self.model.heads[part], self.features[part], self.necks[taps[0]], len(scores))
-        layers = [heads.tap, *(self.model.heads[tap].neck for tap in taps[1:])]
+        part = slice(target_layers[0], scale + 1)
+        heads = _Heads(self.model.heads[part], self.features[part], self.necks[target_layers[0]], len(scores))
+        layers = [heads.tap, *(self.model.heads[tap].neck for tap in target_layers[1:])]
         cam = METHODS[method](heads, layers, reshape_transform=Tensor.float)  # numpy knows no bfloat16
         try:
             return cam(self.inputs, scores).max(axis=0)
         finally:
             cam.activations_and_grads.release()
 
-    def _cut(self, heat: np.ndarray) -> np.ndarray:
+    def _crop_to_image(self, heatmap: np.ndarray) -> np.ndarray:
         """[S, S] on the letterboxed square -> [H, W] on the image, without the grey bars, at most 1."""
         (width, height), (scale_x, scale_y, left, top) = self.size, self.placement
         right, bottom = round(left + width * scale_x), round(top + height * scale_y)
-        heat = cv2.resize(heat[int(top) : bottom, int(left) : right], self.size, interpolation=cv2.INTER_LINEAR)
-        return heat / max(heat.max(), 1e-7)
+        heatmap = cv2.resize(heatmap[int(top) : bottom, int(left) : right], self.size, interpolation=cv2.INTER_LINEAR)
+        return heatmap / max(heatmap.max(), 1e-7)
 
 
 def explain(
@@ -135,7 +131,7 @@ def explain(
     layer: str | int = "own",
     method: str = "hirescam",
     confidence: float = 0.25,
-    overlap: float = 0.45,
+    iou_threshold: float = 0.45,
 ) -> Explanation:
     """Where the network looked when it found `target` in an image (whatever `load_image` takes).
 
@@ -149,13 +145,13 @@ def explain(
         while a detection is the score of one cell. "eigencam" knows no target. On 100 held-out built-in pictures, 252
         detections at 256 pixels: the peak lies in the own box for 94 %, 74 %, 56 % and 28 %; of the mass 80 %, 43 %,
         18 % and 18 %.
-    confidence, overlap: thresholds of the detections; only those that survive count.
+    confidence, iou_threshold: thresholds of the detections; only those that survive count.
     Raises ValueError that lists the choices where target, layer or method is none of them.
     """
-    return Explainer(predictor, image).explain(target, layer, method, confidence, overlap)
+    return Explainer(predictor, image).explain(target, layer, method, confidence, iou_threshold)
 
 
-def _twin(model: YOLOv3) -> YOLOv3:
+def _frozen_copy(model: YOLOv3) -> YOLOv3:
     """The same layers around the same weights, in evaluation mode, frozen: gradients pass through and none stay."""
     shared = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared).eval()

@@ -7,10 +7,8 @@ from gradio.utils import get_upload_folder, is_in_or_equal
 from gradio_client.utils import is_file_obj, traverse
 from starlette.exceptions import HTTPException
 
-MOST_UPLOAD = 64 * 2**20  # bytes of a request that brings files
-
-
-MOST_REQUEST = 256 * 2**10  # bytes of any other; the page's own hold some thousand
+MAX_UPLOAD_BYTES = 64 * 2**20  # bytes of a request that brings files
+MAX_REQUEST_BYTES = 256 * 2**10  # bytes of any other; the page's own hold some thousand
 
 
 class BoundedRequests:
@@ -20,7 +18,7 @@ class BoundedRequests:
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        most, seen = MOST_UPLOAD if scope.get("path", "").endswith("/upload") else MOST_REQUEST, 0
+        most, seen = MAX_UPLOAD_BYTES if scope.get("path", "").endswith("/upload") else MAX_REQUEST_BYTES, 0
 
         async def bounded():
             nonlocal seen

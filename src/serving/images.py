@@ -15,18 +15,16 @@ Image.init()  # PIL's other formats are no photographs; EPS is even drawn by a p
 
 
 FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys())
-
-
 UNREADABLE = (  # what PIL raises of files and things that are no picture
     UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError, AttributeError,
 )  # fmt: skip
 
 
-def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
+def load_image(source, side: int = 0, max_pixels: int = 0) -> np.ndarray:
     """Any picture (FORMATS) as uint8 [H, W, 3] RGB, upright (EXIF), its first frame, transparency on white.
 
     source: a path, a PIL image or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. With `side` a JPEG may be decoded at
-    1/2, 1/4 or 1/8 as long as its long side stays at least that many pixels. A picture of more than `most_pixels`
+    1/2, 1/4 or 1/8 as long as its long side stays at least that many pixels. A picture of more than `max_pixels`
     (0: what PIL allows) is refused before it is decoded.
     Raises ValueError that names the file where it is no picture, is truncated or has too many pixels.
     """
@@ -37,9 +35,9 @@ def load_image(source, side: int = 0, most_pixels: int = 0) -> np.ndarray:
     name = source if isinstance(source, str | os.PathLike) else "the image"
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        if most_pixels and image.width * image.height > most_pixels:
+        if max_pixels and image.width * image.height > max_pixels:
             size = f"{image.width:,} x {image.height:,} pixels"
-            raise ValueError(f"{size} are more than {most_pixels / 1e6:.0f} million")
+            raise ValueError(f"{size} are more than {max_pixels / 1e6:.0f} million")
         if side:
             image.draft("RGB", (side, side) if image.width == image.height else _reduced(image.size, side))
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -70,7 +68,7 @@ def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def picture_size(source) -> tuple[int, int]:
+def image_size_of(source) -> tuple[int, int]:
     """(width, height) of what `load_image` gives for a path or an array, without decoding its pixels."""
     if isinstance(source, np.ndarray):
         return source.shape[1], source.shape[0]
@@ -79,7 +77,7 @@ def picture_size(source) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
-def fit_inside(image: np.ndarray, side: int) -> np.ndarray:
+def resize_long_side(image: np.ndarray, side: int) -> np.ndarray:
     """Resize uint8 [H, W, 3] so that the long side has `side` pixels, keeping the shape."""
     height, width = image.shape[:2]
     size = _inner_size(width, height, side)
@@ -102,13 +100,13 @@ def letterbox_placement(width: int, height: int, side: int) -> np.ndarray:
 def letterbox(image: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Keep the shape, pad with grey 114 to a square: uint8 [H, W, 3] -> uint8 [side, side, 3], and its placement."""
     placement = letterbox_placement(image.shape[1], image.shape[0], side)
-    inner = fit_inside(image, side)
+    inner = resize_long_side(image, side)
     left, top = placement[2:].astype(int)
     square = np.full((side, side, 3), PAD, dtype=np.uint8)
     square[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return square, placement
 
 
-def to_input(images: Tensor) -> Tensor:
+def to_network_input(images: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] -> what the network takes: float 0..1, channels last in memory."""
     return images.to(dtype=torch.float32, memory_format=torch.channels_last) / 255

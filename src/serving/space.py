@@ -15,28 +15,17 @@ from PIL import Image
 from src.model.network import YOLOv3
 from src.serving.images import load_image
 
-SERVING = ("__init__.py", "config.py", "boxes.py", "model.py", "predict.py", "drawing.py", "gradcam.py",
-           "guard.py", "app.py")  # fmt: skip
-
-
+ROOMS = ("model", "serving")  # what a Space is made of
 PACKAGES = (
     "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "safetensors", "huggingface_hub",
     "grad-cam", "gradio",
 )  # fmt: skip
-
-
 MARK = ".exported-space"  # lies in every exported folder; one without it is never emptied
-
-
 CPU_NOTE = (
     "# These resolve from PyPI, whose PyTorch brings 2 GB of CUDA along. A Space on CPU builds faster with this line:",
     "# --extra-index-url https://download.pytorch.org/whl/cpu",
 )
-
-
 SAMPLE_SIDE = 640  # pixels of a sample's long side, at most
-
-
 APP = '''"""The page of this Space."""
 
 import os
@@ -113,8 +102,10 @@ def _write(model: YOLOv3, folder: Path, samples: Sequence, links: dict, title: s
     for part in ("src", "weights", "samples"):
         (folder / part).mkdir(parents=True)
     (folder / MARK).write_text("Made by export_space, which replaces this folder when it exports here again.\n")
-    for name in SERVING:
-        shutil.copyfile(Path(__file__).with_name(name), folder / "src" / name)
+    package = Path(__file__).parents[1]
+    shutil.copyfile(package / "__init__.py", folder / "src" / "__init__.py")
+    for room in ROOMS:
+        shutil.copytree(package / room, folder / "src" / room, ignore=shutil.ignore_patterns("__pycache__"))
     model.save_pretrained(folder / "weights")
     for number, sample in enumerate(samples, start=1):
         picture = Image.fromarray(load_image(sample))
@@ -143,7 +134,7 @@ def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
         models=f"models:\n- {hub_model}\n" if hub_model else "",
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         classes=len(model.classes),
-        data=model.about.get("data", "not stated"),
+        data=model.metadata.get("data", "not stated"),
         links=listed,
     )
 

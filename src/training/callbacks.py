@@ -3,6 +3,7 @@
 import csv
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -13,10 +14,26 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from src.training.checkpoints import write_whole
+from src.training.checkpoints import atomic_write
+
+FORMER_COLUMNS = {  # of metrics.csv as older runs wrote it
+    **{
+        f"{split}/{term}": f"{split}/{term}_loss"
+        for split in ("train", "val")
+        for term in ("box", "object", "no_object", "class")
+    },
+    "val/map50": "val/mAP50",
+    "lr-AdamW/pg1": "lr",
+}
 
 
-class MetricsFile(Logger):
+def read_metrics(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Rows of a metrics.csv; columns with a former name get today's."""
+    for row in csv.DictReader(lines):
+        yield {FORMER_COLUMNS.get(name, name): value for name, value in row.items()}
+
+
+class ResumableCSVLogger(Logger):
     """metrics.csv: a row for each time something was logged; on resume the rows before the checkpoint's step stay."""
 
     name, version = "", ""
@@ -26,7 +43,7 @@ class MetricsFile(Logger):
         self.path, self.rows, self.saved = path, [], 0
         if before and path.exists():
             with open(path, encoding="utf-8", newline="") as lines:
-                self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) < before]
+                self.rows = [row for row in read_metrics(lines) if int(row["step"]) < before]
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float | Tensor], step: int) -> None:
@@ -36,7 +53,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def save(self) -> None:
         if self.saved < len(self.rows):
-            write_whole(self.path, self._write, "w", encoding="utf-8", newline="")
+            atomic_write(self.path, self._write, "w", encoding="utf-8", newline="")
             self.saved = len(self.rows)
 
     def _write(self, file) -> None:
@@ -48,7 +65,7 @@ class MetricsFile(Logger):
         """They stand in config.json."""
 
 
-FINITE_EVERY = 10  # steps between two looks at the loss: a look waits for the GPU
+FINITE_CHECK_INTERVAL = 10  # steps between two looks at the loss: a look waits for the GPU
 
 
 def ema(decay: float) -> WeightAveraging:
@@ -69,7 +86,7 @@ class StopIfNotFinite(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         finite = outputs["loss"].isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
-        if batch_idx % FINITE_EVERY == 0 or trainer.is_last_batch:
+        if batch_idx % FINITE_CHECK_INTERVAL == 0 or trainer.is_last_batch:
             if not trainer.strategy.reduce(self.finite.float(), reduce_op="min"):  # of all processes
                 raise FloatingPointError(
                     f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); the last good "
@@ -107,7 +124,7 @@ class Progress(pl.callbacks.ProgressBar):
         row += [100 * values.get(f"accuracy/{name}", float("nan")) for name in ("class", "no_object@0.05", "object@0.05")]
         cells = f"{row[0]:>9.3f}{row[1]:>10.3f}" + "".join(f"{value:>8.1f}" for value in row[2:])
         minutes = (time.monotonic() - self.started) / 60
-        self.line(f"{trainer.current_epoch + 1:>7}{cells}{values.get('map50', float('nan')):>8.3f}{minutes:>9.1f}")
+        self.line(f"{trainer.current_epoch + 1:>7}{cells}{values.get('mAP50', float('nan')):>8.3f}{minutes:>9.1f}")
 
     def on_train_end(self, *_) -> None:
         self.bar.close()

@@ -20,18 +20,14 @@ except ImportError:  # Windows
     fcntl = None
 
 
-LAST, BEFORE = "last.ckpt", "last-1.ckpt"
-
-
-MAY_CHANGE = (  # when a run goes on
-    "voc_root", "skip_bad_files", "cache_gb", "workers", "precision", "compile", "run_dir", "max_lr", "weights",
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+RESUMABLE_FIELDS = (  # when a run goes on
+    "voc_root", "skip_bad_files", "cache_gb", "num_workers", "precision", "compile", "run_dir", "max_lr", "pretrained_weights",
 )  # fmt: skip
-
-
 MARK, BLOCK = b"blake2b:", 1 << 20
 
 
-def write_whole(path: Path, write: Callable, mode: str = "wb", keep_as: Path | None = None, **options) -> None:
+def atomic_write(path: Path, write: Callable, mode: str = "wb", keep_as: Path | None = None, **options) -> None:
     """Call `write(file)` on a file beside `path`, and give it that name once it lies on the disk.
 
     keep_as: what bore the name until then gets this one.
@@ -50,8 +46,8 @@ def write_whole(path: Path, write: Callable, mode: str = "wb", keep_as: Path | N
     os.replace(part, path)
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints through `write_whole`; of a run the last but one is kept too.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints through `atomic_write`; of a run the last but one is kept too.
 
     Lightning by itself writes to the system's temporary folder and moves from there, which between disks is a copy.
     """
@@ -60,9 +56,9 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Raises OSError that says what is left where the file can't be written, as on a full disk."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep_as = path.with_name(BEFORE) if path.name == LAST else None
+        keep_as = path.with_name(PREVIOUS) if path.name == LAST else None
         try:
-            write_whole(path, lambda file: self._write(checkpoint, file), "w+b", keep_as)
+            atomic_write(path, lambda file: self._write(checkpoint, file), "w+b", keep_as)
         except (OSError, RuntimeError) as error:  # of a full disk torch tells as a RuntimeError
             raise OSError(
                 f"{path} can't be written ({error}). Is the disk full? The checkpoint of the epoch before stands: "
@@ -83,7 +79,7 @@ def digest(file: BinaryIO, length: int) -> bytes:
     return MARK + found.digest()
 
 
-def damage(path: Path) -> str:
+def find_corruption(path: Path) -> str:
     """What is wrong with a checkpoint, in one line; "" if nothing.
 
     The checksums within it won't do: torch.load does not look at them, and they leave out the archive's directory.
@@ -101,14 +97,14 @@ def damage(path: Path) -> str:
     return ""
 
 
-def last_good(folder: Path) -> Path | None:
+def latest_valid_checkpoint(folder: Path) -> Path | None:
     """last.ckpt of a run's folder or, where it is damaged, the one before it, with a message; None if there is none.
 
     Raises ValueError where both are damaged.
     """
-    there = [path for path in (folder / LAST, folder / BEFORE) if path.exists()]
+    there = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
     for path in there:
-        wrong = damage(path)
+        wrong = find_corruption(path)
         if not wrong:
             return path
         print(f"{path} is damaged ({wrong}): looking for the checkpoint before it")
@@ -126,19 +122,19 @@ def find_checkpoint(folder: Path, asked: str | None) -> Path | None:
     """
     if not asked:
         return None
-    path = last_good(folder) if asked in ("last", "auto") else Path(asked)
+    path = latest_valid_checkpoint(folder) if asked in ("last", "auto") else Path(asked)
     if not path and asked == "auto":
         return None
     if not path or not path.exists():
         missing = path or folder / LAST
         raise FileNotFoundError(f"{missing} is missing: there is no run to go on with; call fit without ckpt_path")
-    if asked not in ("last", "auto") and (wrong := damage(path)):
+    if asked not in ("last", "auto") and (wrong := find_corruption(path)):
         raise ValueError(f"{path} is damaged: {wrong}")
     return path
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Keep `folder` to this process until it ends, however it ends.
 
     Not by flock: loader processes would inherit it, and outlive a killed trainer for seconds. Processes that another
@@ -158,13 +154,13 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def settings_to_go_on(config: Config, path: Path) -> Config:
+def config_for_resume(config: Config, path: Path) -> Config:
     """`config` with the learning rate that the run at `path` found; all but where and how fast it runs must be the same.
 
     Raises ValueError that names the setting that differs.
     """
     saved = Config.load(path)
-    for name in (field.name for field in fields(Config) if field.name not in MAY_CHANGE):
+    for name in (field.name for field in fields(Config) if field.name not in RESUMABLE_FIELDS):
         if getattr(saved, name) != getattr(config, name):
             raise ValueError(
                 f"Config.{name} is {getattr(config, name)}, but {path} was started with {getattr(saved, name)}: set it back "

@@ -8,12 +8,12 @@ import pytorch_lightning as pl
 from tqdm import tqdm
 
 from src.config import Config
-from src.data.datamodule import DetectionData
-from src.training.module import Detector, make_trainer
+from src.data.datamodule import DetectionDataModule
+from src.training.module import YOLOv3Module, make_trainer
 
 
 @dataclass(frozen=True)
-class LearningRates:
+class LRFinderResult:
     """A learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186)."""
 
     rates: list[float]
@@ -21,31 +21,31 @@ class LearningRates:
     suggestion: float
 
 
-def find_lr(config: Config, data: DetectionData, steps: int = 100) -> LearningRates:
+def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFinderResult:
     """Raise the rate from 1e-5 to 0.1 over `steps` batches on a net of its own, and suggest a peak for OneCycle.
 
     The suggestion is the rate at which the loss has made nine tenths of its fall: near the plateau before it explodes.
     (benchmarks/RECIPE.md has what lower and higher peaks reach. Lightning's finder takes the steepest point, lower still,
     and its running mean forgets 2 % a step, too slow for 100 steps.) Raises RuntimeError where the loss never falls.
     """
-    data.must_suit(config)
+    data.check_matches(config)
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
     how = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
     trainer = make_trainer(config.replace(devices=1), callbacks=[test], **how)
-    trainer.fit(Detector(config.replace(max_lr=1e-3)), datamodule=data)
-    losses = until_explosion(np.array(test.losses))
+    trainer.fit(YOLOv3Module(config.replace(max_lr=1e-3)), datamodule=data)
+    losses = smooth_until_divergence(np.array(test.losses))
     rates = test.rates[: len(losses)].tolist()
-    return LearningRates(rates, losses.tolist(), rates[nine_tenths_down(losses)])
+    return LRFinderResult(rates, losses.tolist(), rates[suggest_lr(losses)])
 
 
-def until_explosion(losses: np.ndarray) -> np.ndarray:
+def smooth_until_divergence(losses: np.ndarray) -> np.ndarray:
     """Running mean over 15 steps of losses [n], up to where it is NaN or half as much again as its lowest so far."""
     means = np.array([losses[max(0, i - 7) : i + 8].mean() for i in range(len(losses))])
     exploded = np.flatnonzero(~(means < 1.5 * np.fmin.accumulate(means)))
     return means[: exploded[0] if len(exploded) else len(means)]
 
 
-def nine_tenths_down(losses: np.ndarray) -> int:
+def suggest_lr(losses: np.ndarray) -> int:
     """Where losses [n] have made nine tenths of their deepest fall from the highest point so far.
 
     They may rise first: boxes that begin to overlap objects are asked for more objectness. See `find_lr`.

@@ -1,7 +1,7 @@
 """Weights that can be handed on: half precision, with a model card that says what they reach.
 
-python -m src.card write runs/voc weights   the best checkpoint of a run, measured, with its card
-python -m src.card check weights            measure them again; needs the same data
+python -m src.training.model_card write runs/voc weights   the best checkpoint of a run, measured, with its card
+python -m src.training.model_card check weights            measure them again; needs the same data
 """
 
 import argparse
@@ -9,12 +9,12 @@ import dataclasses
 from pathlib import Path
 
 from src.config import Config
-from src.data.datamodule import DetectionData
+from src.data.datamodule import DetectionDataModule
 from src.model.network import YOLOv3
-from src.training.fit.fit import evaluate, load_detector
+from src.training.fit import evaluate, load_detector
 from src.training.metrics import Evaluation
-from src.training.module import Detector
-from src.training.report import STRICT, THRESHOLD, about, assignment_table, rows
+from src.training.module import YOLOv3Module
+from src.training.report import COURSE_THRESHOLD, STRICT_THRESHOLD, about, results_table, rows
 
 CARD = """---
 license: mit
@@ -46,7 +46,7 @@ Average precision at IoU 0.5 (VOC area under the curve, `difficult` objects neit
 
 {per_class}
 
-`python -m src.card check` on this folder measures all of this again on the same pictures (for photographs, with `VOC_ROOT`
+`python -m src.training.model_card check` on this folder measures all of this again on the same pictures (for photographs, with `VOC_ROOT`
 naming the folder that holds `VOCdevkit`).
 
 ## Use
@@ -72,40 +72,40 @@ def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
     model.save_pretrained(folder)
     config.replace(voc_root="data").save(folder / "run.json")
     evaluation, data = measure(folder)
-    trained = model.about["epochs"]
-    model.about = about(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, trained)
+    trained = model.metadata["epochs"]
+    model.metadata = about(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, trained)
     model.save_pretrained(folder)
     (folder / "README.md").write_text(card(model, config, evaluation, data, limits), encoding="utf-8")
     return evaluation
 
 
-def measure(folder: Path) -> tuple[Evaluation, DetectionData]:
+def measure(folder: Path) -> tuple[Evaluation, DetectionDataModule]:
     """Evaluate the weights in a folder made by `write`, in float32, on the data its run.json names."""
-    config = Config.load(folder / "run.json").replace(weights=str(folder), precision="32-true")
+    config = Config.load(folder / "run.json").replace(pretrained_weights=str(folder), precision="32-true")
     config = config.replace(voc_root=Config().voc_root)
-    data = DetectionData(config)
-    return evaluate(Detector(config), data), data
+    data = DetectionDataModule(config)
+    return evaluate(YOLOv3Module(config), data), data
 
 
-def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionData, limits: str) -> str:
+def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionDataModule, limits: str) -> str:
     """The model card as Markdown, with the Hub's header."""
     accuracies = [(row["name"], f"{row['reached']:.1%}", f"{row['strict']:.1%}") for row in rows(evaluation.accuracies, config)]
-    classes = [(row["class"], row["objects"], f"{row['area']:.3f}") for row in evaluation.table]
-    held_out = ", ".join(config.val_splits) if config.data == "voc" else "another seed"
+    classes = [(row["class"], row["num_gt"], f"{row['ap']:.3f}") for row in evaluation.per_class]
+    held_out = ", ".join(config.val_splits) if config.dataset == "voc" else "another seed"
     sides = f"{config.image_size} pixels"
-    if config.sizes:
-        drawn = ", ".join(map(str, config.sizes))
-        last = config.epochs - config.whole_from
-        sides = f"one of {drawn} pixels for {config.size_steps} steps each; in the last {last} epochs {sides}"
+    if config.multiscale_sizes:
+        drawn = ", ".join(map(str, config.multiscale_sizes))
+        last = config.epochs - config.close_mosaic_epoch
+        sides = f"one of {drawn} pixels for {config.multiscale_interval} steps each; in the last {last} epochs {sides}"
     settings = dataclasses.asdict(config) | {
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-        "trained_on": f"{len(data.train_records):,} pictures: {model.about['data']}",
+        "trained_on": f"{len(data.train_records):,} pictures: {model.metadata['data']}",
         "held_out": f"{len(data.val_records):,} pictures: {held_out}",
-        "trained": model.about["epochs"],
+        "trained": model.metadata["epochs"],
         "sides": sides,
-        "start": Path(config.weights).name if config.weights else "scratch: no ImageNet weights",
-        "tag": "pascal-voc" if config.data == "voc" else "drawn-shapes",
-        "accuracies": markdown_table(("", f"objectness > {THRESHOLD}", f"> {STRICT}"), accuracies),
+        "start": Path(config.pretrained_weights).name if config.pretrained_weights else "scratch: no ImageNet weights",
+        "tag": "pascal-voc" if config.dataset == "voc" else "drawn-shapes",
+        "accuracies": markdown_table(("", f"objectness > {COURSE_THRESHOLD}", f"> {STRICT_THRESHOLD}"), accuracies),
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
         "per_class": markdown_table(("class", "objects", "AP"), classes),
         "limits": limits,
@@ -132,7 +132,7 @@ def main() -> None:
         evaluation = write(arguments.run, arguments.folder, arguments.limits)
     else:
         evaluation, _ = measure(arguments.folder)
-    print(assignment_table(evaluation, Config.load(arguments.folder / "run.json").replace(run_dir=str(arguments.folder))))
+    print(results_table(evaluation, Config.load(arguments.folder / "run.json").replace(run_dir=str(arguments.folder))))
 
 
 if __name__ == "__main__":

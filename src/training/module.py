@@ -14,40 +14,42 @@ from torch.nn.functional import interpolate
 
 from src.config import Config
 from src.model.network import YOLOv3
-from src.serving.images import to_input
+from src.serving.images import to_network_input
 from src.training.loss import YOLOLoss
 from src.training.metrics import (
     CellAccuracy,
-    DetectionStore,
-    class_table,
+    DetectionAccumulator,
     mean_average_precision,
+    per_class_table,
 )
 from src.training.report import about
 
 
 def build_model(config: Config) -> YOLOv3:
-    """A net for these settings: fresh, or from `config.weights` (a folder, hub id or Darknet file)."""
+    """A net for these settings: fresh, or from `config.pretrained_weights` (a folder, hub id or Darknet file)."""
     torch.manual_seed(config.seed)
     settings = {"classes": config.classes, "anchors": config.anchors, "image_size": config.image_size}
-    if config.weights and not Path(config.weights).is_file():
-        return YOLOv3.from_pretrained(config.weights, num_classes=len(config.classes), width=config.width, **settings)
+    if config.pretrained_weights and not Path(config.pretrained_weights).is_file():
+        return YOLOv3.from_pretrained(
+            config.pretrained_weights, num_classes=len(config.classes), width=config.width, **settings
+        )
     model = YOLOv3(len(config.classes), config.width, **settings)
-    if config.weights:
-        print(f"{config.weights}: read {model.load_darknet(config.weights)}")
+    if config.pretrained_weights:
+        print(f"{config.pretrained_weights}: read {model.load_darknet(config.pretrained_weights)}")
     return model
 
 
-def drawn_side(config: Config, step: int, epoch: int) -> int:
+def sample_image_size(config: Config, step: int, epoch: int) -> int:
     """The side of the batch at this step of this epoch; the same on every process, and after a resume.
 
     The last epochs, of whole images, are at `image_size`: so averages of batch norm and features settle there.
     """
-    if not config.sizes or epoch >= config.whole_from:
+    if not config.multiscale_sizes or epoch >= config.close_mosaic_epoch:
         return config.image_size
-    return int(np.random.default_rng((config.seed, step // config.size_steps)).choice(config.sizes))
+    return int(np.random.default_rng((config.seed, step // config.multiscale_interval)).choice(config.multiscale_sizes))
 
 
-class Detector(pl.LightningModule):
+class YOLOv3Module(pl.LightningModule):
     """A `YOLOv3` with its loss, optimizer and metrics."""
 
     def __init__(self, config: Config):
@@ -55,22 +57,23 @@ class Detector(pl.LightningModule):
         self.config, self.lr = config, config.max_lr
         self.model = build_model(config)
         self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
-        self.loss, self.cells, self.store = YOLOLoss(config), CellAccuracy(), DetectionStore()
+        self.loss, self.cells, self.store = YOLOLoss(config), CellAccuracy(), DetectionAccumulator()
         self.accuracies: dict[str, float] = {}  # of the last validation
         self.results: dict[str, float] = {}  # these and mAP, for the callbacks
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        images = to_input(batch["images"])
-        side = drawn_side(self.config, self.trainer.global_step, self.current_epoch)
+        images = to_network_input(batch["images"])
+        side = sample_image_size(self.config, self.trainer.global_step, self.current_epoch)
         if side != images.shape[-1]:  # multi-resolution, always smaller: targets are fractions and stay
             images = interpolate(images, (side, side), mode="bilinear", antialias=True)
         terms = self.loss(self.network(images), batch["targets"], self.model.anchors_at(side))
         logged = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log("lr", self.optimizers().param_groups[0]["lr"], on_step=True, on_epoch=False)
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        logits, targets = self.model(to_input(batch["images"])), batch["targets"]
+        logits, targets = self.model(to_network_input(batch["images"])), batch["targets"]
         anchors = self.model.anchors_at(batch["images"].shape[-1])
         terms = self.loss(logits, targets, anchors)
         logged = {f"val/{name}": value for name, value in terms.items()}
@@ -86,10 +89,10 @@ class Detector(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.accuracies = {name: float(value) for name, value in self.cells.compute().items()}
-        self.found, self.truth = self.store.compute()
-        self.table = class_table(self.found, self.truth, self.config.classes)
+        self.predictions, self.ground_truth = self.store.compute()
+        self.per_class = per_class_table(self.predictions, self.ground_truth, self.config.classes)
         self.results = {f"accuracy/{name}": value for name, value in self.accuracies.items()}
-        self.results["map50"] = mean_average_precision(self.table)
+        self.results["mAP50"] = mean_average_precision(self.per_class)
         self.log_dict({f"val/{name}": value for name, value in self.results.items()})
         self.cells.reset()
         self.store.reset()
@@ -113,7 +116,7 @@ class Detector(pl.LightningModule):
         groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr or 1e-3, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.lr or 1e-3, self.trainer.estimated_stepping_batches, pct_start=self.config.warmup
+            optimizer, self.lr or 1e-3, self.trainer.estimated_stepping_batches, pct_start=self.config.warmup_fraction
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -122,14 +125,14 @@ class Detector(pl.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.clip)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["classes"] = list(self.config.classes)
         if self.results:
             trained = f"{self.current_epoch + 1} of {self.config.epochs}"
-            self.model.about = about(self.accuracies, self.results["map50"], self.config, trained)
-        checkpoint["about"] = self.model.about
+            self.model.metadata = about(self.accuracies, self.results["mAP50"], self.config, trained)
+        checkpoint["metadata"] = self.model.metadata
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         classes = checkpoint.get("classes")
@@ -138,13 +141,13 @@ class Detector(pl.LightningModule):
                 f"this checkpoint knows the classes {classes}, Config.classes are {list(self.config.classes)}: "
                 "set Config.classes to the checkpoint's, or train anew in another Config.run_dir"
             )
-        self.model.about = checkpoint.get("about", {})
+        self.model.metadata = checkpoint.get("metadata", checkpoint.get("about", {}))  # "about" in older ones
 
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its mere information, devices and tips, is left out
 
 
-def precision_here(config: Config) -> str:
+def resolve_precision(config: Config) -> str:
     """`config.precision`, or for "auto" the fastest this machine computes: float16 on CUDA, bfloat16 on newer CPUs."""
     if config.precision != "auto":
         return config.precision
@@ -154,7 +157,7 @@ def precision_here(config: Config) -> str:
     return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
 
 
-def strategy_here(config: Config) -> str | DDPStrategy:
+def resolve_strategy(config: Config) -> str | DDPStrategy:
     """How devices share the work: not at all, or by DDP, its processes forked in a notebook, else this script again.
 
     Raises RuntimeError in a notebook whose GPU has been used before: a forked process can't use it again.
@@ -175,7 +178,7 @@ def make_trainer(config: Config, **options) -> pl.Trainer:
     """A Trainer for this machine and these settings, silent but for what `options` add."""
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=config.devices,
-        precision=precision_here(config), strategy=strategy_here(config),
+        precision=resolve_precision(config), strategy=resolve_strategy(config),
         num_sanity_val_steps=0, enable_model_summary=False, use_distributed_sampler=False,
         **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options,
     )  # fmt: skip

@@ -3,9 +3,7 @@
 from src.config import Config
 from src.training.metrics import THRESHOLDS, Evaluation
 
-THRESHOLD, STRICT = THRESHOLDS
-
-
+COURSE_THRESHOLD, STRICT_THRESHOLD = THRESHOLDS
 NAMES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
 
 
@@ -22,14 +20,16 @@ def rows(accuracies: dict[str, float], config: Config) -> list[dict]:
     """
     table = []
     for key, wanted in targets(config).items():
-        reached, strict = (accuracies[key if key == "class" else f"{key}@{threshold}"] for threshold in (THRESHOLD, STRICT))
+        reached, strict = (
+            accuracies[key if key == "class" else f"{key}@{threshold}"] for threshold in (COURSE_THRESHOLD, STRICT_THRESHOLD)
+        )
         table.append({"name": NAMES[key], "wanted": wanted, "reached": reached, "strict": strict, "passed": reached >= wanted})
     return table
 
 
-def assignment_table(evaluation: Evaluation, config: Config) -> str:
+def results_table(evaluation: Evaluation, config: Config) -> str:
     """The three accuracies beside the assignment's, and the average precisions, as text for a terminal."""
-    head = f"{'held-out split':<22}{'asked for':>10}{f'at {THRESHOLD}':>10}{f'at {STRICT}':>10}"
+    head = f"{'held-out split':<22}{'asked for':>10}{f'at {COURSE_THRESHOLD}':>10}{f'at {STRICT_THRESHOLD}':>10}"
     lines = [head, "-" * (len(head) + 8)]
     for row in rows(evaluation.accuracies, config):
         numbers = "".join(f"{100 * row[key]:>9.2f}%" for key in ("wanted", "reached", "strict"))
@@ -38,7 +38,7 @@ def assignment_table(evaluation: Evaluation, config: Config) -> str:
     lines += [f"{name:<22}{'':>10}{value:>10.4f}" for name, value in evaluation.precisions.items()]
     lines += [
         "",
-        f"Columns 'at {THRESHOLD}' and 'at {STRICT}': threshold of objectness; {THRESHOLD} is the course's and decides.",
+        f"Columns 'at {COURSE_THRESHOLD}' and 'at {STRICT_THRESHOLD}': threshold of objectness; {COURSE_THRESHOLD} is the course's and decides.",
         "",
     ]
     lines.append(f"Weights, metrics.csv and settings of this run: {config.run_dir}/")
@@ -48,8 +48,8 @@ def assignment_table(evaluation: Evaluation, config: Config) -> str:
 def about(accuracies: dict[str, float], map50: float, config: Config, trained: str) -> dict:
     """What travels with weights: what they were trained on, for how long ("3 of 40" epochs), and what they reach."""
     data = f"{config.shapes_train:,} drawn pictures of {len(config.classes)} shapes"
-    if config.data == "voc":
+    if config.dataset == "voc":
         data = "PASCAL VOC " + ", ".join(config.train_splits)
     reached = {row["name"]: row["reached"] for row in rows(accuracies, config)}
-    metrics = {"map50": map50, **reached, "objectness threshold": THRESHOLD}
+    metrics = {"mAP50": map50, **reached, "objectness threshold": COURSE_THRESHOLD}
     return {"data": data, "epochs": trained, "weights": "averaged over the steps (EMA)", "metrics": metrics}

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_iou, complete_box_iou_loss
 
 from src.data.mosaic import augmentations
-from src.data.records import Record
+from src.data.records import ImageRecord
 
 
 def course_augmentations(side: int) -> A.Compose:
@@ -56,7 +56,7 @@ def same_augmentations(side: int) -> A.Compose:
 class ObviousDataset(Dataset):
     """Decodes every picture it needs at full size, and builds dense targets: [0] float [3, S, S], [1] see below."""
 
-    def __init__(self, records: list[Record], side: int, anchors: Tensor, augment: A.Compose, mosaic: float = 0.75):
+    def __init__(self, records: list[ImageRecord], side: int, anchors: Tensor, augment: A.Compose, mosaic: float = 0.75):
         self.records, self.side, self.anchors = records, side, anchors
         self.augment, self.mosaic = augment, mosaic
 
@@ -130,7 +130,7 @@ def anchor_overlaps(sides: Tensor, anchors: Tensor) -> Tensor:
 
 def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """The terms of `YOLOLoss` for dense targets [B, 3, G, G, 6] of each scale; targets [N, 6]: image, class, cx, cy, w, h."""
-    sums = {name: torch.tensor(0.0) for name in ("box", "object", "no_object", "class")}
+    sums = {name: torch.tensor(0.0) for name in ("box_loss", "object_loss", "no_object_loss", "class_loss")}
     for level, target, scale_anchors in zip(logits, dense, anchors, strict=True):
         positive, every_box = target[..., 0] == 1, dense_boxes(level, scale_anchors)
         background = ~positive
@@ -143,11 +143,11 @@ def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targe
         classes = torch.zeros(len(wanted), level.shape[-1] - 5)
         for number, label in enumerate(target[..., 5][positive]):
             classes[number, int(label)] = 1
-        sums["box"] += complete_box_iou_loss(corners(boxes), corners(wanted), reduction="sum")
+        sums["box_loss"] += complete_box_iou_loss(corners(boxes), corners(wanted), reduction="sum")
         overlap = box_iou(corners(boxes), corners(wanted)).diagonal().detach()
-        sums["object"] += bce(level[..., 0][positive], overlap, reduction="sum")
-        sums["no_object"] += bce(level[..., 0][background], torch.zeros(background.sum()), reduction="sum")
-        sums["class"] += bce(level[..., 5:][positive], classes, reduction="sum")
+        sums["object_loss"] += bce(level[..., 0][positive], overlap, reduction="sum")
+        sums["no_object_loss"] += bce(level[..., 0][background], torch.zeros(background.sum()), reduction="sum")
+        sums["class_loss"] += bce(level[..., 5:][positive], classes, reduction="sum")
     return {name: value / max(1, 3 * len(targets)) for name, value in sums.items()}
 
 

@@ -1,25 +1,24 @@
 """One resolution against many on photographs: the same pictures, epochs and recipe.
 
-python -m benchmarks.photographs one|many [--epochs 80]    trains, then measures at each side; again: goes on where it stopped
+python -m benchmarks.train_voc single|many [--epochs 80]    trains, then measures at each side; again: goes on where it stopped
 VOC_ROOT names the folder that holds VOCdevkit.
 """
 
 import argparse
 
-from src.training.fit.fit import evaluate, fit, load_detector
-
-from benchmarks.recipe import pooled
+from benchmarks.run_ablations import pooled
 from src.config import Config
-from src.data.datamodule import DetectionData
+from src.data.datamodule import DetectionDataModule
+from src.training.fit import evaluate, fit, load_detector
 
 SIDES = (160, 192, 224, 256, 288)  # drawn from
 
 
 def settings(run: str, epochs: int) -> Config:
-    """The settings of "one" or "many" for so many epochs, a tenth of them without mosaics."""
+    """The settings of "single" or "multi" for so many epochs, a tenth of them without mosaics."""
     return Config(
         train_splits=("2012/train",), val_splits=("2012/val",), image_size=224, width=0.25, batch_size=16, max_lr=6e-3,
-        epochs=epochs, mosaic_off_epochs=epochs // 10, sizes=SIDES if run == "many" else (), workers=1,
+        epochs=epochs, close_mosaic_epochs=epochs // 10, multiscale_sizes=SIDES if run == "multi" else (), num_workers=1,
         run_dir=f"runs/photographs-{run}-{epochs}",
     )  # fmt: skip
 
@@ -29,7 +28,7 @@ def by_size(folder: str) -> str:
     detector = load_detector(folder, "last")
     lines = ["| side | class | no-object | object | mAP@.5 | AP of all |", "| --- " * 6 + "|"]
     for side in (128, *SIDES):
-        found = evaluate(detector, DetectionData(detector.config.replace(image_size=side, cache_gb=0)))
+        found = evaluate(detector, DetectionDataModule(detector.config.replace(image_size=side, cache_gb=0)))
         cells = [100 * found.accuracies[name] for name in ("class", "no_object@0.05", "object@0.05")]
         percent = " | ".join(f"{value:.1f}" for value in cells)
         lines.append(f"| {side} | {percent} | {found.precisions['VOC AP@.5, area']:.3f} | {pooled(found):.3f} |")
@@ -38,7 +37,7 @@ def by_size(folder: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", choices=("one", "many"))
+    parser.add_argument("run", choices=("single", "multi"))
     parser.add_argument("--epochs", type=int, default=40)
     arguments = parser.parse_args()
     config = settings(arguments.run, arguments.epochs)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.data.records import Record, make_record
+from src.data.records import ImageRecord, make_record
 from src.data.shapes import draw_shapes
 from src.training.loss import assign_targets
 
@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 500, 375  # most of VOC's photographs
 QUALITY, NOISE = 90, 13.0  # about 90 kB a file, as VOC's
 
 
-def photographs(folder: Path, count: int, seed: int = 0) -> list[Record]:
+def photographs(folder: Path, count: int, seed: int = 0) -> list[ImageRecord]:
     """`count` records whose pictures are JPEG files of VOC's size, in `folder`."""
     random, records = np.random.default_rng(seed), []
     for number, record in enumerate(draw_shapes(count, WIDTH, seed)):

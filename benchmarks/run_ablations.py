@@ -1,7 +1,7 @@
 """The training recipe, one change at a time, on photographs: what each part of it is worth, and what was not taken.
 
-python -m benchmarks.recipe NAME [NAME ...] [--seed 0] [--epochs 6]    trains each that has no result yet; NAME as in CHANGES
-python -m benchmarks.recipe --table [--epochs 6]                       what is done so far, in Markdown
+python -m benchmarks.run_ablations NAME [NAME ...] [--seed 0] [--epochs 6]    trains each that has no result yet; NAME as in CHANGES
+python -m benchmarks.run_ablations --table [--epochs 6]                       what is done so far, in Markdown
 VOC_ROOT names the folder that holds VOCdevkit. Results stand in runs/recipe/EPOCHS/NAME-SEED/result.json.
 """
 
@@ -14,12 +14,12 @@ from statistics import mean
 from unittest import mock
 
 import numpy as np
-from src.training.fit.fit import evaluate, fit
 
-from benchmarks.changes import BASE, CHANGES
-from src.data.datamodule import DetectionData
-from src.training.checkpoints import write_whole
-from src.training.metrics import Evaluation, class_table
+from benchmarks.ablations import BASE, CHANGES
+from src.data.datamodule import DetectionDataModule
+from src.training.checkpoints import atomic_write
+from src.training.fit import evaluate, fit
+from src.training.metrics import Evaluation, per_class_table
 
 RUNS = Path("runs/recipe")
 
@@ -31,9 +31,9 @@ def pooled(found: Evaluation) -> float:
     """
     rows = [
         np.c_[rows[:, 0] * len(BASE.classes) + rows[:, 1], np.zeros(len(rows)), rows[:, 2:]]
-        for rows in (found.found, found.truth)
+        for rows in (found.predictions, found.ground_truth)
     ]
-    return class_table(*map(np.float32, rows), ("any",))[0]["area"]
+    return per_class_table(*map(np.float32, rows), ("any",))[0]["ap"]
 
 
 def train(name: str, seed: int, epochs: int) -> None:
@@ -42,17 +42,17 @@ def train(name: str, seed: int, epochs: int) -> None:
     if (folder / "result.json").exists():
         return
     settings = {key: value() if callable(value) else value for key, value in change.settings.items()}
-    schedule = {"epochs": epochs, "mosaic_off_epochs": max(1, epochs // 10)}
+    schedule = {"epochs": epochs, "close_mosaic_epochs": max(1, epochs // 10)}
     config = BASE.replace(seed=seed, run_dir=str(folder), **(schedule | settings))
     started = time.monotonic()
     with ExitStack() as stack:
         for target, instead in change.instead.items():
             stack.enter_context(mock.patch(target, instead))
-        found = evaluate(fit(config, ckpt_path="auto"), DetectionData(config))
-    results = found.accuracies | {"map50": found.precisions["VOC AP@.5, area"], "pooled": pooled(found)}
+        found = evaluate(fit(config, ckpt_path="auto"), DetectionDataModule(config))
+    results = found.accuracies | {"mAP50": found.precisions["VOC AP@.5, area"], "pooled": pooled(found)}
     for checkpoint in folder.glob("*.ckpt"):
         checkpoint.unlink()
-    write_whole(
+    atomic_write(
         folder / "result.json", lambda file: json.dump(results | {"minutes": (time.monotonic() - started) / 60}, file), "w"
     )
 
@@ -72,7 +72,7 @@ def table(epochs: int) -> str:
         runs = done[name].items()
         each = " ".join(f"{run['pooled']:.3f}" for _, run in runs)
         gains = " ".join(f"{run['pooled'] - base[seed]['pooled']:+.3f}" if seed in base else "?" for seed, run in runs)
-        map50, label, found = (mean(run[key] for _, run in runs) for key in ("map50", "class", "object@0.05"))
+        map50, label, found = (mean(run[key] for _, run in runs) for key in ("mAP50", "class", "object@0.05"))
         cells = f"{each} | {gains} | {map50:.3f} | {100 * label:.1f} | {100 * found:.1f}"
         lines.append(f"| {CHANGES[name].what} (`{name}`) | {cells} |")
     return "\n".join(lines)

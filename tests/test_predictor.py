@@ -9,7 +9,7 @@ from PIL import Image
 
 from src.model.boxes import decode, nms
 from src.serving.images import letterbox, load_image
-from src.serving.predictor import FLOOR, Predictor
+from src.serving.predictor import MIN_SCORE, Predictor
 from tests.planted import planted_model
 
 WIDTH, HEIGHT = 48, 32
@@ -139,8 +139,8 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     with pytest.raises(ValueError, match=r"bomb.png"):
         load_image(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="48 x 32 pixels are more than"):
-        load_image(RGB, most_pixels=WIDTH * HEIGHT - 1)
-    assert load_image(RGB, most_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
+        load_image(RGB, max_pixels=WIDTH * HEIGHT - 1)
+    assert load_image(RGB, max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
 
 
 @pytest.mark.parametrize("size", [(96, 96), (150, 40), (33, 97), (8, 8), (1, 1), (1, 300), (700, 500)])
@@ -170,7 +170,7 @@ def test_thresholds_need_no_other_forward_pass(predictor):
     hook = predictor.model.register_forward_hook(lambda *_: calls.append(1))
     candidates = predictor.candidates(picture())
     counts = [len(candidates.detections(confidence, 0.45)) for confidence in (0.01, 0.3, 0.4, 0.5, 0.99)]
-    kept = [len(candidates.detections(0.3, overlap)) for overlap in (0.1, 0.45, 0.9)]
+    kept = [len(candidates.detections(0.3, iou_threshold)) for iou_threshold in (0.1, 0.45, 0.9)]
     hook.remove()
     assert len(calls) == 1
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 0
@@ -178,11 +178,11 @@ def test_thresholds_need_no_other_forward_pass(predictor):
 
 
 def test_candidates_lose_nothing_above_the_floor(predictor):
-    inputs, _ = predictor.input(picture())
+    inputs, _ = predictor.preprocess(picture())
     with torch.no_grad():
         boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(predictor.image_size))
-    index, labels = nms(boxes[0], scores[0], 2 * FLOOR, 0.45)
-    found = predictor.candidates(picture()).detections(2 * FLOOR, 0.45)
+    index, labels = nms(boxes[0], scores[0], 2 * MIN_SCORE, 0.45)
+    found = predictor.candidates(picture()).detections(2 * MIN_SCORE, 0.45)
     assert found.index.tolist() == index.tolist() and found.labels.tolist() == labels.tolist()
 
 
@@ -193,21 +193,21 @@ def test_the_strongest_candidate_is_there_when_nothing_is_found():
             head.predict.bias.view(3, -1)[:, 0] = -9.0
     candidates = Predictor(model, device="cpu").candidates(picture())
     assert len(candidates.detections(0.0)) == 0
-    best = candidates.strongest()
-    assert len(best) == 1 and 0 < best.scores[0] < FLOOR
+    best = candidates.top_candidate()
+    assert len(best) == 1 and 0 < best.scores[0] < MIN_SCORE
     assert best.labels[0] == candidates.scores.max(dim=0).values.argmax()
 
 
 def test_the_strongest_of_a_class(predictor):
     candidates = predictor.candidates(picture())
     for label in range(3):
-        best = candidates.strongest(label)
+        best = candidates.top_candidate(label)
         assert best.labels.tolist() == [label] and best.scores[0] == candidates.scores[:, label].max()
 
 
 def test_half_precision_finds_nearly_the_same(predictor):
-    exact = predictor(picture(), confidence=0.3, overlap=0.9)
-    half = Predictor(planted_model().to(torch.bfloat16), device="cpu")(picture(), confidence=0.3, overlap=0.9)
+    exact = predictor(picture(), confidence=0.3, iou_threshold=0.9)
+    half = Predictor(planted_model().to(torch.bfloat16), device="cpu")(picture(), confidence=0.3, iou_threshold=0.9)
     assert half.scores.dtype == np.float32 and abs(len(half) - len(exact)) <= 3
     shared, a, b = np.intersect1d(exact.index, half.index, return_indices=True)
     assert len(shared) > 0.8 * len(exact) and np.abs(exact.boxes[a] - half.boxes[b]).max() < 2

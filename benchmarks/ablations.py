@@ -9,15 +9,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from src.config import Config
-from src.data.datamodule import DetectionData
+from src.data.datamodule import DetectionDataModule
 from src.model.boxes import cxcywh_to_xyxy, decode_above, decode_boxes
 from src.model.network import Residual, YOLOv3
-from src.training.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, shape_overlap
-from src.training.module import Detector
+from src.training.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, wh_iou
+from src.training.module import YOLOv3Module
 
 BASE = Config(  # the recipe, small; what all changes are compared with
     train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, batch_size=16, max_lr=6e-3,
-    workers=0,
+    num_workers=0,
 )  # fmt: skip
 
 Costs = tuple[Tensor, Tensor]  # as from `complete_iou_loss`: cost and IoU of each box
@@ -40,7 +40,7 @@ class CertainObjectness(YOLOLoss):
     """A positive's objectness should be 1, as in YOLOv3 (section 2.1), instead of the overlap of its box."""
 
     @staticmethod
-    def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:
+    def _objectness(logit: Tensor, overlap: Tensor) -> Tensor:
         return softplus(-logit)
 
 
@@ -48,8 +48,8 @@ class HalfOverlap(YOLOLoss):
     """A positive's objectness should lie half-way between 1 and the overlap of its box."""
 
     @staticmethod
-    def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:
-        return YOLOLoss._confidence(logit, (1 + overlap) / 2)
+    def _objectness(logit: Tensor, overlap: Tensor) -> Tensor:
+        return YOLOLoss._objectness(logit, (1 + overlap) / 2)
 
 
 class FocalObjectness(YOLOLoss):
@@ -62,8 +62,8 @@ class FocalObjectness(YOLOLoss):
         return cost.masked_fill(found.positive | near, 0).sum()
 
     @staticmethod
-    def _confidence(logit: Tensor, overlap: Tensor) -> Tensor:
-        return (logit.sigmoid() - overlap.detach()).square() * YOLOLoss._confidence(logit, overlap)
+    def _objectness(logit: Tensor, overlap: Tensor) -> Tensor:
+        return (logit.sigmoid() - overlap.detach()).square() * YOLOLoss._objectness(logit, overlap)
 
 
 class EveryFittingAnchor(YOLOLoss):
@@ -78,13 +78,13 @@ class EveryFittingAnchor(YOLOLoss):
         found = assign_targets(targets, [level.shape[2] for level in logits], anchors, len(logits[0]))
         more = 0.0
         for level, part, scale in zip(logits, found, anchors, strict=True):
-            for number, overlap in enumerate(shape_overlap(targets[:, 4:6], scale).unbind(dim=1)):
+            for number, overlap in enumerate(wh_iou(targets[:, 4:6], scale).unbind(dim=1)):
                 cell = part.image, number, part.row, part.column
                 rows, fits = level[cell].float(), (overlap > 0.5) & ~part.positive[cell]
                 boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[number], level.shape[2])
                 box, near = complete_iou_loss(boxes, targets[:, 2:6])
                 label = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5)).float()
-                cost = self.box_weight * box + self.object_weight * self._confidence(rows[:, 0], near)
+                cost = self.box_weight * box + self.object_weight * self._objectness(rows[:, 0], near)
                 cost = cost + binary_cross_entropy_with_logits(rows[:, 5:], label, reduction="none").sum(dim=1)
                 more = more + (cost * fits).sum()
         return terms | {"loss": terms["loss"] + more / max(1, 3 * len(targets))}
@@ -152,17 +152,17 @@ def loud_residuals(self) -> None:
             torch.nn.init.ones_(module.body[1][1].weight)
 
 
-configure_optimizers, initialise = Detector.configure_optimizers, YOLOv3._initialise
+configure_optimizers, initialise = YOLOv3Module.configure_optimizers, YOLOv3._initialise
 
 
 def kmeans_anchors() -> tuple:
     """Nine anchors by k-means on the boxes of 1,000 training draws, with 1 - IoU as distance; YOLO9000, section 2."""
-    data = DetectionData(BASE)
+    data = DetectionDataModule(BASE)
     data.setup()
     sides = torch.cat([data.train_data[draw][1][:, 2:] for draw in range(1000)])
     anchors = sides[sides.prod(dim=1).argsort()][torch.linspace(0, len(sides) - 1, 9).long()]
     for _ in range(50):
-        owner = shape_overlap(sides, anchors).argmax(dim=1)
+        owner = wh_iou(sides, anchors).argmax(dim=1)
         anchors = torch.stack([sides[owner == number].mean(dim=0) for number in range(9)])
     anchors = anchors[anchors.prod(dim=1).argsort(descending=True)]
     return tuple(tuple(map(tuple, scale)) for scale in anchors.view(3, 3, 2).tolist())
@@ -178,7 +178,7 @@ class Change:
 
 
 def loss(instead: type[YOLOLoss]) -> dict:
-    return {"src.training.loss.YOLOLoss": instead}
+    return {"src.training.module.YOLOLoss": instead}
 
 
 CHANGES = {
@@ -193,8 +193,8 @@ CHANGES = {
     "object-4": Change("weight of positives' objectness 4", {"object_weight": 4.0}),
     "object-unbiased": Change("no initial bias", instead={"src.model.network.YOLOv3._initialise": unbiased}),
     "class-softmax": Change("classes: softmax, as in the course", instead={
-        "src.loss.bce": softmax_classes, "src.model.boxes.decode_above": softmax_decode_above}),
-    "class-focal": Change("classes: focal loss, gamma 2", instead={"src.loss.bce": focal_classes}),
+        "src.training.loss.bce": softmax_classes, "src.training.metrics.decode_above": softmax_decode_above}),
+    "class-focal": Change("classes: focal loss, gamma 2", instead={"src.training.loss.bce": focal_classes}),
     "class-smooth": Change("classes: label smoothing 0.1", {"label_smoothing": 0.1}),
     "class-3": Change("weight of the class term 3", {"class_weight": 3.0}),
     "ignore-shape": Change("ignored: anchors of an object's shape, as in the course", instead=loss(ShapesIgnored)),
@@ -203,19 +203,19 @@ CHANGES = {
     "anchors-kmeans": Change("anchors by k-means on the training draws", {"anchors": kmeans_anchors}),
     "decay-0.005": Change("weight decay 0.005", {"weight_decay": 0.005}),
     "decay-everything": Change("weight decay on biases and batch norm too", instead={
-        "src.training.module.Detector.configure_optimizers": decay_everything}),
+        "src.training.module.YOLOv3Module.configure_optimizers": decay_everything}),
     "lr-2e-3": Change("peak learning rate 2e-3", {"max_lr": 2e-3}),
     "lr-1.2e-2": Change("peak learning rate 1.2e-2", {"max_lr": 1.2e-2}),
-    "warmup-0.3": Change("warm-up over 0.3 of the steps", {"warmup": 0.3}),
+    "warmup-0.3": Change("warm-up over 0.3 of the steps", {"warmup_fraction": 0.3}),
     "ema-0.99": Change("decay of the average 0.99", {"ema_decay": 0.99}),
     "ema-none": Change("no averaging", {"ema_decay": 0.0}),
     "residual-loud": Change("residual blocks don't start as the identity", instead={
         "src.model.network.YOLOv3._initialise": loud_residuals}),
     "batch-8": Change("8 images a batch, twice the steps", {"batch_size": 8}),
-    "mosaic-0": Change("no mosaics", {"mosaic": 0.0}),
-    "mosaic-end": Change("mosaics to the end", {"mosaic_off_epochs": 0}),
-    "mosaic-off-3": Change("no mosaics in the last 3 epochs", {"mosaic_off_epochs": 3}),
-    "scale-wide": Change("scales 0.45 to 1.25", {"mosaic_scale": (0.45, 1.25), "single_scale": (0.45, 1.25)}),
-    "single-as-mosaic": Change("single pictures at the mosaics' scales", {"single_scale": BASE.mosaic_scale}),
+    "mosaic-0": Change("no mosaics", {"mosaic_prob": 0.0}),
+    "mosaic-end": Change("mosaics to the end", {"close_mosaic_epochs": 0}),
+    "mosaic-off-3": Change("no mosaics in the last 3 epochs", {"close_mosaic_epochs": 3}),
+    "scale-wide": Change("scales 0.45 to 1.25", {"mosaic_scale": (0.45, 1.25), "image_scale": (0.45, 1.25)}),
+    "single-as-mosaic": Change("single pictures at the mosaics' scales", {"image_scale": BASE.mosaic_scale}),
     "colour-none": Change("light and colours left alone", instead={"src.data.mosaic.augmentations": mirror_only}),
 }  # fmt: skip

@@ -10,12 +10,12 @@ from PIL import Image
 
 from src.config import Config
 from src.data.cache import ImageCache
-from src.data.datamodule import DetectionData, DrawSampler, HeldOutDataset, collate
+from src.data.datamodule import DetectionDataModule, SampleIdSampler, ValDataset, collate
 from src.data.mosaic import MosaicDataset, augmentations
 from src.data.records import make_record
 from src.model.boxes import cxcywh_to_xyxy
 from src.model.network import YOLOv3
-from src.serving.images import PAD, letterbox, load_image, to_input
+from src.serving.images import PAD, letterbox, load_image, to_network_input
 from src.serving.predictor import Predictor
 
 YELLOW = (250, 250, 30)
@@ -42,13 +42,15 @@ def differ(one, other) -> np.ndarray:
 
 
 def settings(**changes) -> Config:
-    return Config(image_size=96, classes=("a", "b", "c", "d"), epochs=1000, mosaic_off_epochs=0, cache_gb=0).replace(**changes)
+    return Config(image_size=96, classes=("a", "b", "c", "d"), epochs=1000, close_mosaic_epochs=0, cache_gb=0).replace(
+        **changes
+    )
 
 
 @pytest.mark.parametrize("mosaic", [0.0, 1.0])
 def test_boxes_follow_the_pixels_they_label(mosaic):
     """The object's pixels are those that change when it is not drawn, whatever the augmentation did to them."""
-    config = settings(mosaic=mosaic, min_visible=0.0)
+    config = settings(mosaic_prob=mosaic, min_visibility=0.0)
     whole, seen = MosaicDataset(records(), config), 0
     for label in range(4):
         without = MosaicDataset(records(missing=label), config)
@@ -69,9 +71,10 @@ def test_boxes_follow_the_pixels_they_label(mosaic):
 @pytest.mark.parametrize("mosaic", [0.0, 1.0])
 def test_multi_resolution_composes_at_the_largest_side(mosaic):
     """The same picture as a run at that side alone has: detail is read, not made by enlarging."""
-    config = settings(mosaic=mosaic)
+    config = settings(mosaic_prob=mosaic)
     large, sized = (
-        MosaicDataset(records(), changed) for changed in (config.replace(image_size=160), config.replace(sizes=(64, 160, 128)))
+        MosaicDataset(records(), changed)
+        for changed in (config.replace(image_size=160), config.replace(multiscale_sizes=(64, 160, 128)))
     )
     for draw in range(20):
         for one, other in zip(large[draw], sized[draw], strict=True):
@@ -100,14 +103,14 @@ def test_three_quarters_are_mosaics():
     data = MosaicDataset(records(), settings())
     share = np.mean([data.is_mosaic(draw) for draw in range(4000)])
     assert abs(share - 0.75) < 4 * np.sqrt(0.75 * 0.25 / 4000)
-    whole = MosaicDataset(records(), settings(epochs=10, mosaic_off_epochs=2))
+    whole = MosaicDataset(records(), settings(epochs=10, close_mosaic_epochs=2))
     assert any(whole.is_mosaic(draw) for draw in range(8 * 4)) and not any(whole.is_mosaic(draw) for draw in range(32, 40))
 
 
 def test_mosaic_shows_four_pictures_at_a_random_centre():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
     pictures = [make_record(np.full((96, 96, 3), c, np.uint8), [[0, 0, 96, 96]], [i], [False]) for i, c in enumerate(colours)]
-    data = MosaicDataset(pictures, settings(mosaic=1.0, mosaic_scale=(1.2, 1.25), min_visible=0.0))
+    data = MosaicDataset(pictures, settings(mosaic_prob=1.0, mosaic_scale=(1.2, 1.25), min_visibility=0.0))
     corners, kinds = set(), set()
     for draw in range(40):
         _, boxes, labels = data[draw]
@@ -122,7 +125,9 @@ def test_mosaic_shows_four_pictures_at_a_random_centre():
 def test_pictures_are_scaled_by_what_the_settings_say(mosaic):
     """Shapes change, areas do not: a box has scale squared of its area in the picture as it was read."""
     low, high = scales = (0.6, 0.8) if mosaic else (0.3, 0.5)
-    data = MosaicDataset(records(), settings(mosaic=mosaic, mosaic_scale=(0.6, 0.8), single_scale=(0.3, 0.5), min_visible=0.99))
+    data = MosaicDataset(
+        records(), settings(mosaic_prob=mosaic, mosaic_scale=(0.6, 0.8), image_scale=(0.3, 0.5), min_visibility=0.99)
+    )
     read = np.concatenate([data.image(number)[1] for number in range(4)]) / 96
     areas = (read[:, 2:] - read[:, :2]).prod(axis=1)
     drawn = [(boxes[:, 2:].prod(dim=1), labels) for _, boxes, labels in map(data.__getitem__, range(120))]
@@ -131,15 +136,15 @@ def test_pictures_are_scaled_by_what_the_settings_say(mosaic):
     assert found.min() < np.quantile(scales, 0.2) and found.max() > np.quantile(scales, 0.8)
 
 
-@pytest.mark.parametrize("min_visible", [0.0, 0.25, 0.7])
-def test_no_degenerate_box_leaves_the_data_set(min_visible):
+@pytest.mark.parametrize("min_visibility", [0.0, 0.25, 0.7])
+def test_no_degenerate_box_leaves_the_data_set(min_visibility):
     random = np.random.default_rng(0)
     pictures = []
     for _ in range(12):
         corner = random.uniform(0, 90, (8, 2))
         boxes = np.concatenate((corner, corner + random.uniform(0.5, 10, (8, 2))), axis=1)
         pictures.append(make_record(np.zeros((100, 100, 3), np.uint8), boxes, random.integers(0, 4, 8), np.zeros(8)))
-    data = MosaicDataset(pictures, settings(min_visible=min_visible))
+    data = MosaicDataset(pictures, settings(min_visibility=min_visibility))
     for draw in range(200):
         image, boxes, labels = data[draw]
         assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
@@ -150,9 +155,9 @@ def test_no_degenerate_box_leaves_the_data_set(min_visible):
 
 
 def test_a_box_stays_while_enough_of_it_is_left():
-    data = MosaicDataset(records(), settings(mosaic=1.0, min_visible=0.6, mosaic_scale=(0.9, 1.25)))
+    data = MosaicDataset(records(), settings(mosaic_prob=1.0, min_visibility=0.6, mosaic_scale=(0.9, 1.25)))
     kept = sum(len(data[draw][1]) for draw in range(60))
-    everything = MosaicDataset(records(), settings(mosaic=1.0, min_visible=0.0, mosaic_scale=(0.9, 1.25)))
+    everything = MosaicDataset(records(), settings(mosaic_prob=1.0, min_visibility=0.0, mosaic_scale=(0.9, 1.25)))
     assert 0 < kept < sum(len(everything[draw][1]) for draw in range(60))
 
 
@@ -166,8 +171,8 @@ def test_one_seed_gives_one_result_and_epochs_differ():
 
 def test_workers_change_nothing_and_repeat_nothing():
     def images(workers: int, epoch: int) -> torch.Tensor:
-        config = settings(batch_size=4, workers=workers)
-        data = DetectionData(config)
+        config = settings(batch_size=4, num_workers=workers)
+        data = DetectionDataModule(config)
         data.train_records = records() * 4
         data.train_data = MosaicDataset(data.train_records, config)
         loader = data.train_dataloader()
@@ -181,7 +186,7 @@ def test_workers_change_nothing_and_repeat_nothing():
 
 
 def test_an_epoch_draws_every_picture_once():
-    sampler = DrawSampler(MosaicDataset(records(), settings()), seed=0)
+    sampler = SampleIdSampler(MosaicDataset(records(), settings()), seed=0)
     sampler.set_epoch(5)
     assert sorted(sampler) == [20, 21, 22, 23]
 
@@ -203,10 +208,10 @@ def test_one_letterbox_serves_held_out_split_and_predictor(tmp_path, size):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize(size).save(path)
     record = make_record(str(path), [[5, 4, 15, 12]], [0], [False])
-    square, boxes, _, _ = HeldOutDataset([record], settings())[0]
+    square, boxes, _, _ = ValDataset([record], settings())[0]
     predictor = Predictor(YOLOv3(4, 0.125), image_size=96, device="cpu")
-    inputs, placement = predictor.input(load_image(path))
-    assert torch.equal(to_input(square[None]), inputs)
+    inputs, placement = predictor.preprocess(load_image(path))
+    assert torch.equal(to_network_input(square[None]), inputs)
     there = cxcywh_to_xyxy(boxes)[0].numpy() * 96
     back = (there - placement[[2, 3, 2, 3]]) / placement[[0, 1, 0, 1]]
     np.testing.assert_allclose(back, [5, 4, 15, 12], atol=1e-3)
