@@ -93,9 +93,9 @@ def test_arrays_and_pil_images_are_taken_as_they_are():
     assert np.array_equal(load_image(RGB), picture())
     assert np.array_equal(load_image(grey()), np.repeat(grey()[..., None], 3, axis=2))
     for other in (picture() / 255, (grey() / 255).astype(np.float32), picture().astype(np.int64)):
-        with pytest.raises(ValueError, match=rf"array of {other.dtype}; give uint8"):
+        with pytest.raises(ValueError, match=rf"array of {other.dtype}, not uint8"):
             load_image(other)
-    with pytest.raises(ValueError, match="can't be read as a picture"):
+    with pytest.raises(ValueError, match="can't be read as an image"):
         load_image(torch.zeros(3, 8, 8))
 
 
@@ -138,7 +138,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     (tmp_path / "bomb.png").write_bytes(header)
     with pytest.raises(ValueError, match=r"bomb.png"):
         load_image(tmp_path / "bomb.png")
-    with pytest.raises(ValueError, match="48 x 32 pixels are more than"):
+    with pytest.raises(ValueError, match="48 x 32 pixels, more than"):
         load_image(RGB, max_pixels=WIDTH * HEIGHT - 1)
     assert load_image(RGB, max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
 

@@ -1,4 +1,4 @@
-"""The network, and how its numbers become boxes."""
+"""The network, its boxes, and Darknet weight files."""
 
 from src.model.network import YOLOv3
 

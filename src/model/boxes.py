@@ -1,4 +1,4 @@
-"""Boxes: conversions named by their formats, and the way from logits to detections."""
+"""Box conversions, decoding of logits, and non-maximum suppression."""
 
 import math
 
@@ -20,31 +20,31 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int | Tensor) -> Tensor:
-    """The paper's box equations (YOLOv3, section 2.1), in float32 whatever comes in.
+    """Apply the paper's box equations (YOLOv3, section 2.1) in float32.
 
-    offsets [..., 4]: the network's x, y, w, h; column, row [...]: the cell; anchor [..., 2]: in sides of the
-    image; grid: cells a side, of all or of each [...].
-    Returns [..., 4] cxcywh in 0..1 of the image.
+    offsets [..., 4]: the network's x, y, w, h. column, row [...]: the cell. anchor [..., 2]: width and height in 0..1 of
+    the image. grid: cells per side, an int or a tensor [...].
+    Returns boxes [..., 4] cxcywh in 0..1 of the image.
     """
     offsets = offsets.float()
     centre_x = (offsets[..., 0].sigmoid() + column) / grid
     centre_y = (offsets[..., 1].sigmoid() + row) / grid
-    side = offsets[..., 2:4].clamp(max=MAX_LOG_SCALE).exp() * anchor
-    return torch.cat((centre_x[..., None], centre_y[..., None], side), dim=-1)
+    size = offsets[..., 2:4].clamp(max=MAX_LOG_SCALE).exp() * anchor
+    return torch.cat((centre_x[..., None], centre_y[..., None], size), dim=-1)
 
 
 def cell_boxes(level: Tensor, anchors: Tensor) -> Tensor:
-    """What each cell of one scale predicts: level [B, 3, G, G, 5 + C], anchors [3, 2] -> [B, 3, G, G, 4] xyxy in 0..1."""
+    """Decode the boxes of one scale: level [B, 3, G, G, 5 + C], anchors [3, 2] -> [B, 3, G, G, 4] xyxy in 0..1."""
     cells = torch.arange(level.shape[2], device=level.device)
-    found = decode_boxes(level[..., 1:5], cells, cells[:, None], anchors[:, None, None], len(cells))
-    return cxcywh_to_xyxy(found)
+    boxes = decode_boxes(level[..., 1:5], cells, cells[:, None], anchors[:, None, None], len(cells))
+    return cxcywh_to_xyxy(boxes)
 
 
 def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Every prediction of every scale, largest stride first, each scale in the order anchor, row, column.
+    """Decode every prediction, largest stride first, each scale in the order anchor, row, column.
 
-    logits: three [B, 3, G, G, 5 + C]; anchors [3, 3, 2] in sides of the image.
-    Returns boxes [B, K, 4] xyxy in 0..1 (not clipped), and scores [B, K, C]: objectness times class probability.
+    logits: three [B, 3, G, G, 5 + C]. anchors [3, 3, 2] in 0..1 of the image.
+    Returns boxes [B, K, 4] xyxy in 0..1 (not clipped) and scores [B, K, C]: objectness times class probability.
     """
     boxes, scores = [], []
     for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
@@ -55,17 +55,16 @@ def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> list[tuple[Tensor, Tensor]]:
-    """What `decode` gives, of the cells whose objectness is above `confidence` alone: others can't score more.
+    """Decode only the cells whose objectness is above `confidence`: no other cell can have a higher score.
 
-    Returns for each image its boxes [k, 4] xyxy in 0..1 and scores [k, C], in the order of `decode`.
+    Returns boxes [k, 4] xyxy in 0..1 and scores [k, C] per image, in the order of `decode`.
     """
     images, boxes, scores = [], [], []
     for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
         image, anchor, row, column = (level[..., 0].float().contiguous().sigmoid() > confidence).nonzero(as_tuple=True)
         cells = level[image, anchor, row, column].float()  # [k, 5 + C]
-        found = decode_boxes(cells[:, 1:5], column, row, scale_anchors[anchor], level.shape[2])
         images.append(image)
-        boxes.append(cxcywh_to_xyxy(found))
+        boxes.append(cxcywh_to_xyxy(decode_boxes(cells[:, 1:5], column, row, scale_anchors[anchor], level.shape[2])))
         scores.append(cells[:, :1].sigmoid() * cells[:, 5:].sigmoid())
     image = torch.cat(images)
     order, counts = image.argsort(stable=True), image.bincount(minlength=len(logits[0])).tolist()
@@ -75,11 +74,12 @@ def decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> li
 def nms(
     boxes: Tensor, scores: Tensor, confidence: float, iou_threshold: float, max_detections: int = 300, pre_nms_topk: int = 1000
 ) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression within each class, for one image.
+    """Apply non-maximum suppression per class to the predictions of one image.
 
-    boxes [K, 4] xyxy; scores [K, C]. A prediction counts as its best class if that scores above `confidence`;
-    of two of one class that iou_threshold (IoU) by more than `iou_threshold` the better stays. At max_detections `pre_nms_topk`
-    are compared and `max_detections` kept, best first. Returns (index into K [n], class [n]).
+    boxes [K, 4] xyxy, scores [K, C]. A prediction has one label, its best class, and is dropped unless that score is
+    above `confidence`. Of two predictions with the same label and an IoU above `iou_threshold`, the better is kept.
+    The best `pre_nms_topk` are compared, and at most `max_detections` returned, best first.
+    Returns (index into K [n], label [n]).
     """
     best, label = scores.max(dim=1)
     index = torch.nonzero(best > confidence).flatten()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from src.model.darknet import load_darknet
 
 # YOLOv3 (Redmon & Farhadi 2018), section 2.3: widths and heights in pixels of a 416 x 416 image,
-# large objects (stride 32) first. Kept as fractions of the image side.
+# large objects (stride 32) first. Stored in 0..1 of the image.
 ANCHORS = tuple(
     tuple((w / 416, h / 416) for w, h in scale)
     for scale in (
@@ -38,7 +38,7 @@ class ConvBlock(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """Section 2.4, figure 1: a 1x1 and a 3x3 convolution beside a shortcut; keeps the shape."""
+    """Residual block (section 2.4, table 1): a 1x1 and a 3x3 convolution beside a shortcut; keeps the shape."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -67,36 +67,36 @@ class Darknet53(nn.Module):
 
 
 class Head(nn.Module):
-    """One scale: joins the deeper scale's features (if any), then predicts.
+    """Predict one scale from the backbone's features and the neck of the next coarser scale, if there is one.
 
-    forward(features [B, in, G, G], deeper [B, deep, G/2, G/2] or None)
-        -> neck [B, mid, G, G], handed to the next scale, and logits [B, 3, G, G, 5 + C].
+    forward(features [B, in, G, G], coarser [B, coarser, G/2, G/2] or None)
+        -> neck [B, mid, G, G], an input of the next finer scale, and logits [B, 3, G, G, 5 + C].
     """
 
-    def __init__(self, channels_in: int, channels_deep: int, mid: int, num_classes: int):
+    def __init__(self, channels_in: int, channels_coarser: int, mid: int, num_classes: int):
         super().__init__()
-        self.lateral = ConvBlock(channels_deep, mid, 1) if channels_deep else None
-        first = channels_in + (mid if channels_deep else 0)
+        self.lateral = ConvBlock(channels_coarser, mid, 1) if channels_coarser else None
+        joined = channels_in + (mid if channels_coarser else 0)
         self.neck = nn.Sequential(
-            ConvBlock(first, mid, 1), ConvBlock(mid, 2 * mid, 3), ConvBlock(2 * mid, mid, 1),
+            ConvBlock(joined, mid, 1), ConvBlock(mid, 2 * mid, 3), ConvBlock(2 * mid, mid, 1),
             ConvBlock(mid, 2 * mid, 3), ConvBlock(2 * mid, mid, 1),
         )  # fmt: skip
         self.expand = ConvBlock(mid, 2 * mid, 3)
         self.predict = nn.Conv2d(2 * mid, 3 * (5 + num_classes), 1)
 
-    def forward(self, features: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        neck = self.join(features, deeper)
-        return neck, self.read(neck)
+    def forward(self, features: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
+        neck = self.forward_neck(features, coarser)
+        return neck, self.forward_logits(neck)
 
-    def join(self, features: Tensor, deeper: Tensor | None) -> Tensor:
-        """The neck alone."""
+    def forward_neck(self, features: Tensor, coarser: Tensor | None) -> Tensor:
+        """Compute the neck alone."""
         if self.lateral is not None:
-            upsampled = nn.functional.interpolate(self.lateral(deeper), scale_factor=2.0, mode="nearest")
+            upsampled = nn.functional.interpolate(self.lateral(coarser), scale_factor=2.0, mode="nearest")
             features = torch.cat((upsampled, features), dim=1)
         return self.neck(features)
 
-    def read(self, neck: Tensor) -> Tensor:
-        """The logits of a neck."""
+    def forward_logits(self, neck: Tensor) -> Tensor:
+        """Compute the logits from a neck."""
         logits = self.predict(self.expand(neck))  # [B, 3 * (5 + C), G, G]
         return logits.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
 
@@ -104,9 +104,9 @@ class Head(nn.Module):
 class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["object-detection", "yolov3"]):
     """Images float [B, 3, S, S] in 0..1 -> three logits [B, 3, S/stride, S/stride, 5 + C], strides 32, 16, 8.
 
-    Per cell: objectness, x, y, w, h, classes. `width` scales the kernels of every layer; `classes` and `anchors`
-    ([3][3] width, height in sides of an image of `image_size`) travel with the weights, `metadata` holds facts about
-    their training.
+    Per cell and anchor: objectness, x, y, w, h, classes. `width` multiplies the channels of every layer.
+    `anchors` [3][3] are (width, height) in 0..1 of an image of `image_size` pixels. config.json stores the arguments;
+    `metadata` holds facts about the training.
     """
 
     def __init__(
@@ -121,41 +121,41 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
     ):
         super().__init__()
         if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"YOLOv3: num_classes is {num_classes}, but {len(classes)} classes are named")
+            raise ValueError(f"YOLOv3: num_classes is {num_classes}, but classes has {len(classes)} names")
         if num_classes < 1 or not 0 < width <= 4:
-            raise ValueError(f"YOLOv3: num_classes {num_classes} must be at least 1 and width {width} in 0..4")
+            raise ValueError(f"YOLOv3: num_classes must be at least 1 and width in 0..4, not {num_classes} and {width}")
         self.classes = list(classes) if classes else [f"class {i}" for i in range(num_classes)]
         self.width, self.image_size, self.metadata = width, image_size, metadata or about or {}
         c = [max(8, 8 * round(channels * width / 8)) for channels in (32, 64, 128, 256, 512, 1024)]
         self.backbone = Darknet53(c)
         self.heads = nn.ModuleList(
-            Head(channels_in, deep, mid, num_classes)
-            for channels_in, deep, mid in ((c[5], 0, c[4]), (c[4], c[4], c[3]), (c[3], c[3], c[2]))
+            Head(channels_in, coarser, mid, num_classes)
+            for channels_in, coarser, mid in ((c[5], 0, c[4]), (c[4], c[4], c[3]), (c[3], c[3], c[2]))
         )
-        self.anchor_sides = anchors  # as given: the buffer follows .half()
+        self.anchor_sizes = anchors  # as given, for config.json: the buffer loses digits in .half()
         self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32), persistent=False)  # [3, 3, 2]
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
             if isinstance(module, Residual):  # start as the identity: Goyal et al. 2017, section 5.1
                 nn.init.zeros_(module.body[1][1].weight)
-        for head in self.heads:  # start near "nothing here": RetinaNet (Lin et al. 2017), section 4.1
+        for head in self.heads:  # start with a low objectness: RetinaNet (Lin et al. 2017), section 4.1
             nn.init.normal_(head.predict.weight, std=0.01)
             bias = head.predict.bias.data.zero_().view(3, -1)
             bias[:, 0] = -math.log(999)  # objectness 0.001
             bias[:, 5:] = -math.log(max(1, bias.shape[1] - 6))  # one class in C
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        side = images.shape[-1]
-        if images.dim() != 4 or images.shape[-2] != side or side == 0 or side % 32:
-            raise ValueError(f"YOLOv3 takes [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}")
-        return self.detect(self.backbone(images))[1]
+        size = images.shape[-1]
+        if images.dim() != 4 or images.shape[-2] != size or size == 0 or size % 32:
+            raise ValueError(f"YOLOv3 takes images [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}")
+        return self.forward_heads(self.backbone(images))[1]
 
-    def detect(self, features: tuple[Tensor, Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The backbone's features at strides 32, 16 and 8 -> the three necks, and what `forward` returns."""
+    def forward_heads(self, features: tuple[Tensor, Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute the three necks and the three logits from the backbone's features at strides 32, 16 and 8."""
         necks, logits = [None], []
         for head, level_features in zip(self.heads, features, strict=True):
             neck, level = head(level_features, necks[-1])
@@ -163,50 +163,46 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
             logits.append(level)
         return necks[1:], logits
 
-    def anchors_at(self, side: int) -> Tensor:
-        """Anchors [3, 3, 2] in sides of an image of `side` pixels.
-
-        In pixels they are the same at every side, as in the paper: a convolution sees an object's pixels, not how
-        large the picture around it is. At `image_size` they are `anchors`.
-        """
-        return self.anchors * (self.image_size / side)
+    def anchors_at(self, image_size: int) -> Tensor:
+        """Return the anchors [3, 3, 2] in 0..1 of an image of `image_size` pixels; in pixels they don't depend on it."""
+        return self.anchors * (self.image_size / image_size)
 
     def settings(self) -> dict:
-        """The arguments that build this net again; `config.json` holds them."""
+        """Return the arguments that build this network again; config.json stores them."""
         return {
             "num_classes": len(self.classes), "width": self.width, "classes": self.classes,
-            "anchors": self.anchor_sides, "image_size": self.image_size, "metadata": self.metadata,
+            "anchors": self.anchor_sizes, "image_size": self.image_size, "metadata": self.metadata,
         }  # fmt: skip
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Called by `save_pretrained`: config.json and model.safetensors, each complete or not there."""
+        """Write config.json and model.safetensors for `save_pretrained`; an interrupted call leaves no partial weights."""
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(weights, save_directory / "model.safetensors.part", metadata={"format": "pt"})
-        (save_directory / "model.safetensors.part").chmod(0o644)  # safetensors lets nobody else read it
+        (save_directory / "model.safetensors.part").chmod(0o644)  # safetensors makes it private to the owner
         os.replace(save_directory / "model.safetensors.part", save_directory / "model.safetensors")
         (save_directory / "config.json").write_text(json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "YOLOv3":
-        """Called by `from_pretrained`: safetensors only, never a pickle; every tensor must be there and fit."""
+        """Load a model for `from_pretrained`. Reads safetensors only, never a pickle; every tensor must be present and fit."""
         hub = {n: options.pop(n) for n in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
-        for name in ("proxies", "resume_download"):  # huggingface-hub before 1.0 hands these on too
+        for name in ("proxies", "resume_download"):  # huggingface-hub before 1.0 passes these too
             options.pop(name, None)
         path = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
             path = Path(hf_hub_download(model_id, path.name, **hub))
         elif not path.exists():
-            raise FileNotFoundError(f"{path} is missing: name a folder written by YOLOv3.save_pretrained, or a hub id")
+            raise FileNotFoundError(f"{path} is missing. Give a folder written by YOLOv3.save_pretrained, or a Hub id.")
         model = cls(**options)
         try:
             model.load_state_dict(load_file(path))
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"{path} does not fit a YOLOv3 of {len(model.classes)} classes at width {model.width} "
-                f"(num_classes and width come from config.json or from your arguments): {error}"
+                f"{path} does not fit a YOLOv3 of {len(model.classes)} classes at width {model.width}. "
+                f"num_classes and width come from config.json or from your arguments. {error}"
             ) from None
         return model.to(map_location).eval()
 
     def load_darknet(self, path: str | Path) -> str:
-        """Read a weight file published for Darknet; see `src.model.darknet.load_darknet`."""
+        """Load a weight file published for Darknet; see `src.model.darknet.load_darknet`."""
         return load_darknet(self, path)

@@ -1,4 +1,4 @@
-"""From an image of any size to detections in its own pixels."""
+"""Prediction: from an image of any size to detections in its own pixels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from src.model.boxes import decode, nms
 from src.model.network import YOLOv3
 from src.serving.images import letterbox, load_image, to_network_input
 
-MIN_SCORE = 0.01  # candidates that score less are not kept
+MIN_SCORE = 0.01  # predictions with a lower score are dropped
 
 
 @dataclass(frozen=True)
 class Detections:
-    """n objects of one image, best first."""
+    """The n detections of one image, best first."""
 
     boxes: np.ndarray  # float32 [n, 4] xyxy in pixels of the image
     scores: np.ndarray  # float32 [n] objectness times class probability
     labels: np.ndarray  # int64 [n] index into the model's classes
-    index: np.ndarray  # int64 [n] which of the network's K predictions it was; see boxes.decode
+    index: np.ndarray  # int64 [n] index into the network's K predictions, in the order of boxes.decode
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -31,35 +31,36 @@ class Detections:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What one forward pass found in one image; thresholds are chosen later, as often as you like."""
+    """The predictions of one forward pass over one image, before thresholds and NMS."""
 
-    boxes: Tensor  # float32 [k, 4] xyxy in pixels of the image, not clipped to it
+    boxes: Tensor  # float32 [k, 4] xyxy in pixels of the image, not clipped
     scores: Tensor  # float32 [k, C]; k is at least 1
-    index: Tensor  # int64 [k] into the network's K predictions
+    index: Tensor  # int64 [k] index into the network's K predictions
     size: tuple[int, int]  # width and height of the image
 
     def detections(self, confidence: float = 0.25, iou_threshold: float = 0.45) -> Detections:
-        """Those that score above `confidence` and survive NMS at IoU `iou_threshold`; ValueError where one is no share."""
+        """Apply the confidence threshold and NMS. Raises ValueError if a threshold is not in 0..1."""
         for name, value in (("confidence", confidence), ("iou_threshold", iou_threshold)):
             if not (isinstance(value, Real) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a number in 0..1")
-        return self._pick(*nms(self.boxes, self.scores, max(confidence, MIN_SCORE), iou_threshold))
+        return self._select(*nms(self.boxes, self.scores, max(confidence, MIN_SCORE), iou_threshold))
 
     def top_candidate(self, label: int | None = None) -> Detections:
-        """The one candidate that scores best, of one class if a label is given, however low."""
-        kept = self.scores.amax(dim=1).argmax() if label is None else self.scores[:, label].argmax()
-        label = self.scores[kept].argmax() if label is None else torch.tensor(label)
-        return self._pick(kept[None], label[None])
+        """Return the candidate with the highest score, of one class if `label` is given, below any threshold too."""
+        index = self.scores.amax(dim=1).argmax() if label is None else self.scores[:, label].argmax()
+        label = self.scores[index].argmax() if label is None else torch.tensor(label)
+        return self._select(index[None], label[None])
 
-    def _pick(self, kept: Tensor, labels: Tensor) -> Detections:
-        boxes = self.boxes[kept].clamp(min=0).minimum(torch.tensor(self.size * 2))
-        return Detections(*(t.numpy() for t in (boxes, self.scores[kept, labels], labels, self.index[kept])))
+    def _select(self, rows: Tensor, labels: Tensor) -> Detections:
+        boxes = self.boxes[rows].clamp(min=0).minimum(torch.tensor(self.size * 2))
+        return Detections(*(t.numpy() for t in (boxes, self.scores[rows, labels], labels, self.index[rows])))
 
 
 class Predictor:
-    """A model ready to be asked: `predictor(image)` -> Detections."""
+    """Run a model on images: `predictor(image)` -> Detections. Images are whatever `load_image` takes."""
 
     def __init__(self, model: YOLOv3, image_size: int = 0, device: str | torch.device = ""):
+        """image_size: the network's input, default model.image_size. device: default CUDA if available, else the CPU."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.image_size = image_size or model.image_size
@@ -67,8 +68,30 @@ class Predictor:
 
     @classmethod
     def load(cls, source: str | Path, **options) -> "Predictor":
-        """From a folder written by `YOLOv3.save_pretrained`, or a hub id."""
+        """Load a model from a folder written by `YOLOv3.save_pretrained`, or from a Hub id."""
         return cls(YOLOv3.from_pretrained(source), **options)
+
+    def __call__(self, image, confidence: float = 0.25, iou_threshold: float = 0.45) -> Detections:
+        """Detect objects. Boxes are in pixels of the upright image (EXIF applied)."""
+        return self.candidates(image).detections(confidence, iou_threshold)
+
+    def batch(self, images: Sequence, confidence: float = 0.25, iou_threshold: float = 0.45) -> list[Detections]:
+        """Detect objects in several images with one forward pass."""
+        return [candidates.detections(confidence, iou_threshold) for candidates in self._forward(images)]
+
+    def candidates(self, image) -> Candidates:
+        """Run one forward pass; thresholds are applied later, to what it returns."""
+        return self._forward([image])[0]
+
+    @torch.inference_mode()
+    def _forward(self, images: Sequence) -> list[Candidates]:
+        images = [load_image(image) for image in images]
+        inputs, placements = zip(*map(self.preprocess, images), strict=True)
+        logits = self.model(torch.cat(inputs))
+        return [
+            self.postprocess([level[i : i + 1] for level in logits], placement, image.shape[1], image.shape[0])
+            for i, (placement, image) in enumerate(zip(placements, images, strict=True))
+        ]
 
     def preprocess(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """uint8 [H, W, 3] -> network input [1, 3, S, S] on the device, and the letterbox's placement."""
@@ -76,38 +99,13 @@ class Predictor:
         inputs = to_network_input(torch.from_numpy(square).permute(2, 0, 1)[None].to(self.device))
         return inputs.to(next(self.model.parameters()).dtype), placement
 
-    @torch.inference_mode()
-    def candidates(self, image) -> Candidates:
-        """One forward pass. image: whatever `load_image` takes."""
-        image = load_image(image)
-        inputs, placement = self.preprocess(image)
-        return self.postprocess(self.model(inputs), placement, image.shape[1], image.shape[0])
-
     def postprocess(self, logits: list[Tensor], placement: np.ndarray, width: int, height: int) -> Candidates:
-        """The network's logits for one image to candidates in its pixels; see `letterbox` for the placement."""
+        """Decode the logits of one image of width x height pixels; `placement` is its letterbox's."""
         boxes, scores = decode(logits, self.model.anchors_at(self.image_size))
         boxes, scores = boxes[0].cpu(), scores[0].cpu()
         best = scores.amax(dim=1)
         kept = best > MIN_SCORE
-        kept[best.argmax()] = True  # something to show where nothing was found
+        kept[best.argmax()] = True  # so that there is always a top candidate
         index = torch.nonzero(kept).flatten()
         boxes = boxes[index] * self.image_size - torch.from_numpy(placement[[2, 3, 2, 3]])
         return Candidates(boxes / torch.from_numpy(placement[[0, 1, 0, 1]]), scores[index], index, (width, height))
-
-    def __call__(self, image, confidence: float = 0.25, iou_threshold: float = 0.45) -> Detections:
-        """image: a path, PIL image or array. Boxes come in its pixels, after EXIF rotation."""
-        return self.candidates(image).detections(confidence, iou_threshold)
-
-    @torch.inference_mode()
-    def batch(self, images: Sequence, confidence: float = 0.25, iou_threshold: float = 0.45) -> list[Detections]:
-        """Several images in one forward pass; the same as asking for one after the other."""
-        pictures = [load_image(image) for image in images]
-        inputs, placements = zip(*map(self.preprocess, pictures), strict=True)
-        logits = self.model(torch.cat(inputs))
-        found = []
-        for number, (placement, picture) in enumerate(zip(placements, pictures, strict=True)):
-            own = [level[number : number + 1] for level in logits]
-            found.append(
-                self.postprocess(own, placement, picture.shape[1], picture.shape[0]).detections(confidence, iou_threshold)
-            )
-        return found
