@@ -1,8 +1,8 @@
-"""`python -m benchmarks [names]`: one table, every row a ratio against a baseline timed in the same run."""
+"""`python -m benchmarks [names]`: one table; every row is a ratio to a baseline that is timed in the same run."""
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not take the cores of loader processes
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy the cores of loader processes
 
 import importlib
 import sys
@@ -13,16 +13,18 @@ PARTS = ("loader", "training", "evaluation", "inference")
 
 
 def main(names: list[str]) -> None:
-    """Measure the named parts, all by default, and print the table."""
+    """Measure the named parts, or all if none is named, and print the table."""
+    if unknown := set(names) - set(PARTS):
+        sys.exit(f"Unknown benchmarks {sorted(unknown)}. Choose from {', '.join(PARTS)}.")
     warnings.filterwarnings("ignore")
     from benchmarks.timing import table
 
-    found, start = [], time.perf_counter()
+    rows, start = [], time.perf_counter()
     for name in names or PARTS:
         for row in importlib.import_module(f"benchmarks.{name}").rows():
-            found.append(row)
+            rows.append(row)
             print(f"[{time.perf_counter() - start:4.0f} s] " + "  ".join(row.cells()), file=sys.stderr, flush=True)
-    print("\n" + table(found))
+    print("\n" + table(rows))
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes on {os.cpu_count()} cores")
 
 

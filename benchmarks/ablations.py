@@ -1,6 +1,10 @@
-"""What was tried against the recipe: settings, and other losses, anchors and starts that stand in for parts of `src`."""
+"""The changes that `run_ablations` compares: other settings, losses, anchors and initializations."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from unittest import mock
 
 import albumentations as A
 import torch
@@ -15,104 +19,116 @@ from src.model.network import Residual, YOLOv3
 from src.training.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, wh_iou
 from src.training.module import YOLOv3Module
 
-BASE = Config(  # the recipe, small; what all changes are compared with
+BASE = Config(
     train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, batch_size=16, max_lr=6e-3,
     num_workers=0,
 )  # fmt: skip
 
-Costs = tuple[Tensor, Tensor]  # as from `complete_iou_loss`: cost and IoU of each box
+BoxLoss = tuple[Tensor, Tensor]  # as `complete_iou_loss` returns: loss and IoU of each box
 
 
-def generalized_iou(found: Tensor, wanted: Tensor) -> Costs:
-    found, wanted = cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted)
-    return generalized_box_iou_loss(found, wanted), box_iou(found, wanted).diagonal()
+def generalized_iou(predictions: Tensor, targets: Tensor) -> BoxLoss:
+    """Generalized IoU loss; Rezatofighi et al. 2019."""
+    predictions, targets = cxcywh_to_xyxy(predictions), cxcywh_to_xyxy(targets)
+    return generalized_box_iou_loss(predictions, targets), box_iou(predictions, targets).diagonal()
 
 
-def course_box(found: Tensor, wanted: Tensor) -> Costs:
-    """Mean squared error of the offsets in a cell and of the logarithms of the sides, as the course's loss has it."""
-    grids = torch.tensor([BASE.image_size // stride for stride in (32, 16, 8)]).repeat_interleave(len(found) // 3)
-    offset = (found[:, :2] - wanted[:, :2]) * grids[:, None]
-    cost = torch.cat((offset, (found[:, 2:] / wanted[:, 2:]).log()), dim=1).square().mean(dim=1)
-    return cost, box_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted)).diagonal()
+def course_box_loss(predictions: Tensor, targets: Tensor, grids: Tensor) -> BoxLoss:
+    """The course's box loss: mean squared error of the centre in cells and of log width and height.
+
+    grids [N]: cells per side of each box's scale.
+    """
+    centre = (predictions[:, :2] - targets[:, :2]) * grids[:, None]
+    cost = torch.cat((centre, (predictions[:, 2:] / targets[:, 2:]).log()), dim=1).square().mean(dim=1)
+    return cost, box_iou(cxcywh_to_xyxy(predictions), cxcywh_to_xyxy(targets)).diagonal()
+
+
+class CourseBoxLoss(YOLOLoss):
+    """`course_box_loss` instead of complete IoU."""
+
+    def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
+        grids = torch.tensor([level.shape[2] for level in logits]).repeat_interleave(len(targets))
+        with mock.patch("src.training.loss.complete_iou_loss", partial(course_box_loss, grids=grids)):
+            return super().forward(logits, targets, anchors)
 
 
 class CertainObjectness(YOLOLoss):
-    """A positive's objectness should be 1, as in YOLOv3 (section 2.1), instead of the overlap of its box."""
+    """The objectness target of a positive is 1, as in YOLOv3 (section 2.1), instead of the IoU of its box."""
 
     @staticmethod
-    def _objectness(logit: Tensor, overlap: Tensor) -> Tensor:
+    def _objectness(logit: Tensor, iou: Tensor) -> Tensor:
         return softplus(-logit)
 
 
-class HalfOverlap(YOLOLoss):
-    """A positive's objectness should lie half-way between 1 and the overlap of its box."""
+class HalfCertainObjectness(YOLOLoss):
+    """The objectness target of a positive is the mean of 1 and the IoU of its box."""
 
     @staticmethod
-    def _objectness(logit: Tensor, overlap: Tensor) -> Tensor:
-        return YOLOLoss._objectness(logit, (1 + overlap) / 2)
+    def _objectness(logit: Tensor, iou: Tensor) -> Tensor:
+        return YOLOLoss._objectness(logit, (1 + iou) / 2)
 
 
 class FocalObjectness(YOLOLoss):
-    """Quality focal loss (Li et al. 2020, section 3.2) for objectness, beta 2: sure and right costs little."""
+    """Quality focal loss for objectness with beta 2; Li et al. 2020, section 3.2."""
 
     @staticmethod
-    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
+    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
         logit = level[..., 0].float().contiguous()
         cost = logit.sigmoid().square() * softplus(logit)
-        return cost.masked_fill(found.positive | near, 0).sum()
+        return cost.masked_fill(assigned.positive | mask, 0).sum()
 
     @staticmethod
-    def _objectness(logit: Tensor, overlap: Tensor) -> Tensor:
-        return (logit.sigmoid() - overlap.detach()).square() * YOLOLoss._objectness(logit, overlap)
+    def _objectness(logit: Tensor, iou: Tensor) -> Tensor:
+        return (logit.sigmoid() - iou.detach()).square() * YOLOLoss._objectness(logit, iou)
 
 
-class EveryFittingAnchor(YOLOLoss):
-    """Anchors that overlap an object's shape by more than 0.5 are positives too."""
+class FittingAnchorsPositive(YOLOLoss):
+    """Anchors with wh_iou above 0.5 are positives too."""
 
     @staticmethod
-    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
-        return YOLOLoss._background(level, found, near | found.ignored)
+    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
+        return YOLOLoss._background(level, assigned, mask | assigned.ignored)
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         terms = super().forward(logits, targets, anchors)
-        found = assign_targets(targets, [level.shape[2] for level in logits], anchors, len(logits[0]))
-        more = 0.0
-        for level, part, scale in zip(logits, found, anchors, strict=True):
-            for number, overlap in enumerate(wh_iou(targets[:, 4:6], scale).unbind(dim=1)):
+        assigned = assign_targets(targets, [level.shape[2] for level in logits], anchors, len(logits[0]))
+        extra = 0.0
+        for level, part, scale in zip(logits, assigned, anchors, strict=True):
+            for number, shape_iou in enumerate(wh_iou(targets[:, 4:6], scale).unbind(dim=1)):
                 cell = part.image, number, part.row, part.column
-                rows, fits = level[cell].float(), (overlap > 0.5) & ~part.positive[cell]
+                rows, fits = level[cell].float(), (shape_iou > 0.5) & ~part.positive[cell]
                 boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[number], level.shape[2])
-                box, near = complete_iou_loss(boxes, targets[:, 2:6])
+                box, iou = complete_iou_loss(boxes, targets[:, 2:6])
                 label = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5)).float()
-                cost = self.box_weight * box + self.object_weight * self._objectness(rows[:, 0], near)
+                cost = self.box_weight * box + self.object_weight * self._objectness(rows[:, 0], iou)
                 cost = cost + binary_cross_entropy_with_logits(rows[:, 5:], label, reduction="none").sum(dim=1)
-                more = more + (cost * fits).sum()
-        return terms | {"loss": terms["loss"] + more / max(1, 3 * len(targets))}
+                extra = extra + (cost * fits).sum()
+        return terms | {"loss": terms["loss"] + extra / max(1, 3 * len(targets))}
 
 
-class ShapesIgnored(YOLOLoss):
-    """Ignored is an anchor that overlaps an object's shape by more than 0.5, as in the course, whatever it predicts."""
+class IgnoreFittingAnchors(YOLOLoss):
+    """Anchors with wh_iou above 0.5 are ignored, as in the course, whatever they predict."""
 
     @staticmethod
-    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
-        return YOLOLoss._background(level, found, found.ignored)
+    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
+        return YOLOLoss._background(level, assigned, assigned.ignored)
 
 
-class NothingIgnored(YOLOLoss):
+class IgnoreNothing(YOLOLoss):
     """Every cell that is not positive is background."""
 
     @staticmethod
-    def _background(level: Tensor, found: Assigned, near: Tensor) -> Tensor:
-        return YOLOLoss._background(level, found, found.positive)
+    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
+        return YOLOLoss._background(level, assigned, assigned.positive)
 
 
 def softmax_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
-    """The course's class loss: one class of C, cross entropy."""
+    """The course's class loss: cross entropy of a softmax over the classes."""
     return -classes * logits.log_softmax(dim=1)
 
 
 def softmax_decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> list:
-    """As `decode_above` for classes by softmax: the logistic function of these logits is the softmax."""
+    """`decode_above` for softmax classes: replace class logits by those whose sigmoid is the softmax."""
     levels = []
     for level in logits:
         level = level.float()
@@ -120,102 +136,121 @@ def softmax_decode_above(logits: list[Tensor], anchors: Tensor, confidence: floa
     return decode_above(levels, anchors, confidence)
 
 
-def mirror_only() -> A.Compose:
+def focal_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
+    """Focal loss with gamma 2; Lin et al. 2017."""
+    return sigmoid_focal_loss(logits, classes, alpha=-1, gamma=2)
+
+
+def flip_only() -> A.Compose:
+    """Augmentation without changes of brightness and colour."""
     boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], check_each_transform=False)
     return A.Compose([A.HorizontalFlip(p=0.5)], bbox_params=boxes)
 
 
-def focal_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
-    return sigmoid_focal_loss(logits, classes, alpha=-1, gamma=2)
+configure_optimizers, initialize = YOLOv3Module.configure_optimizers, YOLOv3._initialize
 
 
 def decay_everything(self) -> dict:
-    """Weight decay on biases and batch norm as well."""
-    made = configure_optimizers(self)
-    for group in made["optimizer"].param_groups:
+    """Apply weight decay to biases and batch norm as well."""
+    optimizers = configure_optimizers(self)
+    for group in optimizers["optimizer"].param_groups:
         group["weight_decay"] = self.config.weight_decay
-    return made
+    return optimizers
 
 
-def unbiased(self) -> None:
-    """Objectness starts at 0.5 and so do the classes."""
-    initialise(self)
+def zero_bias(self) -> None:
+    """Initialize objectness and class probabilities at 0.5."""
+    initialize(self)
     for head in self.heads:
         torch.nn.init.zeros_(head.predict.bias)
 
 
-def loud_residuals(self) -> None:
-    """Residual blocks don't start as the identity."""
-    initialise(self)
+def nonzero_residuals(self) -> None:
+    """Initialize residual blocks without the zero weight that makes them the identity."""
+    initialize(self)
     for module in self.modules():
         if isinstance(module, Residual):
             torch.nn.init.ones_(module.body[1][1].weight)
 
 
-configure_optimizers, initialise = YOLOv3Module.configure_optimizers, YOLOv3._initialise
-
-
-def kmeans_anchors() -> tuple:
-    """Nine anchors by k-means on the boxes of 1,000 training draws, with 1 - IoU as distance; YOLO9000, section 2."""
-    data = DetectionDataModule(BASE)
+def kmeans_anchors(config: Config) -> tuple:
+    """Nine anchors by k-means on the boxes of 1,000 training samples, distance 1 - IoU; YOLO9000 (2017), section 2."""
+    data = DetectionDataModule(config)
     data.setup()
-    sides = torch.cat([data.train_data[draw][1][:, 2:] for draw in range(1000)])
-    anchors = sides[sides.prod(dim=1).argsort()][torch.linspace(0, len(sides) - 1, 9).long()]
+    sizes = torch.cat([data.train_data[sample_id][1][:, 2:] for sample_id in range(1000)])
+    anchors = sizes[sizes.prod(dim=1).argsort()][torch.linspace(0, len(sizes) - 1, 9).long()]
     for _ in range(50):
-        owner = wh_iou(sides, anchors).argmax(dim=1)
-        anchors = torch.stack([sides[owner == number].mean(dim=0) for number in range(9)])
+        cluster = wh_iou(sizes, anchors).argmax(dim=1)
+        anchors = torch.stack([sizes[cluster == number].mean(dim=0) for number in range(9)])
     anchors = anchors[anchors.prod(dim=1).argsort(descending=True)]
     return tuple(tuple(map(tuple, scale)) for scale in anchors.view(3, 3, 2).tolist())
 
 
+def backbone(config: Config) -> str:
+    """The folder of pretrained weights that the environment variable BACKBONE names."""
+    if not os.environ.get("BACKBONE"):
+        raise SystemExit("This change starts from a pretrained backbone. Name its folder with --backbone FOLDER.")
+    return os.environ["BACKBONE"]
+
+
 @dataclass(frozen=True)
 class Change:
-    """One difference to BASE: settings, and what stands in for parts of `src`."""
+    """One difference to the baseline: settings, and replacements of names in `src`."""
 
-    what: str
-    settings: dict = field(default_factory=dict)
-    instead: dict = field(default_factory=dict)
+    description: str
+    settings: dict[str, object | Callable[[Config], object]] = field(default_factory=dict)
+    replacements: dict[str, object] = field(default_factory=dict)  # dotted name -> object
+
+    def config(self, base: Config) -> Config:
+        """Apply the settings to `base`."""
+        return base.replace(**{name: value(base) if callable(value) else value for name, value in self.settings.items()})
 
 
-def loss(instead: type[YOLOLoss]) -> dict:
-    return {"src.training.module.YOLOLoss": instead}
+def loss(replacement: type[YOLOLoss]) -> dict:
+    return {"src.training.module.YOLOLoss": replacement}
 
 
 CHANGES = {
-    "baseline": Change("nothing"),
-    "box-giou": Change("box loss: generalized IoU", instead={"src.training.loss.complete_iou_loss": generalized_iou}),
-    "box-course": Change("box loss: the course's squared errors", instead={"src.training.loss.complete_iou_loss": course_box}),
-    "box-1": Change("weight of the box term 1", {"box_weight": 1.0}),
-    "object-certain": Change("objectness of a positive: 1, as in the paper", instead=loss(CertainObjectness)),
-    "object-half": Change("objectness of a positive: half-way from 1 to its overlap", instead=loss(HalfOverlap)),
-    "object-focal": Change("objectness: quality focal loss", instead=loss(FocalObjectness)),
-    "object-1": Change("weight of positives' objectness 1", {"object_weight": 1.0}),
-    "object-4": Change("weight of positives' objectness 4", {"object_weight": 4.0}),
-    "object-unbiased": Change("no initial bias", instead={"src.model.network.YOLOv3._initialise": unbiased}),
-    "class-softmax": Change("classes: softmax, as in the course", instead={
+    "baseline": Change("none"),
+    "box-giou": Change("box loss: generalized IoU", replacements={"src.training.loss.complete_iou_loss": generalized_iou}),
+    "box-course": Change("box loss: the course's squared errors", replacements=loss(CourseBoxLoss)),
+    "box-1": Change("box weight: 1", {"box_weight": 1.0}),
+    "object-certain": Change("objectness target of positives: 1, as in the paper", replacements=loss(CertainObjectness)),
+    "object-half": Change("objectness target of positives: mean of 1 and IoU", replacements=loss(HalfCertainObjectness)),
+    "object-focal": Change("objectness loss: quality focal", replacements=loss(FocalObjectness)),
+    "object-1": Change("objectness weight of positives: 1", {"object_weight": 1.0}),
+    "object-4": Change("objectness weight of positives: 4", {"object_weight": 4.0}),
+    "bias-zero": Change("initial bias: 0", replacements={"src.model.network.YOLOv3._initialize": zero_bias}),
+    "class-softmax": Change("class loss: softmax, as in the course", replacements={
         "src.training.loss.bce": softmax_classes, "src.training.metrics.decode_above": softmax_decode_above}),
-    "class-focal": Change("classes: focal loss, gamma 2", instead={"src.training.loss.bce": focal_classes}),
-    "class-smooth": Change("classes: label smoothing 0.1", {"label_smoothing": 0.1}),
-    "class-3": Change("weight of the class term 3", {"class_weight": 3.0}),
-    "ignore-shape": Change("ignored: anchors of an object's shape, as in the course", instead=loss(ShapesIgnored)),
-    "ignore-never": Change("nothing ignored", instead=loss(NothingIgnored)),
-    "positives-fitting": Change("every anchor of shape overlap 0.5 is positive", instead=loss(EveryFittingAnchor)),
-    "anchors-kmeans": Change("anchors by k-means on the training draws", {"anchors": kmeans_anchors}),
-    "decay-0.005": Change("weight decay 0.005", {"weight_decay": 0.005}),
-    "decay-everything": Change("weight decay on biases and batch norm too", instead={
+    "class-focal": Change("class loss: focal, gamma 2", replacements={"src.training.loss.bce": focal_classes}),
+    "class-smooth": Change("class loss: label smoothing 0.1", {"label_smoothing": 0.1}),
+    "class-3": Change("class weight: 3", {"class_weight": 3.0}),
+    "ignore-shape": Change("ignored: anchors with wh_iou above 0.5, as in the course", replacements=loss(IgnoreFittingAnchors)),
+    "ignore-never": Change("ignored: nothing", replacements=loss(IgnoreNothing)),
+    "positives-fitting": Change("positives: all anchors with wh_iou above 0.5", replacements=loss(FittingAnchorsPositive)),
+    "anchors-kmeans": Change("anchors: k-means on the training samples", {"anchors": kmeans_anchors}),
+    "decay-0.005": Change("weight decay: 0.005", {"weight_decay": 0.005}),
+    "decay-everything": Change("weight decay: also on biases and batch norm", replacements={
         "src.training.module.YOLOv3Module.configure_optimizers": decay_everything}),
-    "lr-2e-3": Change("peak learning rate 2e-3", {"max_lr": 2e-3}),
-    "lr-1.2e-2": Change("peak learning rate 1.2e-2", {"max_lr": 1.2e-2}),
-    "warmup-0.3": Change("warm-up over 0.3 of the steps", {"warmup_fraction": 0.3}),
-    "ema-0.99": Change("decay of the average 0.99", {"ema_decay": 0.99}),
-    "ema-none": Change("no averaging", {"ema_decay": 0.0}),
-    "residual-loud": Change("residual blocks don't start as the identity", instead={
-        "src.model.network.YOLOv3._initialise": loud_residuals}),
-    "batch-8": Change("8 images a batch, twice the steps", {"batch_size": 8}),
-    "mosaic-0": Change("no mosaics", {"mosaic_prob": 0.0}),
-    "mosaic-end": Change("mosaics to the end", {"close_mosaic_epochs": 0}),
-    "mosaic-off-3": Change("no mosaics in the last 3 epochs", {"close_mosaic_epochs": 3}),
-    "scale-wide": Change("scales 0.45 to 1.25", {"mosaic_scale": (0.45, 1.25), "image_scale": (0.45, 1.25)}),
-    "single-as-mosaic": Change("single pictures at the mosaics' scales", {"image_scale": BASE.mosaic_scale}),
-    "colour-none": Change("light and colours left alone", instead={"src.data.mosaic.augmentations": mirror_only}),
+    "lr-2e-3": Change("peak learning rate: 2e-3", {"max_lr": 2e-3}),
+    "lr-1.2e-2": Change("peak learning rate: 1.2e-2", {"max_lr": 1.2e-2}),
+    "warmup-0.3": Change("warm-up: 0.3 of the steps", {"warmup_fraction": 0.3}),
+    "ema-0.99": Change("EMA decay: 0.99", {"ema_decay": 0.99}),
+    "ema-none": Change("EMA: none", {"ema_decay": 0.0}),
+    "residual-nonzero": Change("initial residual blocks: not the identity", replacements={
+        "src.model.network.YOLOv3._initialize": nonzero_residuals}),
+    "batch-8": Change("batch size: 8, twice the steps", {"batch_size": 8}),
+    "mosaic-0": Change("mosaics: none", {"mosaic_prob": 0.0}),
+    "mosaic-end": Change("mosaics: until the end", {"close_mosaic_epochs": 0}),
+    "mosaic-off-3": Change("mosaics: none in the last 3 epochs", {"close_mosaic_epochs": 3}),
+    "scale-wide": Change("image scales: 0.45 to 1.25", {"mosaic_scale": (0.45, 1.25), "image_scale": (0.45, 1.25)}),
+    "single-as-mosaic": Change("image scales: single images as in mosaics", {"image_scale": BASE.mosaic_scale}),
+    "colour-none": Change("augmentation: no change of brightness and colour", replacements={
+        "src.data.mosaic.augmentations": flip_only}),
+    "backbone": Change("pretrained backbone", {"pretrained_weights": backbone}),
+    "backbone-frozen": Change("pretrained backbone, frozen for 2 epochs", {
+        "pretrained_weights": backbone, "freeze_epochs": 2}),
+    "backbone-lr-2e-3": Change("pretrained backbone, peak learning rate: 2e-3", {
+        "pretrained_weights": backbone, "max_lr": 2e-3}),
 }  # fmt: skip

@@ -1,13 +1,13 @@
-"""The baselines: the way each job is written first, one picture, box and cell at a time.
+"""Baselines: the simplest way to write each job, one image, box and cell at a time.
 
-They follow the course's code (https://github.com/aladdinpersson/Machine-Learning-Collection, YOLOv3) in what is looped
-over, and this project in what comes out, so that their results can be laid side by side.
+They loop over the same things as the course's code (https://github.com/aladdinpersson/Machine-Learning-Collection,
+YOLOv3) and return the same results as `src`, so that their times can be compared.
 """
 
 import os
 import random
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look-up of newer versions on the network
 
 import albumentations as A
 import cv2
@@ -24,16 +24,16 @@ from src.data.mosaic import augmentations
 from src.data.records import ImageRecord
 
 
-def course_augmentations(side: int) -> A.Compose:
-    """The course's training pipeline, with the names that albumentations 2 has for it; ends in float images."""
-    larger = int(side * 1.1)
+def course_augmentations(image_size: int) -> A.Compose:
+    """The course's training pipeline in the names of albumentations 2; returns float images."""
+    larger = int(image_size * 1.1)
     grey = {"border_mode": cv2.BORDER_CONSTANT, "fill": 114}
     return A.Compose(
         [
             A.LongestMaxSize(max_size=larger),
             A.PadIfNeeded(min_height=larger, min_width=larger, **grey),
             A.Rotate(limit=10, p=0.5, **grey),
-            A.RandomCrop(width=side, height=side),
+            A.RandomCrop(width=image_size, height=image_size),
             A.ColorJitter(brightness=(0.4, 1.6), contrast=(0.4, 1.6), saturation=(0.4, 1.6), hue=(-0.4, 0.4), p=0.4),
             A.Affine(scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-20, 20), p=0.5, **grey),
             A.HorizontalFlip(p=0.5),
@@ -45,40 +45,42 @@ def course_augmentations(side: int) -> A.Compose:
     )  # fmt: skip
 
 
-def same_augmentations(side: int) -> A.Compose:
-    """The augmentation of this project after a resize: what is left of the difference is the way of loading."""
-    resize = [A.LongestMaxSize(max_size=side), A.PadIfNeeded(min_height=side, min_width=side, fill=114)]
+def same_augmentations(image_size: int) -> A.Compose:
+    """This project's augmentation after a resize; the remaining difference is how images are loaded."""
+    resize = [A.LongestMaxSize(max_size=image_size), A.PadIfNeeded(min_height=image_size, min_width=image_size, fill=114)]
     end = [A.Normalize(mean=(0, 0, 0), std=(1, 1, 1), max_pixel_value=255), ToTensorV2()]
     boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], min_visibility=0.25)
     return A.Compose([*resize, *augmentations().transforms, *end], bbox_params=boxes)
 
 
-class ObviousDataset(Dataset):
-    """Decodes every picture it needs at full size, and builds dense targets: [0] float [3, S, S], [1] see below."""
+class BaselineDataset(Dataset):
+    """Decode every image of a sample at full size, and build dense targets: float [3, S, S], `dense_targets`."""
 
-    def __init__(self, records: list[ImageRecord], side: int, anchors: Tensor, augment: A.Compose, mosaic: float = 0.75):
-        self.records, self.side, self.anchors = records, side, anchors
-        self.augment, self.mosaic = augment, mosaic
+    def __init__(
+        self, records: list[ImageRecord], image_size: int, anchors: Tensor, augment: A.Compose, mosaic_prob: float = 0.75
+    ):
+        self.records, self.image_size, self.anchors = records, image_size, anchors
+        self.augment, self.mosaic_prob = augment, mosaic_prob
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        image, boxes, labels = self.load_mosaic(index) if random.random() < self.mosaic else self.load(index)
+        image, boxes, labels = self.load_mosaic(index) if random.random() < self.mosaic_prob else self.load(index)
         out = self.augment(image=image, bboxes=boxes, labels=labels)
-        side, rows = self.side, []
+        size, rows = self.image_size, []
         for (x1, y1, x2, y2), label in zip(out["bboxes"], out["labels"], strict=True):
-            rows.append([label, (x1 + x2) / 2 / side, (y1 + y2) / 2 / side, (x2 - x1) / side, (y2 - y1) / side])
-        return out["image"], dense_targets(rows, [side // 32, side // 16, side // 8], self.anchors)
+            rows.append([label, (x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size])
+        return out["image"], dense_targets(rows, [size // 32, size // 16, size // 8], self.anchors)
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One picture at full size, uint8 [H, W, 3], its boxes xyxy in pixels and labels."""
+        """One image at full size, uint8 [H, W, 3], its boxes xyxy in pixels, and its labels."""
         record = self.records[index]
         return np.array(Image.open(record.image).convert("RGB")), record.boxes, record.labels
 
     def load_mosaic(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Four pictures at full size around a random point of a canvas of twice the side."""
-        size = 2 * self.side
+        """Four images at full size around a random point of a canvas of twice the image size."""
+        size = 2 * self.image_size
         x, y = int(random.uniform(size / 4, 3 * size / 4)), int(random.uniform(size / 4, 3 * size / 4))
         canvas = np.full((size, size, 3), 114, dtype=np.uint8)
         all_boxes, all_labels = [], []
@@ -98,16 +100,16 @@ class ObviousDataset(Dataset):
 
 
 def dense_targets(rows: list, grids: list[int], anchors: Tensor) -> list[Tensor]:
-    """One grid a scale, [3, G, G, 6]: object (1; -1: ignored; 0: background), cx, cy, w, h in 0..1, class.
+    """One grid per scale, [3, G, G, 6]: object (1; -1: ignored; 0: background), cx, cy, w, h in 0..1, class.
 
-    rows: class, cx, cy, w, h of each object of one picture; anchors [3, 3, 2] in sides of the image. As in the
-    course, an object goes through its nine anchors, the best first.
+    rows: class, cx, cy, w, h of each object of one image; anchors [3, 3, 2] in 0..1 of the image. As in the
+    course, the nine anchors of an object are tried in the order of their IoU, highest first.
     """
     targets = [torch.zeros(3, grid, grid, 6) for grid in grids]
     for label, cx, cy, width, height in rows:
-        overlaps = anchor_overlaps(torch.tensor([width, height]), anchors.reshape(9, 2))
+        ious = anchor_ious(torch.tensor([width, height]), anchors.reshape(9, 2))
         has_anchor = [False, False, False]
-        for number in overlaps.argsort(descending=True):
+        for number in ious.argsort(descending=True):
             scale, anchor = number // 3, number % 3
             grid = grids[scale]
             i, j = min(int(grid * cy), grid - 1), min(int(grid * cx), grid - 1)
@@ -117,48 +119,46 @@ def dense_targets(rows: list, grids: list[int], anchors: Tensor) -> list[Tensor]
                 targets[scale][anchor, i, j, 1:5] = torch.tensor([cx, cy, width, height])
                 targets[scale][anchor, i, j, 5] = label
                 has_anchor[scale] = True
-            elif not taken and overlaps[number] > 0.5:
+            elif not taken and ious[number] > 0.5:
                 targets[scale][anchor, i, j, 0] = -1
     return targets
 
 
-def anchor_overlaps(sides: Tensor, anchors: Tensor) -> Tensor:
-    """IoU of a box [2] with anchors [A, 2] that share its centre."""
-    shared = torch.min(sides[0], anchors[:, 0]) * torch.min(sides[1], anchors[:, 1])
-    return shared / (sides[0] * sides[1] + anchors[:, 0] * anchors[:, 1] - shared)
+def anchor_ious(size: Tensor, anchors: Tensor) -> Tensor:
+    """IoU of a box [2] with anchors [A, 2] that have the same centre."""
+    intersection = torch.min(size[0], anchors[:, 0]) * torch.min(size[1], anchors[:, 1])
+    return intersection / (size[0] * size[1] + anchors[:, 0] * anchors[:, 1] - intersection)
 
 
 def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """The terms of `YOLOLoss` for dense targets [B, 3, G, G, 6] of each scale; targets [N, 6]: image, class, cx, cy, w, h."""
+    """The terms of `YOLOLoss` from dense targets [B, 3, G, G, 6] per scale; targets [N, 6]: image, class, cx, cy, w, h."""
     sums = {name: torch.tensor(0.0) for name in ("box_loss", "object_loss", "no_object_loss", "class_loss")}
     for level, target, scale_anchors in zip(logits, dense, anchors, strict=True):
-        positive, every_box = target[..., 0] == 1, dense_boxes(level, scale_anchors)
+        positive, boxes = target[..., 0] == 1, dense_boxes(level, scale_anchors)
         background = ~positive
         for image in range(len(level)):
-            wanted = corners(targets[targets[:, 0] == image, 2:6])
-            overlap = box_iou(corners(every_box[image]).reshape(-1, 4), wanted)
-            background[image] &= (overlap <= 0.5).all(dim=1).reshape(background[image].shape)
-        boxes = every_box[positive]
-        wanted = target[..., 1:5][positive]
-        classes = torch.zeros(len(wanted), level.shape[-1] - 5)
+            iou = box_iou(corners(boxes[image]).reshape(-1, 4), corners(targets[targets[:, 0] == image, 2:6]))
+            background[image] &= (iou <= 0.5).all(dim=1).reshape(background[image].shape)
+        positive_boxes, target_boxes = corners(boxes[positive]), corners(target[..., 1:5][positive])
+        classes = torch.zeros(len(target_boxes), level.shape[-1] - 5)
         for number, label in enumerate(target[..., 5][positive]):
             classes[number, int(label)] = 1
-        sums["box_loss"] += complete_box_iou_loss(corners(boxes), corners(wanted), reduction="sum")
-        overlap = box_iou(corners(boxes), corners(wanted)).diagonal().detach()
-        sums["object_loss"] += bce(level[..., 0][positive], overlap, reduction="sum")
+        sums["box_loss"] += complete_box_iou_loss(positive_boxes, target_boxes, reduction="sum")
+        iou = box_iou(positive_boxes, target_boxes).diagonal().detach()
+        sums["object_loss"] += bce(level[..., 0][positive], iou, reduction="sum")
         sums["no_object_loss"] += bce(level[..., 0][background], torch.zeros(background.sum()), reduction="sum")
         sums["class_loss"] += bce(level[..., 5:][positive], classes, reduction="sum")
     return {name: value / max(1, 3 * len(targets)) for name, value in sums.items()}
 
 
 def dense_boxes(level: Tensor, anchors: Tensor) -> Tensor:
-    """Every cell's box of one scale: level [B, 3, G, G, F], anchors [3, 2] -> [B, 3, G, G, 4] cxcywh in 0..1."""
+    """Boxes of all cells of one scale: level [B, 3, G, G, F], anchors [3, 2] -> [B, 3, G, G, 4] cxcywh in 0..1."""
     grid = level.shape[2]
     column = torch.arange(grid).repeat(len(level), 3, grid, 1)
     row = column.permute(0, 1, 3, 2)
     x, y = (level[..., 1].sigmoid() + column) / grid, (level[..., 2].sigmoid() + row) / grid
-    sides = level[..., 3:5].exp() * anchors.reshape(1, 3, 1, 1, 2)
-    return torch.cat([x[..., None], y[..., None], sides], dim=-1)
+    size = level[..., 3:5].exp() * anchors.reshape(1, 3, 1, 1, 2)
+    return torch.cat([x[..., None], y[..., None], size], dim=-1)
 
 
 def corners(boxes: Tensor) -> Tensor:
@@ -167,66 +167,66 @@ def corners(boxes: Tensor) -> Tensor:
 
 
 def detections(logits: list[Tensor], anchors: Tensor, confidence: float) -> list[list[list[float]]]:
-    """For each picture a list of [class, score, x1, y1, x2, y2] above `confidence`, by way of lists of all cells."""
+    """A list of [class, score, x1, y1, x2, y2] above `confidence` per image, filtered from lists of all cells."""
     cells = []
     for level, scale_anchors in zip(logits, anchors, strict=True):
         probability = level[..., :1].sigmoid() * level[..., 5:].sigmoid()
         score, label = probability.max(dim=-1)
         rows = torch.cat([label[..., None], score[..., None], corners(dense_boxes(level, scale_anchors))], dim=-1)
         cells.append(rows.flatten(1, 3))
-    return [[row for row in picture if row[1] > confidence] for picture in torch.cat(cells, dim=1).tolist()]
+    return [[row for row in image if row[1] > confidence] for image in torch.cat(cells, dim=1).tolist()]
 
 
 def tensor_iou(one: list[float], two: list[float]) -> float:
-    """IoU of two boxes xyxy, the course's way: through tensors."""
+    """IoU of two boxes xyxy, computed with tensors as in the course."""
     a, b = torch.tensor(one), torch.tensor(two)
-    across = (torch.min(a[2], b[2]) - torch.max(a[0], b[0])).clamp(0)
-    shared = across * (torch.min(a[3], b[3]) - torch.max(a[1], b[1])).clamp(0)
-    return (shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)).item()
+    inter_w = (torch.min(a[2], b[2]) - torch.max(a[0], b[0])).clamp(0)
+    intersection = inter_w * (torch.min(a[3], b[3]) - torch.max(a[1], b[1])).clamp(0)
+    return (intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)).item()
 
 
 def float_iou(one: list[float], two: list[float]) -> float:
-    """IoU of two boxes xyxy, in Python's numbers."""
-    shared = max(0, min(one[2], two[2]) - max(one[0], two[0])) * max(0, min(one[3], two[3]) - max(one[1], two[1]))
-    return shared / ((one[2] - one[0]) * (one[3] - one[1]) + (two[2] - two[0]) * (two[3] - two[1]) - shared)
+    """IoU of two boxes xyxy, computed with Python floats."""
+    intersection = max(0, min(one[2], two[2]) - max(one[0], two[0])) * max(0, min(one[3], two[3]) - max(one[1], two[1]))
+    return intersection / ((one[2] - one[0]) * (one[3] - one[1]) + (two[2] - two[0]) * (two[3] - two[1]) - intersection)
 
 
-def loop_nms(rows: list[list[float]], overlap: float, most: int, iou=tensor_iou) -> list[list[float]]:
-    """Of two rows [class, score, x1, y1, x2, y2] of one class that overlap the better stays; at most `most`."""
+def loop_nms(rows: list[list[float]], iou_threshold: float, max_detections: int, iou=tensor_iou) -> list[list[float]]:
+    """Non-maximum suppression within each class, of rows [class, score, x1, y1, x2, y2]."""
     rows = sorted(rows, key=lambda row: row[1], reverse=True)
     kept = []
     while rows:
         best = rows.pop(0)
-        rows = [row for row in rows if row[0] != best[0] or iou(best[2:], row[2:]) <= overlap]
+        rows = [row for row in rows if row[0] != best[0] or iou(best[2:], row[2:]) <= iou_threshold]
         kept.append(best)
-    return kept[:most]
+    return kept[:max_detections]
 
 
-def average_precision(found: list, truth: list, label: int, iou=tensor_iou) -> float:
+def average_precision(predictions: list, ground_truth: list, label: int, iou=tensor_iou) -> float:
     """VOC's average precision (area) of one class at IoU 0.5, one detection at a time.
 
-    found: image, class, score, x1, y1, x2, y2; truth: image, class, difficult, x1, y1, x2, y2.
+    predictions: image, class, score, x1, y1, x2, y2; ground_truth: image, class, difficult, x1, y1, x2, y2.
     """
-    truth = [row for row in truth if row[1] == label]
-    total = len([row for row in truth if not row[2]])
-    taken, right, wrong, curve = set(), 0, 0, []
-    for row in sorted((row for row in found if row[1] == label), key=lambda row: row[2], reverse=True):
-        best, best_overlap = -1, 0.0
-        for number, there in enumerate(truth):
-            if there[0] == row[0]:
-                overlap = iou(row[3:], there[3:])
-                if overlap > best_overlap:
-                    best, best_overlap = number, overlap
-        if best_overlap >= 0.5 and truth[best][2]:
+    objects = [row for row in ground_truth if row[1] == label]
+    total = len([row for row in objects if not row[2]])
+    matched, true_positives, false_positives, curve = set(), 0, 0, []
+    for row in sorted((row for row in predictions if row[1] == label), key=lambda row: row[2], reverse=True):
+        best, best_iou = -1, 0.0
+        for number, object_ in enumerate(objects):
+            if object_[0] == row[0]:
+                value = iou(row[3:], object_[3:])
+                if value > best_iou:
+                    best, best_iou = number, value
+        if best_iou >= 0.5 and objects[best][2]:
             continue
-        if best_overlap >= 0.5 and best not in taken:
-            taken.add(best)
-            right += 1
+        if best_iou >= 0.5 and best not in matched:
+            matched.add(best)
+            true_positives += 1
         else:
-            wrong += 1
-        curve.append((right / (right + wrong), right / total))
-    area, before = 0.0, 0.0
+            false_positives += 1
+        curve.append((true_positives / (true_positives + false_positives), true_positives / total))
+    area, previous = 0.0, 0.0
     for number, (_, recall) in enumerate(curve):
-        area += (recall - before) * max(precision for precision, _ in curve[number:])
-        before = recall
+        area += (recall - previous) * max(precision for precision, _ in curve[number:])
+        previous = recall
     return area

@@ -1,4 +1,4 @@
-"""Decode, NMS and every metric, for as many pictures as VOC07 test has."""
+"""Decoding, NMS and all metrics for as many images as VOC2007 test has."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import average_precision, detections, float_iou, loop_nms, tensor_iou
-from benchmarks.synthetic_inputs import empty_logits, objects, plant
+from benchmarks.synthetic_inputs import background_logits, plant, random_objects
 from benchmarks.timing import Row, Stopwatch, milliseconds, threads
 from src.config import VOC_CLASSES
 from src.model.boxes import cxcywh_to_xyxy, decode
@@ -21,26 +21,26 @@ from src.training.metrics import (
     confusion,
     mean_average_precision,
     per_class_table,
-)
+)  # fmt: skip
 
 IMAGES, BATCH, SUBSET = 4952, 32, 96
 
 
 def batches(images: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Logits as a fair detector gives them, and targets, a batch at a time."""
-    empty, anchors = empty_logits(BATCH), torch.tensor(ANCHORS)
+    """Batches of logits of a mediocre detector, and their targets."""
+    background, anchors = background_logits(BATCH), torch.tensor(ANCHORS)
     for first in range(0, images, BATCH):
         count = min(BATCH, images - first)
-        targets = objects(count, 3, seed=first)
-        logits = [level[:count].clone() for level in empty]
+        targets = random_objects(count, 3, seed=first)
+        logits = [level[:count].clone() for level in background]
         plant(logits, targets, anchors, seed=first)
         yield logits, targets
 
 
-def scores(images: int, all_metrics: bool = True) -> tuple[Stopwatch, dict[str, float], float]:
-    """Time spent on `images` pictures, what came out, and candidates an image above 0.01 (of the first batch).
+def evaluate(images: int, all_metrics: bool = True) -> tuple[Stopwatch, dict[str, float], float]:
+    """Measure the evaluation of `images` images: time, metrics, and candidates per image above 0.01 (of the first batch).
 
-    Without `all_metrics`: decode, NMS and VOC's average precision alone.
+    all_metrics False: decoding, NMS and VOC's average precision only.
     """
     cells, store, anchors, clock, candidates = CellAccuracy(), DetectionAccumulator(), torch.tensor(ANCHORS), Stopwatch(), 0.0
     for logits, targets in batches(images):
@@ -50,47 +50,48 @@ def scores(images: int, all_metrics: bool = True) -> tuple[Stopwatch, dict[str, 
             store.update(logits, targets, torch.zeros(len(targets), dtype=torch.bool), anchors)
         candidates = candidates or (decode(logits, anchors)[1].amax(dim=2) > MIN_SCORE).sum().item() / len(logits[0])
     with clock:
-        found, truth = store.compute()
-        table = per_class_table(found, truth, VOC_CLASSES)
+        predictions, ground_truth = store.compute()
+        table = per_class_table(predictions, ground_truth, VOC_CLASSES)
         values = {column: mean_average_precision(table, column) for column in ("ap", "ap_11pt", "ap_course")}
         if all_metrics:
             values |= {name: float(value) for name, value in cells.compute().items()}
-            values |= coco_average_precision(found, truth)
-            confusion(found, truth, len(VOC_CLASSES))
+            values |= coco_average_precision(predictions, ground_truth)
+            confusion(predictions, ground_truth, len(VOC_CLASSES))
     return clock, values, candidates
 
 
-def obvious_scores(images: int, iou: Callable) -> tuple[Stopwatch, float]:
-    """Time and mean average precision (area) by lists and loops; no other metric."""
-    anchors, found, truth, first, clock = torch.tensor(ANCHORS), [], [], 0, Stopwatch()
+def evaluate_by_loops(images: int, iou: Callable) -> tuple[Stopwatch, float]:
+    """Measure the baseline, lists and loops: time and mean average precision (area); no other metric."""
+    anchors, predictions, ground_truth, first, clock = torch.tensor(ANCHORS), [], [], 0, Stopwatch()
     for logits, targets in batches(images):
         with clock:
             for number, rows in enumerate(detections(logits, anchors, MIN_SCORE)):
                 for label, score, *box in loop_nms(rows, NMS_IOU, 100, iou):
-                    found.append([first + number, label, score, *(min(max(side, 0), 1) for side in box)])
+                    predictions.append([first + number, label, score, *(min(max(x, 0), 1) for x in box)])
             for row, box in zip(targets.tolist(), cxcywh_to_xyxy(targets[:, 2:]).tolist(), strict=True):
-                truth.append([first + row[0], row[1], 0, *box])
+                ground_truth.append([first + row[0], row[1], 0, *box])
             first += len(logits[0])
     with clock:
-        values = [average_precision(found, truth, label, iou) for label in sorted({row[1] for row in truth})]
+        labels = sorted({row[1] for row in ground_truth})
+        values = [average_precision(predictions, ground_truth, label, iou) for label in labels]
     return clock, sum(values) / len(values)
 
 
 def rows() -> Iterator[Row]:
-    """The whole split against the clock; an image of it against an image of a subset done by loops."""
-    _, subset, candidates = scores(SUBSET)
+    """Yield the time of the whole split, and the time per image against loops on a subset."""
+    _, subset, candidates = evaluate(SUBSET)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    whole, _, _ = scores(IMAGES)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    what = f"Evaluation, {IMAGES:,} images, {candidates:.0f} candidates each"
-    yield Row(what, f"{whole.wall:.1f} s, {grown:.0f} MB more", "the limit, 60 s", whole.wall / 60, 1, True)
+    whole, _, _ = evaluate(IMAGES)
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    name = f"Evaluation, {IMAGES:,} images, {candidates:.0f} candidates each"
+    yield Row(name, f"{whole.wall:.1f} s, {growth:.0f} MB more", "limit of 60 s", whole.wall / 60, 1, True)
     with threads(1):
-        each = scores(5 * SUBSET, all_metrics=False)[0].core / (5 * SUBSET)
-    for name, iou, wanted in (("torch", tensor_iou, 20), ("float", float_iou, 0)):
+        ours = evaluate(5 * SUBSET, all_metrics=False)[0].core / (5 * SUBSET)
+    for kind, iou, target in (("torch", tensor_iou, 20), ("float", float_iou, 0)):
         with threads(1):
-            slow, value = obvious_scores(SUBSET, iou)
+            clock, value = evaluate_by_loops(SUBSET, iou)
         if abs(value - subset["ap"]) > 1e-3:
-            raise AssertionError(f"the loops find {value:.4f}, the metrics {subset['ap']:.4f}")
-        slow = slow.core / SUBSET
-        against = f"the same in Python, {name} IoU, {milliseconds(slow)}"
-        yield Row("Decode, NMS, VOC mAP of an image, one core", milliseconds(each), against, slow / each, wanted)
+            raise AssertionError(f"The loops compute a mAP of {value:.4f}, the metrics {subset['ap']:.4f}.")
+        loops = clock.core / SUBSET
+        baseline = f"Python loops, {kind} IoU, {milliseconds(loops)}"
+        yield Row("Decode, NMS and VOC mAP per image, one core", milliseconds(ours), baseline, loops / ours, target)

@@ -1,4 +1,4 @@
-"""One picture asked for, many asked for, one explained: each against the bare network."""
+"""Prediction and Grad-CAM, compared with the forward pass of the network alone."""
 
 import copy
 from collections import Counter
@@ -14,58 +14,58 @@ from src.model.network import YOLOv3
 from src.serving.gradcam import MAX_EXPLAINED, explain
 from src.serving.predictor import Predictor
 
-SIDE, MANY = 416, 8
+IMAGE_SIZE, BATCH = 416, 8
 
 
 def rows() -> Iterator[Row]:
-    """At width 1 and 416, on all cores."""
-    pictures = [np.ascontiguousarray(record.image[:375]) for record in draw_shapes(MANY, 500)]
-    predictor = _awake(pictures)
-    picture = pictures[0]
-    inputs, _ = predictor.preprocess(picture)
+    """Yield all rows of this file, at width 1 and 416 pixels, on all cores."""
+    images = [np.ascontiguousarray(record.image[:375]) for record in draw_shapes(BATCH, 500)]
+    predictor = _responsive_predictor(images)
+    image = images[0]
+    inputs, _ = predictor.preprocess(image)
 
     @torch.inference_mode()
-    def bare() -> None:
+    def forward_pass() -> None:
         predictor.model(inputs)
 
-    ask, forward = seconds(lambda: predictor(picture), bare, rounds=5)
-    against = f"bare forward pass, {milliseconds(forward)}"
-    yield Row("Predictor, a 500 x 375 picture", milliseconds(ask), against, ask / forward, 1.1, True)
-    yield from _heatmap(predictor, picture, bare)
-    half = Predictor(copy.deepcopy(predictor.model).bfloat16(), SIDE, device="cpu")
-    ways = lambda: [predictor(p) for p in pictures], lambda: predictor.batch(pictures), lambda: half.batch(pictures)
-    one, many, fast = seconds(*ways, rounds=2)
-    against = f"one at a time, {MANY / one:.2f} pictures/s"
-    yield Row(f"Predictor, batches of {MANY}", f"{MANY / many:.2f} pictures/s", against, one / many)
-    yield Row(f"Predictor, batches of {MANY}, bfloat16", f"{MANY / fast:.2f} pictures/s", against, one / fast)
+    predict, forward = seconds(lambda: predictor(image), forward_pass, rounds=5)
+    baseline = f"forward pass alone, {milliseconds(forward)}"
+    yield Row("Predictor, one 500 x 375 image", milliseconds(predict), baseline, predict / forward, 1.1, True)
+    yield from _gradcam(predictor, image, forward_pass)
+    bf16 = Predictor(copy.deepcopy(predictor.model).bfloat16(), IMAGE_SIZE, device="cpu")
+    jobs = lambda: [predictor(i) for i in images], lambda: predictor.batch(images), lambda: bf16.batch(images)
+    single, batch, bf16_batch = seconds(*jobs, rounds=2)
+    baseline = f"one image at a time, {BATCH / single:.2f} images/s"
+    yield Row(f"Predictor, batches of {BATCH}", f"{BATCH / batch:.2f} images/s", baseline, single / batch)
+    yield Row(f"Predictor, batches of {BATCH}, bfloat16", f"{BATCH / bf16_batch:.2f} images/s", baseline, single / bf16_batch)
 
 
-def _awake(pictures: list[np.ndarray]) -> Predictor:
-    """Untrained, but hundreds of its cells say something: batch norm has seen pictures, the last layers are random."""
+def _responsive_predictor(images: list[np.ndarray]) -> Predictor:
+    """Predictor of an untrained network with hundreds of detections: calibrated batch norm, random last layers."""
     torch.manual_seed(0)
     model = YOLOv3(20, 1.0)
-    predictor = Predictor(model, SIDE, device="cpu")
+    predictor = Predictor(model, IMAGE_SIZE, device="cpu")
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the plain mean of what it sees
+            module.momentum = None  # the plain mean over the batches
     with torch.no_grad():
         for head in model.heads:
             head.predict.weight.normal_(std=0.05)
             head.predict.bias.view(3, -1)[:, 0] += 5
-        model.train()(torch.cat([predictor.preprocess(picture)[0] for picture in pictures[:4]]))
+        model.train()(torch.cat([predictor.preprocess(image)[0] for image in images[:4]]))
     model.eval()
     return predictor
 
 
-def _heatmap(predictor: Predictor, picture: np.ndarray, bare: Callable[[], None]) -> Iterator[Row]:
-    """Grad-CAM with its detections: of the best one, and of as many as get a map each."""
-    scores = predictor(picture, confidence=0.01).scores
-    least = float(scores[MAX_EXPLAINED - 1] + scores[MAX_EXPLAINED]) / 2
-    found = Counter(np.searchsorted((507, 2535), predictor(picture, least).index, side="right").tolist())
+def _gradcam(predictor: Predictor, image: np.ndarray, forward_pass: Callable[[], None]) -> Iterator[Row]:
+    """Grad-CAM with its detections: of the best detection, and of the maximum number of detections."""
+    scores = predictor(image, confidence=0.01).scores
+    confidence = float(scores[MAX_EXPLAINED - 1] + scores[MAX_EXPLAINED]) / 2
+    per_scale = Counter(np.searchsorted((507, 2535), predictor(image, confidence).index, side="right").tolist())
     best, everything, forward = seconds(
-        lambda: explain(predictor, picture, 0), lambda: explain(predictor, picture, confidence=least), bare, rounds=3
+        lambda: explain(predictor, image, 0), lambda: explain(predictor, image, confidence=confidence), forward_pass, rounds=3
     )
-    against = f"bare forward pass, {milliseconds(forward)}"
-    yield Row("Grad-CAM, the best detection", milliseconds(best), against, best / forward, 3.5, True)
-    what = f"Grad-CAM, {found.total()} detections (the most) on {len(found)} of 3 scales"
-    yield Row(what, milliseconds(everything), against, everything / forward, 3.5, True)
+    baseline = f"forward pass alone, {milliseconds(forward)}"
+    yield Row("Grad-CAM, best detection", milliseconds(best), baseline, best / forward, 3.5, True)
+    name = f"Grad-CAM, {per_scale.total()} detections (the maximum) on {len(per_scale)} of 3 scales"
+    yield Row(name, milliseconds(everything), baseline, everything / forward, 3.5, True)

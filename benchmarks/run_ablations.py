@@ -1,12 +1,15 @@
-"""The training recipe, one change at a time, on photographs: what each part of it is worth, and what was not taken.
+"""Train on VOC with one change to the recipe at a time.
 
-python -m benchmarks.run_ablations NAME [NAME ...] [--seed 0] [--epochs 6]    trains each that has no result yet; NAME as in CHANGES
-python -m benchmarks.run_ablations --table [--epochs 6]                       what is done so far, in Markdown
-VOC_ROOT names the folder that holds VOCdevkit. Results stand in runs/recipe/EPOCHS/NAME-SEED/result.json.
+python -m benchmarks.run_ablations NAME [NAME ...]    trains each change of CHANGES that has no result yet
+python -m benchmarks.run_ablations --table            prints the results so far as Markdown
+Options of both: --epochs 6 --size 160 --splits 2012|both; for training also --seed 0 --backbone FOLDER.
+The environment variable VOC_ROOT names the folder that holds VOCdevkit.
+Results are written to runs/ablations/SPLITS-SIZE-EPOCHS/NAME-SEED/result.json.
 """
 
 import argparse
 import json
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,65 +19,76 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.ablations import BASE, CHANGES
+from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training.checkpoints import atomic_write
 from src.training.fit import evaluate, fit
 from src.training.metrics import Evaluation, per_class_table
 
-RUNS = Path("runs/recipe")
+RUNS = Path("runs/ablations")
+SPLITS = {"2012": ("2012",), "both": ("2007", "2012")}  # years of VOC that training and validation use
 
 
-def pooled(found: Evaluation) -> float:
-    """Average precision at IoU 0.5 of all classes' detections ranked together: steadier than the mean over classes.
+def micro_average_precision(evaluation: Evaluation) -> float:
+    """Average precision at IoU 0.5 of all classes' detections in one ranking.
 
-    The mean hangs on classes with ten objects. A class of one image counts as an image here, so matching is unchanged.
+    It varies less than the mean over the classes, some of which have ten objects. The rows get one label, and an
+    image index for each pair of image and class, so detections match only objects of their class.
     """
-    rows = [
-        np.c_[rows[:, 0] * len(BASE.classes) + rows[:, 1], np.zeros(len(rows)), rows[:, 2:]]
-        for rows in (found.predictions, found.ground_truth)
-    ]
-    return per_class_table(*map(np.float32, rows), ("any",))[0]["ap"]
+    labels = 1 + int(max(rows[:, 1].max(initial=0) for rows in (evaluation.predictions, evaluation.ground_truth)))
+    predictions, ground_truth = (
+        np.c_[rows[:, 0] * labels + rows[:, 1], np.zeros(len(rows)), rows[:, 2:]].astype(np.float32)
+        for rows in (evaluation.predictions, evaluation.ground_truth)
+    )
+    return per_class_table(predictions, ground_truth, ("any",))[0]["ap"]
 
 
-def train(name: str, seed: int, epochs: int) -> None:
-    """Train with one change, about a tenth of the epochs without mosaics, and write what it reached in the last epoch."""
-    change, folder = CHANGES[name], RUNS / f"{epochs}" / f"{name}-{seed}"
+def base_config(epochs: int, size: int, splits: str) -> Config:
+    """Settings of the baseline: `BASE` for N epochs, about a tenth of them without mosaics."""
+    years = SPLITS[splits]
+    return BASE.replace(
+        train_splits=tuple(f"{year}/train" for year in years), val_splits=tuple(f"{year}/val" for year in years),
+        image_size=size, epochs=epochs, close_mosaic_epochs=max(1, epochs // 10),
+    )  # fmt: skip
+
+
+def train(name: str, seed: int, base: Config, folder: Path) -> None:
+    """Train with one change and write the results of the last epoch to `folder`/result.json, unless they exist."""
     if (folder / "result.json").exists():
         return
-    settings = {key: value() if callable(value) else value for key, value in change.settings.items()}
-    schedule = {"epochs": epochs, "close_mosaic_epochs": max(1, epochs // 10)}
-    config = BASE.replace(seed=seed, run_dir=str(folder), **(schedule | settings))
-    started = time.monotonic()
+    config = CHANGES[name].config(base).replace(seed=seed, run_dir=str(folder))
+    start = time.monotonic()
     with ExitStack() as stack:
-        for target, instead in change.instead.items():
-            stack.enter_context(mock.patch(target, instead))
-        found = evaluate(fit(config, ckpt_path="auto"), DetectionDataModule(config))
-    results = found.accuracies | {"mAP50": found.precisions["VOC AP@.5, area"], "pooled": pooled(found)}
+        for target, replacement in CHANGES[name].replacements.items():
+            stack.enter_context(mock.patch(target, replacement))
+        evaluation = evaluate(fit(config, ckpt_path="auto"), DetectionDataModule(config))
+    results = {
+        **evaluation.accuracies, "mAP50": evaluation.precisions["VOC AP@.5, area"],
+        "micro_AP50": micro_average_precision(evaluation), "minutes": (time.monotonic() - start) / 60,
+    }  # fmt: skip
     for checkpoint in folder.glob("*.ckpt"):
         checkpoint.unlink()
-    atomic_write(
-        folder / "result.json", lambda file: json.dump(results | {"minutes": (time.monotonic() - started) / 60}, file), "w"
-    )
+    atomic_write(folder / "result.json", lambda file: json.dump(results, file), "w")
 
 
-def table(epochs: int) -> str:
-    """What is done so far in Markdown: AP of all of every seed, its distance to the baseline of that seed, and means.
+def table(folder: Path) -> str:
+    """Format the results below `folder` as Markdown: per seed, as difference to the baseline of the seed, and means.
 
-    Runs of one seed draw the same pictures in the same order, so their differences vary far less than they do.
+    Runs with the same seed train on the same images in the same order, so their differences vary less than their values.
     """
-    done = {}
-    for path in sorted((RUNS / f"{epochs}").glob("*/result.json")):
+    results = {}
+    for path in sorted(folder.glob("*/result.json")):
         name, seed = path.parent.name.rsplit("-", 1)
-        done.setdefault(name, {})[int(seed)] = json.loads(path.read_text())
-    base = done.get("baseline", {})
-    lines = ["| change | AP of all | against the baseline | mAP | class | object |", "| --- " * 6 + "|"]
-    for name in sorted(done, key=list(CHANGES).index):
-        runs = done[name].items()
-        each = " ".join(f"{run['pooled']:.3f}" for _, run in runs)
-        gains = " ".join(f"{run['pooled'] - base[seed]['pooled']:+.3f}" if seed in base else "?" for seed, run in runs)
-        map50, label, found = (mean(run[key] for _, run in runs) for key in ("mAP50", "class", "object@0.05"))
-        cells = f"{each} | {gains} | {map50:.3f} | {100 * label:.1f} | {100 * found:.1f}"
-        lines.append(f"| {CHANGES[name].what} (`{name}`) | {cells} |")
+        results.setdefault(name, {})[int(seed)] = json.loads(path.read_text())
+    baseline = results.get("baseline", {})
+    lines = ["| change | micro AP | difference to the baseline | mAP | class | object |", "| --- " * 6 + "|"]
+    for name in sorted(results, key=list(CHANGES).index):
+        runs = {seed: run["micro_AP50"] for seed, run in results[name].items()}
+        values = " ".join(f"{value:.3f}" for value in runs.values())
+        gains = " ".join(f"{v - baseline[seed]['micro_AP50']:+.3f}" if seed in baseline else "?" for seed, v in runs.items())
+        map50, label, found = (mean(run[key] for run in results[name].values()) for key in ("mAP50", "class", "object@0.05"))
+        cells = f"{values} | {gains} | {map50:.3f} | {100 * label:.1f} | {100 * found:.1f}"
+        lines.append(f"| {CHANGES[name].description} (`{name}`) | {cells} |")
     return "\n".join(lines)
 
 
@@ -83,14 +97,21 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"changes to train: {', '.join(CHANGES)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--table", action="store_true", help="print what is done")
+    parser.add_argument("--size", type=int, default=160, help="image size in pixels")
+    parser.add_argument("--splits", choices=SPLITS, default="2012", help="years of VOC to train and validate on")
+    parser.add_argument("--backbone", help="folder of pretrained weights for the changes backbone...")
+    parser.add_argument("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(CHANGES):
-        parser.error(f"unknown changes {sorted(unknown)}; choose from {', '.join(CHANGES)}")
+        parser.error(f"Unknown changes {sorted(unknown)}. Choose from {', '.join(CHANGES)}.")
+    if arguments.backbone:
+        os.environ["BACKBONE"] = arguments.backbone
+    folder = RUNS / f"{arguments.splits}-{arguments.size}-{arguments.epochs}"
     for name in arguments.names:
-        train(name, arguments.seed, arguments.epochs)
+        base = base_config(arguments.epochs, arguments.size, arguments.splits)
+        train(name, arguments.seed, base, folder / f"{name}-{arguments.seed}")
     if arguments.table:
-        print(table(arguments.epochs))
+        print(table(folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of the table, and the clock."""
+"""Rows of the results table, and clocks."""
 
 import contextlib
 import time
@@ -7,52 +7,55 @@ from dataclasses import dataclass
 
 import torch
 
-TURN = 0.05
+MIN_TURN_S = 0.05
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was measured, against what, and what was wanted of it."""
+    """One row of the table: a measurement, its baseline, their ratio and its target."""
 
-    what: str
+    name: str
     ours: str
-    against: str  # the named baseline and its figure
+    baseline: str  # its name and its figure
     ratio: float
-    wanted: float = 0.0  # 0: no target, the figure is for information
-    most: bool = False  # whether `wanted` is the most the ratio may be, not the least
+    target: float = 0.0  # 0: no target, for information
+    upper_bound: bool = False  # whether the ratio may be at most `target`, instead of at least
     unit: str = "x"
 
     @property
     def met(self) -> str:
-        """ "met", "not met" or, without a target, a dash."""
-        if not self.wanted:
+        """ "met", "not met", or a dash if there is no target."""
+        if not self.target:
             return "-"
-        return "met" if (self.ratio <= self.wanted if self.most else self.ratio >= self.wanted) else "not met"
+        return "met" if (self.ratio <= self.target if self.upper_bound else self.ratio >= self.target) else "not met"
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
-        target = f"{'at most' if self.most else 'at least'} {self.wanted:g}{self.unit}" if self.wanted else "-"
+        target = f"{'at most' if self.upper_bound else 'at least'} {self.target:g}{self.unit}" if self.target else "-"
         ratio = f"{self.ratio:.0f}" if self.ratio >= 100 else f"{self.ratio:.3g}"
-        return self.what, self.ours, self.against, ratio + self.unit, target, self.met
+        return self.name, self.ours, self.baseline, ratio + self.unit, target, self.met
 
 
-HEADER = ("measured", "here", "against", "ratio", "target", "")
+HEADER = ("measured", "this project", "baseline", "ratio", "target", "")
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table with aligned columns."""
-    cells = [HEADER, *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
-    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in cells]
-    lines = ["| " + " | ".join(line) + " |" for line in padded]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(lines)
+    """Format the rows as a Markdown table with aligned columns."""
+    return markdown([HEADER, *(row.cells() for row in rows)])
+
+
+def markdown(lines: list[tuple[str, ...]]) -> str:
+    """Format lines of cells, the header first, as a Markdown table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
 def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
-    """The best time of each job. They take turns, so that whatever else the machine does meets all of them.
+    """Measure the best time of each job. The jobs take turns, so that other load on the machine affects all of them.
 
-    In its turn a job is repeated for TURN seconds, at least once, and the mean of these runs counts.
+    In its turn a job runs at least once and for at least MIN_TURN_S seconds; the mean of these runs counts.
     """
     for job in jobs:
         job()
@@ -60,7 +63,7 @@ def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
     for _ in range(rounds):
         for number, job in enumerate(jobs):
             start, count = time.perf_counter(), 0
-            while not count or time.perf_counter() - start < TURN:
+            while not count or time.perf_counter() - start < MIN_TURN_S:
                 job()
                 count += 1
             best[number] = min(best[number], (time.perf_counter() - start) / count)
@@ -68,7 +71,7 @@ def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
 
 
 class Stopwatch:
-    """Sums the time of `with` blocks: `wall` seconds, and `core` seconds that this process kept cores busy."""
+    """Add up the time of `with` blocks: `wall` seconds, and `core` seconds of processor time of this process."""
 
     def __init__(self):
         self.wall = self.core = 0.0
@@ -84,7 +87,7 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def threads(count: int):
-    """torch with this many threads within the block."""
+    """Run the block with this many torch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -94,5 +97,5 @@ def threads(count: int):
 
 
 def milliseconds(value: float) -> str:
-    """A time in seconds as text."""
+    """Format a time in seconds."""
     return f"{value * 1e3:.2f} ms" if value < 0.01 else f"{value * 1e3:.0f} ms" if value < 10 else f"{value:.1f} s"

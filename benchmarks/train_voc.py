@@ -1,46 +1,52 @@
-"""One resolution against many on photographs: the same pictures, epochs and recipe.
+"""Train on VOC at one resolution or at several, and measure at each image size.
 
-python -m benchmarks.train_voc single|many [--epochs 80]    trains, then measures at each side; again: goes on where it stopped
-VOC_ROOT names the folder that holds VOCdevkit.
+python -m benchmarks.train_voc single|multi [--epochs 80] [--backbone FOLDER] [--splits both|2012]
+A second call with the same options resumes. The environment variable VOC_ROOT names the folder that holds VOCdevkit.
 """
 
 import argparse
 
-from benchmarks.run_ablations import pooled
+from benchmarks.run_ablations import SPLITS, base_config, micro_average_precision
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training.fit import evaluate, fit, load_detector
 
-SIDES = (160, 192, 224, 256, 288)  # drawn from
+SIZES = (160, 192, 224, 256, 288)  # sampled in multi-resolution training
+VAL_SPLITS = {"2007/val and 2012/val": ("2007/val", "2012/val"), "2007/val": ("2007/val",), "2012/val": ("2012/val",)}
 
 
-def settings(run: str, epochs: int) -> Config:
-    """The settings of "single" or "multi" for so many epochs, a tenth of them without mosaics."""
-    return Config(
-        train_splits=("2012/train",), val_splits=("2012/val",), image_size=224, width=0.25, batch_size=16, max_lr=6e-3,
-        epochs=epochs, close_mosaic_epochs=epochs // 10, multiscale_sizes=SIDES if run == "multi" else (), num_workers=1,
-        run_dir=f"runs/photographs-{run}-{epochs}",
+def settings(run: str, epochs: int, backbone: str, splits: str) -> Config:
+    """Settings of the run "single" or "multi"."""
+    name = f"{run}-{splits}-{epochs}" + ("-backbone" if backbone else "")
+    return base_config(epochs, 224, splits).replace(
+        close_mosaic_epochs=epochs // 10, multiscale_sizes=SIZES if run == "multi" else (), pretrained_weights=backbone,
+        num_workers=1, run_dir=f"runs/train_voc/{name}",
     )  # fmt: skip
 
 
 def by_size(folder: str) -> str:
-    """What the last epoch's weights reach at each side, as rows of Markdown."""
+    """Measure the weights of the last epoch on each validation split at each image size; return Markdown."""
     detector = load_detector(folder, "last")
-    lines = ["| side | class | no-object | object | mAP@.5 | AP of all |", "| --- " * 6 + "|"]
-    for side in (128, *SIDES):
-        found = evaluate(detector, DetectionDataModule(detector.config.replace(image_size=side, cache_gb=0)))
-        cells = [100 * found.accuracies[name] for name in ("class", "no_object@0.05", "object@0.05")]
-        percent = " | ".join(f"{value:.1f}" for value in cells)
-        lines.append(f"| {side} | {percent} | {found.precisions['VOC AP@.5, area']:.3f} | {pooled(found):.3f} |")
+    lines = ["| split | size | class | no-object | object | mAP@.5 | micro AP |", "| --- " * 7 + "|"]
+    for split, val_splits in VAL_SPLITS.items():
+        for size in (128, *SIZES):
+            config = detector.config.replace(image_size=size, val_splits=val_splits, cache_gb=0)
+            evaluation = evaluate(detector, DetectionDataModule(config))
+            values = [100 * evaluation.accuracies[name] for name in ("class", "no_object@0.05", "object@0.05")]
+            percent = " | ".join(f"{value:.1f}" for value in values)
+            map50, micro = evaluation.precisions["VOC AP@.5, area"], micro_average_precision(evaluation)
+            lines.append(f"| {split} | {size} | {percent} | {map50:.3f} | {micro:.3f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", choices=("single", "multi"))
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--backbone", default="", help="folder of pretrained weights to start from")
+    parser.add_argument("--splits", choices=SPLITS, default="both", help="years of VOC to train on")
     arguments = parser.parse_args()
-    config = settings(arguments.run, arguments.epochs)
+    config = settings(arguments.run, arguments.epochs, arguments.backbone, arguments.splits)
     fit(config, ckpt_path="auto")
     print(by_size(config.run_dir))
 
