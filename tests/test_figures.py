@@ -1,4 +1,4 @@
-"""Figures: drawn from little data, from unfinished files, and without a trace in matplotlib's settings."""
+"""Figures of small data, of unfinished runs and of empty results. They leave matplotlib's settings unchanged."""
 
 import csv
 import io
@@ -20,15 +20,15 @@ from src.serving.drawing import class_colours
 from src.serving.predictor import Detections
 from src.training.lr_finder import LRFinderResult
 from src.training.metrics import confusion, per_class_table
-from src.training.report import targets
+from src.training.report import course_targets
 
 RECORDS = draw_shapes(6, size=96)
 COUNT = len(SHAPE_CLASSES)
-ASKED = targets(PRESETS["voc"])
-TRUTH = np.concatenate(
+TARGETS = course_targets(PRESETS["voc"])
+GROUND_TRUTH = np.concatenate(
     [np.c_[np.full(len(r.labels), i), r.labels, r.difficult, r.boxes / 96] for i, r in enumerate(RECORDS)]
 ).astype(np.float32)
-FOUND = np.c_[TRUTH[:, :2], np.linspace(0.3, 0.9, len(TRUTH)), TRUTH[:, 3:]].astype(np.float32)
+PREDICTIONS = np.c_[GROUND_TRUTH[:, :2], np.linspace(0.3, 0.9, len(GROUND_TRUTH)), GROUND_TRUTH[:, 3:]].astype(np.float32)
 
 
 def write_metrics(path, rows):
@@ -39,94 +39,170 @@ def write_metrics(path, rows):
 
 
 def rows_of(epochs, shift=0.0):
-    """What training logs: the rate every few steps without an epoch, then held-out and training values."""
+    """Rows as training logs them: the learning rate every few steps without an epoch, then validation and training values."""
     for epoch in epochs:
         step = 10 * epoch + 9
         yield {"step": step - 5, "lr": 0.001}
-        yield {"epoch": epoch, "step": step, "val/loss": 5 - epoch + shift, "val/accuracy/class": 0.5, "val/class": 2.0}
+        yield {"epoch": epoch, "step": step, "val/loss": 5 - epoch + shift, "val/accuracy/class": 0.5, "val/class_loss": 2.0}
         yield {"epoch": epoch, "step": step, "train/loss": 6 - epoch + shift}
 
 
+def detections_of(record) -> Detections:
+    """The ground truth of a record as detections of confidence 0.5."""
+    return Detections(record.boxes, np.full(len(record.labels), 0.5, np.float32), record.labels, record.labels)
+
+
+def explanation_of(record, message="") -> SimpleNamespace:
+    """An explanation of the first object of a record."""
+    return SimpleNamespace(
+        heatmap=np.eye(96, dtype=np.float32), detections=detections_of(record), explained=np.array([0]), message=message
+    )
+
+
 def figures(tmp_path):
-    """Every figure there is, by name."""
+    """Yield all figures with their names."""
     write_metrics(tmp_path / "metrics.csv", list(rows_of(range(3))))
     data = MosaicDataset(RECORDS, Config(dataset="shapes", classes=SHAPE_CLASSES, image_size=64))
-    images = [record.image for record in RECORDS[:2]]
-    found = [Detections(r.boxes, np.full(len(r.labels), 0.5, np.float32), r.labels, r.labels) for r in RECORDS[:2]]
-    heatmap = SimpleNamespace(heatmap=np.eye(96, dtype=np.float32), detections=found[0], explained=np.array([0]), message="")
-    table = per_class_table(FOUND, TRUTH, SHAPE_CLASSES)
-    sizes = [{"size": size, "mAP50": 0.5, "milliseconds": 3.0} for size in (64, 96)]
-    yield "records", image_figures.plot_annotations(RECORDS, SHAPE_CLASSES)
+    images, detections = [record.image for record in RECORDS[:2]], [detections_of(record) for record in RECORDS[:2]]
+    explanations = [explanation_of(record) for record in RECORDS[:2]]
+    per_class = per_class_table(PREDICTIONS, GROUND_TRUTH, SHAPE_CLASSES)
+    yield "annotations", image_figures.plot_annotations(RECORDS, SHAPE_CLASSES)
     yield "samples", image_figures.plot_samples([data[0], data[1]], SHAPE_CLASSES, ["a", "b"])
-    yield "detections", image_figures.plot_detections(images, found, SHAPE_CLASSES, RECORDS[:2])
-    yield "explanations", image_figures.plot_gradcam(images[:1], [heatmap], SHAPE_CLASSES)
-    yield "scales", image_figures.plot_anchor_assignment(data[0], torch.tensor(ANCHORS), SHAPE_CLASSES)
-    yield "summary", curves.plot_dataset_summary(RECORDS, SHAPE_CLASSES)
+    yield "detections", image_figures.plot_detections(images, detections, SHAPE_CLASSES)
+    yield "detections and ground truth", image_figures.plot_detections(images, detections, SHAPE_CLASSES, RECORDS[:2])
+    yield "heatmap", image_figures.plot_gradcam(images[0], explanations[:1], SHAPE_CLASSES)
+    yield "heatmaps of two images", image_figures.plot_gradcam(images, explanations, SHAPE_CLASSES, ["a", "b"])
+    yield "anchor assignment", image_figures.plot_anchor_assignment(data[0], torch.tensor(ANCHORS), SHAPE_CLASSES)
+    yield "data set", curves.plot_dataset_summary(RECORDS, SHAPE_CLASSES)
     yield "anchors", curves.plot_anchors(RECORDS, ANCHORS)
-    yield "rates", curves.plot_lr_finder(LRFinderResult([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
-    yield "curves", curves.plot_training_curves(tmp_path / "metrics.csv", ASKED)
-    yield "precision and recall", curves.plot_precision_recall(FOUND, TRUTH, table)
-    yield "precisions", curves.plot_per_class_ap(table)
-    yield "confusion", curves.plot_confusion_matrix(confusion(FOUND, TRUTH, COUNT), SHAPE_CLASSES)
-    yield "drawn", curves.plot_multiscale_sizes([64, 64, 96])
-    yield "sizes", curves.plot_size_comparison({"one": sizes, "many": sizes})
+    yield "range test", curves.plot_lr_finder(LRFinderResult([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
+    yield "training curves", curves.plot_training_curves(tmp_path / "metrics.csv", TARGETS)
+    yield "precision and recall", curves.plot_precision_recall(PREDICTIONS, GROUND_TRUTH, per_class)
+    yield "per-class AP", curves.plot_per_class_ap(per_class)
+    yield "confusion matrix", curves.plot_confusion_matrix(confusion(PREDICTIONS, GROUND_TRUTH, COUNT), SHAPE_CLASSES)
+    yield "sampled sizes", curves.plot_multiscale_sizes([64, 64, 96])
+    yield "size comparison", curves.plot_size_comparison([64, 96], {"one": [0.5, 0.5], "many": [0.4, 0.5]}, [3.0, 5.0])
 
 
-def test_the_range_test_shows_the_whole_fall_and_not_the_explosion():
+def test_the_range_test_figure_shows_the_decrease_but_not_the_divergence():
     figure = curves.plot_lr_finder(LRFinderResult([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
     low, high = figure.axes[0].get_ylim()
     assert low < 4 and 7 < high < 90
 
 
-def test_every_figure_is_white_small_and_wide_enough_and_leaves_the_settings_alone(tmp_path):
+def test_every_figure_is_white_and_small_and_leaves_the_settings_unchanged(tmp_path):
     before = dict(matplotlib.rcParams)
     for name, figure in figures(tmp_path):
         image = Image.open(io.BytesIO(figure.encoded())).convert("RGB")
-        assert min(image.getpixel((0, 0))) > 240, name  # readable on GitHub's dark page too
+        assert min(image.getpixel((0, 0))) > 240, name  # readable on GitHub's dark theme too
         assert 300 <= image.width <= 1100 and image.height <= 1100, name
         assert len(figure.encoded()) < 300_000, name
     assert dict(matplotlib.rcParams) == before
 
 
-def test_a_class_has_its_colour_in_every_figure():
-    wanted = np.array(class_colours(COUNT)) / 255
+def tile(figure, number=0):
+    """The pixels of one image of a figure."""
+    return np.asarray(figure.axes[number].images[0].get_array())
+
+
+def has_colour(image, colour):
+    return (image == colour).all(axis=-1).sum() > 20
+
+
+def test_a_class_has_the_same_colour_in_every_figure():
+    colours = class_colours(COUNT)
     bars = curves.plot_dataset_summary(RECORDS, SHAPE_CLASSES).axes[0].patches
-    np.testing.assert_allclose([to_rgb(bar.get_facecolor()) for bar in bars], wanted)
-    axis = image_figures.plot_annotations(RECORDS[:1], SHAPE_CLASSES).axes[0]
-    np.testing.assert_allclose([to_rgb(p.get_edgecolor()) for p in axis.patches], wanted[RECORDS[0].labels])
+    np.testing.assert_allclose([to_rgb(bar.get_facecolor()) for bar in bars], np.array(colours) / 255)
+    annotated = tile(image_figures.plot_annotations(RECORDS[:1], SHAPE_CLASSES))
+    detected = tile(image_figures.plot_detections([RECORDS[0].image], [detections_of(RECORDS[0])], SHAPE_CLASSES))
+    for label in RECORDS[0].labels:
+        assert has_colour(annotated, colours[label]) and has_colour(detected, colours[label])
 
 
-def test_class_loss_and_class_accuracy_are_not_mixed_up(tmp_path):
+def test_images_are_shown_at_their_own_pixel_size_with_readable_text():
+    """Text on an image is drawn in pixels, so its size in points is right only if the figure doesn't resize the image."""
+    figure = image_figures.plot_annotations(RECORDS, SHAPE_CLASSES)
+    for number, axis in enumerate(figure.axes):
+        width, height = axis.get_window_extent().width, axis.get_window_extent().height
+        np.testing.assert_allclose((height, width), tile(figure, number).shape[:2], atol=0.01)
+    assert image_figures.FONT_SIZE / figure.dpi * 72 >= 8.5 and figure.get_size_inches()[0] <= 9
+
+
+def test_ground_truth_is_shown_beside_the_predictions():
+    images = [record.image for record in RECORDS[:2]]
+    figure = image_figures.plot_detections(images, list(map(detections_of, RECORDS[:2])), SHAPE_CLASSES, RECORDS[:2])
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["ground truth", "predictions"] * 2
+    left, right = tile(figure, 0), tile(figure, 1)
+    colour = class_colours(COUNT)[RECORDS[0].labels[0]]
+    assert 0 < (left == colour).all(axis=-1).sum() < (right == colour).all(axis=-1).sum()  # dashed, and a shorter label
+
+
+def test_an_image_explained_several_times_is_shown_once():
+    explanation, message = explanation_of(RECORDS[0]), explanation_of(RECORDS[0], "No star above 25%.")
+    figure = image_figures.plot_gradcam(RECORDS[0].image, [explanation, message], SHAPE_CLASSES)
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == ["detections", f"heatmap of {SHAPE_CLASSES[RECORDS[0].labels[0]]} 50%", "No star above 25%."]
+    figure = image_figures.plot_gradcam([RECORDS[0].image] * 2, [explanation, explanation], SHAPE_CLASSES, ["a", "b"])
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["detections", "a", "detections", "b"]
+
+
+def test_the_anchor_assignment_figure_has_ground_truth_and_a_legend():
+    record = RECORDS[0]
+    centres, sizes = (record.boxes[:, :2] + record.boxes[:, 2:]) / 192, (record.boxes[:, 2:] - record.boxes[:, :2]) / 96
+    image = torch.from_numpy(record.image).permute(2, 0, 1)
+    sample = image, torch.from_numpy(np.hstack((centres, sizes))), torch.from_numpy(record.labels)
+    figure = image_figures.plot_anchor_assignment(sample, torch.tensor(ANCHORS), SHAPE_CLASSES)
+    assert len(figure.axes) == 3 and len(figure.legends[0].get_texts()) == 3
+    for number in range(3):
+        for label in record.labels:
+            assert has_colour(tile(figure, number), class_colours(COUNT)[label])
+
+
+def test_the_axis_of_the_size_comparison_shows_small_differences():
+    figure = curves.plot_size_comparison([128, 160], {"one": [0.90, 0.92], "many": [0.91, 0.93]}, [3.0, 5.0])
+    low, high = figure.axes[0].get_ylim()
+    assert 0.85 < low < 0.90 and 0.93 < high < 0.97
+    assert f"{low:.2f} to {high:.2f}" in figure.axes[0].get_ylabel()
+    assert len(figure.axes[0].lines) == 2 and len(figure.axes[1].lines) == 1
+
+
+def test_class_loss_and_class_accuracy_have_their_own_panels(tmp_path):
     write_metrics(tmp_path / "m.csv", list(rows_of(range(2))))
-    axes = {axis.get_title(loc="left"): axis for axis in curves.plot_training_curves(tmp_path / "m.csv", ASKED).axes}
+    axes = {axis.get_title(loc="left"): axis for axis in curves.plot_training_curves(tmp_path / "m.csv", TARGETS).axes}
     assert list(axes["Class accuracy"].lines[0].get_ydata()) == [0.5, 0.5]
     assert list(axes["Loss: class"].lines[1].get_ydata()) == [2.0, 2.0]
 
 
-def test_a_resumed_run_has_no_seam(tmp_path):
-    """Epoch 2 was run twice: interrupted after it was logged, and again after the resume."""
+def test_a_resumed_run_has_one_value_per_epoch(tmp_path):
+    """Epoch 2 ran twice: it was interrupted after its values were logged, and ran again after the resume."""
     write_metrics(tmp_path / "m.csv", [*rows_of(range(3)), *rows_of(range(2, 5), shift=0.25)])
     epochs, losses = curves.read_curve(tmp_path / "m.csv", "val/loss")
     assert list(epochs) == [0, 1, 2, 3, 4]
     assert list(losses) == [5, 4, 3.25, 2.25, 1.25]
 
 
-def test_curves_of_a_run_that_is_being_written(tmp_path):
+def test_curves_of_a_run_in_progress(tmp_path):
     path = tmp_path / "m.csv"
     write_metrics(path, list(rows_of(range(3))))
     lines = path.read_text().splitlines(keepends=True)
-    for end in ("", lines[-1][: len(lines[-1]) // 2]):  # between two lines, and in the middle of one
+    for end in ("", lines[-1][: len(lines[-1]) // 2]):  # between two lines, and within a line
         path.write_text("".join(lines[:-1]) + end)
         assert list(curves.read_curve(path, "train/loss")[0]) == [0, 1]
-        curves.plot_training_curves(path, ASKED)
-    path.write_text(lines[0])  # nothing but the header
-    curves.plot_training_curves(path, ASKED)
+        curves.plot_training_curves(path, TARGETS)
+    path.write_text(lines[0])  # only the header
+    curves.plot_training_curves(path, TARGETS)
     assert len(curves.read_curve(path, "val/mAP50")[0]) == 0
 
 
-def test_nothing_found_and_classes_without_objects_are_drawn():
-    nothing = np.zeros((0, 7), np.float32)
-    table = per_class_table(nothing, TRUTH[:1], SHAPE_CLASSES)
-    curves.plot_precision_recall(nothing, TRUTH[:1], table)
-    curves.plot_per_class_ap(table)
-    curves.plot_confusion_matrix(confusion(nothing, TRUTH[:1], COUNT), SHAPE_CLASSES)
+def test_the_learning_rate_is_plotted(tmp_path):
+    write_metrics(tmp_path / "m.csv", list(rows_of(range(2))))
+    axes = {axis.get_title(loc="left"): axis for axis in curves.plot_training_curves(tmp_path / "m.csv", TARGETS).axes}
+    assert list(axes["Learning rate (OneCycle)"].lines[0].get_ydata()) == [0.001, 0.001]
+
+
+def test_figures_without_predictions_and_of_classes_without_objects():
+    empty = np.zeros((0, 7), np.float32)
+    per_class = per_class_table(empty, GROUND_TRUTH[:1], SHAPE_CLASSES)
+    curves.plot_precision_recall(empty, GROUND_TRUTH[:1], per_class)
+    curves.plot_per_class_ap(per_class)
+    curves.plot_confusion_matrix(confusion(empty, GROUND_TRUTH[:1], COUNT), SHAPE_CLASSES)

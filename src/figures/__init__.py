@@ -1,1 +1,1 @@
-"""Figures: they draw and decide nothing."""
+"""Figures of images and numbers."""

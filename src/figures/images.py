@@ -1,150 +1,191 @@
-"""Figures full of pictures: records, samples, detections, heatmap maps, and the cells that answer for an object."""
+"""Figures of images: annotations, training samples, anchor assignment, detections and heatmaps."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from textwrap import fill
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from torch import Tensor
 
-from src.figures.style import SOFT, WIDTH, NotebookFigure, colours, with_style
+from src.figures.style import DPI, FONT_POINTS, SOFT, WIDTH, NotebookFigure, with_style
 from src.model.boxes import cxcywh_to_xyxy
 from src.model.network import STRIDES
-from src.serving.drawing import draw_heatmap
-from src.serving.images import load_image
-from src.training.loss import assign_targets
+from src.serving.drawing import class_colours, draw_boxes, draw_detections, draw_heatmap
+from src.serving.images import load_image, resize_long_side
+from src.serving.predictor import Detections
+from src.training.loss import Assigned, assign_targets
 
-DARK = "#141414"  # edge of lines and chips, so that they are seen on any picture
-DASHED = (0, (3, 2))
-BETWEEN = "   ·   "  # two parts of a caption
+FONT_SIZE = FONT_POINTS / 72 * DPI  # pixels
+LINE_HEIGHT = 20  # pixels of one line of a title
+LEGEND_HEIGHT = 30
+GAP = 8  # pixels between two images
 
 
-def _grid(
-    count: int, columns: int, shape: float = 1.0, caption: str = "", titled: bool = False
-) -> tuple[NotebookFigure, list[Axes]]:
-    """A figure for `count` pictures whose height is `shape` times their width; a caption stands below them."""
-    columns = max(1, min(columns, count))
-    rows, side = -(-count // columns), WIDTH / max(columns, 3)  # inches
-    height = rows * (side * shape + 0.22 * titled) + 0.25 * bool(caption)
-    figure = NotebookFigure(height, pictures=True, width=columns * side)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
+def _tile_size(columns: int) -> int:
+    """Return the long side, in pixels, of an image in a figure with that many columns."""
+    return int(WIDTH * DPI) // max(columns, 3) - GAP
+
+
+@with_style
+def _grid(tiles: Sequence[np.ndarray], columns: int, titles: Sequence[str] = (), legend: Sequence = ()) -> NotebookFigure:
+    """Arrange images in rows, each at its own pixel size under its title; legend: matplotlib handles for the last line."""
+    pitch, rows = _tile_size(columns) + GAP, range(0, len(tiles), columns)
+    titles = [fill(title, pitch // 8) for title in titles] or [""] * len(tiles)
+    title_heights = [LINE_HEIGHT * max(len(title.splitlines()) for title in titles[row : row + columns]) for row in rows]
+    heights = [max(map(len, tiles[row : row + columns])) + GAP for row in rows]
+    figure_size = columns * pitch, sum(title_heights) + sum(heights) + LEGEND_HEIGHT * bool(legend)
+    figure = NotebookFigure(figure_size[1] / DPI, figure_size[0] / DPI, jpeg=True)
+    for number, (tile, title) in enumerate(zip(tiles, titles, strict=True)):
+        row, column = divmod(number, columns)
+        top = sum(title_heights[: row + 1]) + sum(heights[:row])
+        corner = column * pitch + GAP // 2, figure_size[1] - top - GAP // 2 - tile.shape[0]
+        axis = figure.add_axes(np.divide((*corner, *tile.shape[1::-1]), figure_size * 2))
+        axis.imshow(tile)
+        axis.set_title(title, fontsize=FONT_POINTS, fontweight="normal", pad=4)
         axis.set_axis_off()
-    if caption:
-        figure.supxlabel(caption if columns > 1 else caption.replace(BETWEEN, "\n"), fontsize=8.5, color=SOFT)
-    return figure, list(axes[:count])
-
-
-def _show(axis: Axes, image: np.ndarray, title: str = "") -> None:
-    axis.imshow(image)
-    axis.set_title(title, fontsize=8.5, fontweight="normal", pad=4)
-
-
-def _frame(axis: Axes, box, colour, **style) -> None:
-    """One box xyxy in pixels: a coloured line with a dark edge."""
-    x1, y1, x2, y2 = box
-    line = {"linewidth": 1.4} | style
-    edge = [withStroke(linewidth=line["linewidth"] + 1.4, foreground=DARK)]
-    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, path_effects=edge, **line))
-
-
-def _boxes(axis: Axes, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], count: int) -> None:
-    """Boxes [n, 4] xyxy in pixels of the picture on `axis`, each with its name on a chip of its class's colour."""
-    height, width = axis.images[0].get_array().shape[:2]
-    for box, label, name in zip(boxes, labels, names, strict=True):
-        colour = colours(count)[label]
-        _frame(axis, box, colour)
-        below = box[1] < 0.08 * height
-        right = box[0] > 0.72 * width
-        axis.text(
-            box[2] if right else max(0, box[0]), box[1], name, fontsize=6.5,
-            color="white" if colour @ (0.2126, 0.7152, 0.0722) < 0.45 else "black",
-            va="top" if below else "bottom", ha="right" if right else "left",
-            bbox={"facecolor": colour, "edgecolor": DARK, "linewidth": 0.4, "pad": 1.2},
-        )  # fmt: skip
-
-
-@with_style
-def plot_annotations(records: Sequence, classes: Sequence[str], columns: int = 4) -> Figure:
-    """Pictures as they are, with the boxes and names of their objects; "?" marks difficult ones."""
-    images = [load_image(record.image) for record in records]
-    figure, axes = _grid(len(records), columns, max(image.shape[0] / image.shape[1] for image in images))
-    for axis, image, record in zip(axes, images, records, strict=True):
-        _show(axis, image)
-        names = [classes[label] + "?" * bool(hard) for label, hard in zip(record.labels, record.difficult, strict=True)]
-        _boxes(axis, record.boxes, record.labels, names, len(classes))
+    if legend:
+        figure.legend(handles=legend, loc="lower center", ncols=len(legend), handlelength=3)
     return figure
 
 
-@with_style
-def plot_samples(samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4) -> Figure:
-    """Samples as the network gets them: uint8 [3, S, S], boxes cxcywh in 0..1 [n, 4], labels [n]."""
-    figure, axes = _grid(len(samples), columns, titled=bool(titles))
-    for number, (axis, (image, boxes, labels, *_)) in enumerate(zip(axes, samples, strict=True)):
-        _show(axis, image.permute(1, 2, 0).numpy(), titles[number] if titles else "")
-        boxes = cxcywh_to_xyxy(boxes).numpy() * image.shape[-1]
-        _boxes(axis, boxes, labels.numpy(), [classes[label] for label in labels], len(classes))
-    return figure
+def _resize(image: np.ndarray, boxes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Resize an image to `size` on its long side, and its boxes [n, 4] (xyxy in pixels) with it."""
+    resized = resize_long_side(image, size)
+    return resized, boxes * np.tile(np.divide(resized.shape[1::-1], image.shape[1::-1]), 2)
 
 
-@with_style
+def _draw_record(record, classes: Sequence[str], size: int, dashed: bool = False) -> np.ndarray:
+    """Draw the boxes and classes of an `ImageRecord`, with a "?" for difficult objects."""
+    image, boxes = _resize(load_image(record.image), record.boxes, size)
+    names = [classes[label] + "?" * bool(flag) for label, flag in zip(record.labels, record.difficult, strict=True)]
+    return draw_boxes(image, boxes, _colours(record.labels, classes), names, dashed, FONT_SIZE)
+
+
+def _draw_detections(image: np.ndarray, detections: Detections, classes: Sequence[str], size: int) -> np.ndarray:
+    """Draw the boxes, classes and confidences of detections."""
+    image, boxes = _resize(image, detections.boxes, size)
+    return draw_detections(image, replace(detections, boxes=boxes), classes, font_size=FONT_SIZE)
+
+
+def _colours(labels: Sequence[int], classes: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Return the colour of each label."""
+    return [class_colours(len(classes))[label] for label in labels]
+
+
+def plot_annotations(records: Sequence, classes: Sequence[str], columns: int = 4) -> NotebookFigure:
+    """Plot the images of records with their boxes and classes; "?" marks difficult objects."""
+    columns = min(columns, len(records))
+    return _grid([_draw_record(record, classes, _tile_size(columns)) for record in records], columns)
+
+
+def plot_samples(
+    samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4
+) -> NotebookFigure:
+    """Plot training samples: uint8 [3, S, S], boxes cxcywh in 0..1 [n, 4], labels [n]."""
+    columns = min(columns, len(samples))
+    size, tiles = _tile_size(columns), []
+    for image, boxes, labels, *_ in samples:
+        tile, names = resize_long_side(image.permute(1, 2, 0).numpy(), size), [classes[label] for label in labels]
+        boxes = cxcywh_to_xyxy(boxes).numpy() * size
+        tiles.append(draw_boxes(tile, boxes, _colours(labels, classes), names, font_size=FONT_SIZE))
+    return _grid(tiles, columns, titles)
+
+
 def plot_detections(
-    images: Sequence[np.ndarray], found: Sequence, classes: Sequence[str], records: Sequence = (), columns: int = 4
-) -> Figure:
-    """Detections over their pictures uint8 [H, W, 3], confidence in %; of `records`, the true boxes dashed."""
-    caption = "coloured: found, with confidence in %" + (BETWEEN + "white, dashed: what is there" if len(records) else "")
-    figure, axes = _grid(len(images), columns, max(image.shape[0] / image.shape[1] for image in images), caption)
-    for number, (axis, image, here) in enumerate(zip(axes, images, found, strict=True)):
-        _show(axis, image)
-        names = [f"{classes[label]} {100 * score:.0f}" for label, score in zip(here.labels, here.scores, strict=True)]
-        _boxes(axis, here.boxes, here.labels, names, len(classes))
-        for box in records[number].boxes if len(records) else ():
-            _frame(axis, box, "white", linewidth=0.9, linestyle=DASHED)
-    return figure
+    images: Sequence[np.ndarray],
+    detections: Sequence[Detections],
+    classes: Sequence[str],
+    ground_truth: Sequence = (),
+    columns: int = 4,
+) -> NotebookFigure:
+    """Plot images uint8 [H, W, 3] with their detections.
+
+    ground_truth: the records of the images. Each is then shown to the left of the detections.
+    """
+    columns = min(columns, len(images) * (2 if ground_truth else 1))
+    size = _tile_size(columns)
+    tiles = [_draw_detections(image, found, classes, size) for image, found in zip(images, detections, strict=True)]
+    if not ground_truth:
+        return _grid(tiles, columns)
+    annotated = [_draw_record(record, classes, size, dashed=True) for record in ground_truth]
+    pairs = [tile for pair in zip(annotated, tiles, strict=True) for tile in pair]
+    return _grid(pairs, columns, ["ground truth", "predictions"] * len(images))
 
 
-@with_style
 def plot_gradcam(
-    images: Sequence[np.ndarray], explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()
-) -> Figure:
-    """Above what was found in each picture, below an `Explanation` of what is framed: where the network looked."""
-    caption = "above: found, confidence in %" + BETWEEN + "below: brighter counted more"
-    shape = max(image.shape[0] / image.shape[1] for image in images)
-    titled = any(titles) or any(found.message for found in explanations)
-    figure, axes = _grid(2 * len(images), len(images), shape, caption, titled=titled)
-    for number, (image, found) in enumerate(zip(images, explanations, strict=True)):
-        above, below, what = axes[number], axes[len(images) + number], found.detections
-        names = [f"{classes[label]} {100 * score:.0f}" for label, score in zip(what.labels, what.scores, strict=True)]
-        _show(above, image, titles[number] if titles else "")
-        _boxes(above, what.boxes, what.labels, names, len(classes))
-        _show(below, draw_heatmap(image, found.heatmap, 0.75), fill(found.message, 42))
-        for row in found.explained:
-            _frame(below, what.boxes[row], colours(len(classes))[what.labels[row]])
-    return figure
+    images: np.ndarray | Sequence[np.ndarray], explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()
+) -> NotebookFigure:
+    """Plot detections and, to the right, the heatmaps of `Explanation`s with the explained boxes.
+
+    images: one image uint8 [H, W, 3] for all explanations (it is shown once), or one image per explanation.
+    titles: one per heatmap. By default the explained detections, or the explanation's message if it has one.
+    """
+    shared = isinstance(images, np.ndarray)
+    count = len(explanations) + 1 if shared else 2 * len(explanations)
+    columns = 3 if shared and count > 4 else min(4, count)
+    size, tiles, tile_titles = _tile_size(columns), [], []
+    for number, explanation in enumerate(explanations):
+        image = images if shared else images[number]
+        if number == 0 or not shared:
+            tiles.append(_draw_detections(image, explanation.detections, classes, size))
+            tile_titles.append("detections")
+        tiles.append(_draw_explanation(image, explanation, classes, size))
+        tile_titles.append(titles[number] if titles else _title(explanation, classes))
+    return _grid(tiles, columns, tile_titles)
 
 
-@with_style
-def plot_anchor_assignment(sample: tuple, anchors: torch.Tensor, classes: Sequence[str]) -> Figure:
-    """Which cell and which anchor [3, 3, 2] answer for each object of a sample, on each of the three grids."""
+def _draw_explanation(image: np.ndarray, explanation, classes: Sequence[str], size: int) -> np.ndarray:
+    """Draw the heatmap of an explanation and the boxes of the explained detections."""
+    rows, detections = explanation.explained, explanation.detections
+    image, boxes = _resize(image, detections.boxes[rows], size)
+    image = draw_heatmap(image, resize_long_side(explanation.heatmap, size), 0.75)
+    return draw_boxes(image, boxes, _colours(detections.labels[rows], classes), font_size=FONT_SIZE)
+
+
+def _title(explanation, classes: Sequence[str]) -> str:
+    """Describe what a heatmap explains."""
+    rows, detections = explanation.explained, explanation.detections
+    if explanation.message or len(rows) != 1:
+        return explanation.message or f"heatmap of {len(rows)} detections"
+    return f"heatmap of {classes[detections.labels[rows[0]]]} {100 * detections.scores[rows[0]]:.0f}%"
+
+
+def plot_anchor_assignment(sample: tuple, anchors: Tensor, classes: Sequence[str]) -> NotebookFigure:
+    """Plot the ground truth of a sample, and the cell and the anchor assigned to each object, on all three grids.
+
+    anchors: [3, 3, 2], width and height as fractions of the image.
+    """
     image, boxes, labels = sample[:3]
-    side = image.shape[-1]
+    grids, size, tiles = [image.shape[-1] // stride for stride in STRIDES], _tile_size(3), []
+    colours, names = _colours(labels, classes), [classes[label] for label in labels]
     targets = torch.cat((torch.zeros(len(labels), 1), labels[:, None].float(), boxes), dim=1)
-    caption = "filled: the cell that holds an object's centre" + BETWEEN + "dashed: its anchor, before the network adjusts it"
-    figure, axes = _grid(3, 3, caption=caption, titled=True)
-    assigned = assign_targets(targets, [side // stride for stride in STRIDES], anchors, batch=1)
-    for axis, stride, found, scale in zip(axes, STRIDES, assigned, anchors, strict=True):
-        _show(axis, image.permute(1, 2, 0).numpy(), f"stride {stride}: {side // stride} × {side // stride} cells")
-        lines = np.arange(0, side + 1, stride) - 0.5
-        axis.hlines(lines, -0.5, side - 0.5, color="white", linewidth=0.5, alpha=0.6)
-        axis.vlines(lines, -0.5, side - 0.5, color="white", linewidth=0.5, alpha=0.6)
-        for row, column, anchor, label in zip(found.row, found.column, found.anchor, labels, strict=True):
-            colour, cell = colours(len(classes))[label], np.array([column, row], dtype=float) * stride - 0.5
-            axis.add_patch(Rectangle(cell, stride, stride, facecolor=(*colour, 0.6), edgecolor=DARK, linewidth=0.8))
-            half = scale[anchor].numpy() * side / 2
-            centre = cell + stride / 2
-            _frame(axis, (*(centre - half), *(centre + half)), colour, linewidth=1.2, linestyle=DASHED)
-        axis.set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5))
-    return figure
+    for assigned, scale, grid in zip(assign_targets(targets, grids, anchors, batch=1), anchors, grids, strict=True):
+        tile = resize_long_side(image.permute(1, 2, 0).numpy(), size)
+        tile = _draw_assignment(tile, assigned, scale.numpy() * size, grid, colours)
+        tiles.append(draw_boxes(tile, cxcywh_to_xyxy(boxes).numpy() * size, colours, names, True, FONT_SIZE))
+    legend = [
+        Line2D([], [], color=SOFT, linestyle=(0, (2, 1.5)), label="ground truth"),
+        Line2D([], [], color=SOFT, label="assigned anchor, centred on its cell"),
+        Patch(color=SOFT, alpha=0.6, label="cell that contains the object's centre"),
+    ]
+    titles = [f"stride {stride}: {grid} × {grid} cells" for stride, grid in zip(STRIDES, grids, strict=True)]
+    return _grid(tiles, 3, titles, legend)
+
+
+def _draw_assignment(image: np.ndarray, assigned: Assigned, anchors: np.ndarray, grid: int, colours: list) -> np.ndarray:
+    """Draw the grid, and the cell and the anchor of each object. anchors: [3, 2] in pixels."""
+    edges = np.rint(np.linspace(0, len(image), grid + 1)).astype(int)
+    lines, brightness, image = edges[1:-1], 0 if image.mean() > 127 else 255, image.copy()
+    image[lines] = 0.5 * image[lines] + 0.5 * brightness
+    image[:, lines] = 0.5 * image[:, lines] + 0.5 * brightness
+    valid = assigned.valid.numpy()
+    rows, columns, sizes = assigned.row.numpy()[valid], assigned.column.numpy()[valid], anchors[assigned.anchor.numpy()[valid]]
+    colours = [colour for colour, flag in zip(colours, valid, strict=True) if flag]
+    for row, column, colour in zip(rows, columns, colours, strict=True):
+        cell = image[edges[row] : edges[row + 1], edges[column] : edges[column + 1]]
+        cell[:] = 0.5 * cell + 0.5 * np.array(colour)
+    centres = (np.stack((columns, rows), axis=1) + 0.5) * len(image) / grid
+    return draw_boxes(image, np.hstack((centres - sizes / 2, centres + sizes / 2)), colours, font_size=FONT_SIZE)
