@@ -1,4 +1,4 @@
-"""A small untrained network that finds things, and a picture, for tests that need detections but not good ones."""
+"""A small untrained network with detections, and an image, for tests that need detections but not correct ones."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ CLASSES = ["circle", "square", "star"]
 
 
 def planted_model(image_size: int = 96, **options) -> YOLOv3:
-    """The same network every time: about 20 boxes of every class, scores of 0.2 to 0.6 that hang on the picture."""
+    """The same network in every call: about 20 boxes of every class, with scores of 0.2 to 0.6 that depend on the image."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = YOLOv3(len(CLASSES), width=0.05, classes=CLASSES, image_size=image_size, **options)
@@ -26,6 +26,6 @@ def planted_model(image_size: int = 96, **options) -> YOLOv3:
 
 
 def blurred_noise(width: int = 96, height: int = 96, seed: int = 3) -> np.ndarray:
-    """A picture of soft coloured patches, uint8 [height, width, 3]."""
+    """An image of soft coloured patches, uint8 [height, width, 3]."""
     patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC))

@@ -1,10 +1,10 @@
-"""The exported Space as a stranger gets it: a new environment, its own requirements only, a folder of its own.
+"""Run an exported Space in a new environment that contains only its requirements.
 
     python tests/space_alone.py [width]     (or make space-test)
 
-Exports a Space of untrained weights at full width (or the width given), builds a virtual environment with nothing but
-its requirements.txt, starts app.py there, asks its endpoint about a sample, and prints what starting it took.
-Downloads about 3 GB the first time; removes all it made.
+Exports a Space with untrained weights of width 1 (or the given width), creates a virtual environment from its
+requirements.txt, starts app.py there, sends a sample to its endpoint, and prints the time and memory that it took.
+Downloads about 3 GB. Removes everything that it creates.
 """
 
 import os
@@ -25,8 +25,8 @@ from src.data.shapes import draw_shapes
 from src.model.network import YOLOv3
 from src.serving.space import export_space
 
-MAX_SECONDS, MAX_BYTES = 20, 2e9  # what a start may take, and the memory held while in use
-ASK = """
+MAX_SECONDS, MAX_BYTES = 20, 2e9  # limits of the start-up time and of the memory in use
+REQUEST = """
 import sys
 from gradio_client import Client, handle_file
 answer = Client(sys.argv[1], verbose=False).predict(handle_file(sys.argv[2]), api_name="/detect")
@@ -41,17 +41,17 @@ def free_port() -> int:
 
 
 def memory(pid: int) -> int:
-    """Bytes a process has held at most (Linux)."""
+    """Peak memory of a process in bytes (Linux)."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1))
 
 
 def size(folder: Path) -> float:
-    """Megabytes of its files."""
+    """Size of a folder's files in megabytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
 
 
 def install(folder: Path, requirements: Path) -> Path:
-    """A new virtual environment with the requirements and nothing else. Returns its python."""
+    """Create a virtual environment with only the requirements. Returns its python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     command = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "-r", requirements]
@@ -61,7 +61,7 @@ def install(folder: Path, requirements: Path) -> Path:
 
 
 def start(python: Path, space: Path, port: int) -> tuple[subprocess.Popen, float]:
-    """Run app.py until it answers. Returns the process and the seconds that took."""
+    """Start app.py and wait for its first response. Returns the process and the seconds until then."""
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     environment = {**keep, "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     begin = time.perf_counter()
@@ -73,7 +73,7 @@ def start(python: Path, space: Path, port: int) -> tuple[subprocess.Popen, float
         except OSError:
             if server.poll() is not None or time.perf_counter() - begin > 300:
                 server.kill()
-                raise SystemExit("the Space did not start") from None
+                raise SystemExit("The Space did not start.") from None
             time.sleep(0.1)
 
 
@@ -89,19 +89,21 @@ def main(width: float) -> None:
         server, first = start(python, space, port)
         server.terminate()
         server.wait(30)
-        server, again = start(python, space, port)  # the first start compiled the libraries' bytecode
+        server, again = start(python, space, port)  # the first start compiled bytecode
         try:
-            command = [python, "-c", ASK, f"http://127.0.0.1:{port}/", space / "samples" / "01.jpg"]
+            command = [python, "-c", REQUEST, f"http://127.0.0.1:{port}/", space / "samples" / "01.jpg"]
             answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-            held = memory(server.pid)
+            peak = memory(server.pid)
         finally:
             server.terminate()
             server.wait(30)
-        print(f"Space: {size(space):,.0f} MB; started in {first:.1f} s, again in {again:.1f} s")
-        print(f"held at most {held / 1e6:,.0f} MB")
-        print(f"answered about {answer[0]} x {answer[1]} pixels in {answer[2]} s")
-        if again > MAX_SECONDS or held > MAX_BYTES:
-            raise SystemExit(f"more than {MAX_SECONDS} s or {MAX_BYTES / 1e6:,.0f} MB")
+        print(f"Space: {size(space):,.0f} MB; first start {first:.1f} s, second start {again:.1f} s")
+        print(f"peak memory {peak / 1e6:,.0f} MB")
+        print(f"detection of {answer[0]} x {answer[1]} pixels: {answer[2]} s")
+        if again > MAX_SECONDS or peak > MAX_BYTES:
+            raise SystemExit(
+                f"The start took more than {MAX_SECONDS} s, or the peak memory is above {MAX_BYTES / 1e6:,.0f} MB."
+            )
 
 
 if __name__ == "__main__":

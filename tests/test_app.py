@@ -1,4 +1,4 @@
-"""The page without a browser: what its functions draw and say, its endpoint, and many visitors at once."""
+"""The app without a browser: its functions, its endpoint, and many requests at once."""
 
 import io
 import json
@@ -18,13 +18,13 @@ from tests.planted import CLASSES, blurred_noise, planted_model
 
 @pytest.fixture(scope="module")
 def predictor():
-    about = {"data": "nothing <yet>", "mAP50": 0.12345, "metrics": {"class": 50}}
-    return Predictor(planted_model(metadata=about), device="cpu")
+    metadata = {"data": "nothing <yet>", "mAP50": 0.12345, "metrics": {"class": 50}}
+    return Predictor(planted_model(metadata=metadata), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def photo(tmp_path_factory):
-    path = tmp_path_factory.mktemp("photos") / "wide.png"
+def image_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "wide.png"
     Image.fromarray(blurred_noise(150, 90)).save(path)
     return path
 
@@ -44,7 +44,7 @@ def objects(boxes, labels=None, scores=None) -> Detections:
     return Detections(boxes, scores, labels, np.arange(len(boxes)))
 
 
-def test_colours_are_fixed_and_all_different():
+def test_colours_are_fixed_and_distinct():
     assert class_colours(3) == class_colours(20)[:3] == class_colours(80)[:3]
     assert len(set(class_colours(80))) == 80
     assert all(isinstance(part, int) and 0 <= part <= 255 for colour in class_colours(200) for part in colour)
@@ -61,139 +61,139 @@ def test_boxes_are_drawn_on_any_size(size):
 
 
 def luminance(pixels) -> np.ndarray:
-    """WCAG 2's, plus the 0.05 of its contrast ratio."""
+    """Relative luminance of WCAG 2, plus the 0.05 of its contrast ratio."""
     return (np.asarray(pixels) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722] + 0.05
 
 
 @pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255), *class_colours(20)[::3]])
-def test_boxes_and_labels_show_on_any_background(background):
-    """A line and its edge, or they and the background, differ as WCAG asks of graphics; letters and chip as of text."""
+def test_boxes_and_labels_are_visible_on_any_background(background):
+    """A line and its edge, or they and the background, have WCAG's contrast for graphics; labels have that for text."""
     image = np.full((800, 800, 3), background, np.uint8)
     for label, colour in enumerate(class_colours(20)):
         drawn = draw_detections(image, objects([[160, 200, 640, 700]], [label]), [f"class {i}" for i in range(20)])
-        across = luminance(drawn[450, 140:180])
-        assert across.max() / across.min() > 2
+        profile = luminance(drawn[450, 140:180])
+        assert profile.max() / profile.min() > 2
         rows, columns = np.nonzero((drawn[:190] == colour).all(axis=-1))
         chip = luminance(drawn[rows.min() + 1 : rows.max(), columns.min() + 1 : columns.max()])
         assert chip.max() / chip.min() > 4.5
 
 
-def test_labels_keep_clear_of_each_other():
+def test_labels_do_not_overlap():
     image = np.zeros((400, 400, 3), np.uint8)
-    same = objects([[100, 100, 300, 300]] * 3, [0, 1, 2])
-    drawn = draw_detections(image, same, CLASSES)
+    detections = objects([[100, 100, 300, 300]] * 3, [0, 1, 2])
+    drawn = draw_detections(image, detections, CLASSES)
     for colour in class_colours(3):
-        assert (drawn == colour).all(axis=-1).sum() > 300  # each chip is there
+        assert (drawn == colour).all(axis=-1).sum() > 300  # each label is visible
 
 
-def test_heat_hides_the_picture_only_where_it_is_hot():
+def test_the_heatmap_covers_the_image_only_where_it_is_high():
     image = np.full((20, 20, 3), (10, 200, 90), np.uint8)
     heatmap = np.zeros((20, 20), np.float32)
     heatmap[:, 10:] = 1
     drawn = draw_heatmap(image, heatmap, 0.7).astype(int)
     assert np.abs(np.diff(drawn[:, :10], axis=1)).max() == 0
     assert np.abs(drawn[0, 0] - drawn[0, 15]).max() > 60
-    assert np.ptp(draw_heatmap(image, heatmap, 0.0)) == 0  # no opacity: grey alone
+    assert np.ptp(draw_heatmap(image, heatmap, 0.0)) == 0  # opacity 0: the grey image alone
 
 
-def test_one_forward_pass_serves_every_threshold(predictor, photo):
-    visit = analyze_image(predictor, photo)
+def test_one_forward_pass_is_enough_for_all_thresholds(predictor, image_path):
+    session = analyze_image(predictor, image_path)
     calls = []
     hook = predictor.model.register_forward_hook(lambda *_: calls.append(1))
-    tables = {limit: render_detections(visit, limit, 0.45)[2] for limit in (0.2, 0.4, 0.99)}
-    render_heatmap(visit, "all", "own", "gradcam", 0.5, 0.2, 0.45)
+    tables = {limit: render_detections(session, limit, 0.45)[2] for limit in (0.2, 0.4, 0.99)}
+    render_heatmap(session, "all", "own", "gradcam", 0.5, 0.2, 0.45)
     hook.remove()
     assert not calls
     assert len(tables[0.2]) > len(tables[0.4]) > len(tables[0.99]) == 0
 
 
-def test_the_table_says_what_the_predictor_found(predictor, photo):
-    found = predictor(photo, 0.2)
-    picture, line, table, choices = render_detections(analyze_image(predictor, photo), 0.2, 0.45)
-    assert f"{len(found)} objects" in line and "150 &times; 90" in line and " s " in line
-    assert [row[0] for row in table] == [*range(1, len(found) + 1)]
-    for row, label, score, box in zip(table, found.labels, found.scores, found.boxes, strict=True):
+def test_the_table_equals_the_predictor(predictor, image_path):
+    expected = predictor(image_path, 0.2)
+    drawn, summary, table, choices = render_detections(analyze_image(predictor, image_path), 0.2, 0.45)
+    assert f"{len(expected)} detections" in summary and "150 &times; 90" in summary and " s " in summary
+    assert [row[0] for row in table] == [*range(1, len(expected) + 1)]
+    for row, label, score, box in zip(table, expected.labels, expected.scores, expected.boxes, strict=True):
         assert CLASSES[label] in row[1] and row[2] == f"{100 * score:.1f}%"
         assert [float(edge) for edge in row[3].split(", ")] == pytest.approx(box.tolist(), abs=0.51)
-    assert choices[0][1] == "all" and [value for _, value in choices[-len(found) :]] == [*range(len(found))]
-    assert max(picture.shape) == 480 and picture.shape[0] == 288  # shown larger, of the same shape
+    assert choices[0][1] == "all" and [value for _, value in choices[-len(expected) :]] == [*range(len(expected))]
+    assert max(drawn.shape) == 480 and drawn.shape[0] == 288  # displayed larger, same aspect ratio
 
 
-def test_classes_cannot_write_html(photo):
+def test_class_names_are_escaped(image_path):
     model = planted_model()
     model.classes = ["<script>", "b", "c"]
     predictor = Predictor(model, device="cpu")
-    table = render_detections(analyze_image(predictor, photo), 0.2, 0.45)[2]
+    table = render_detections(analyze_image(predictor, image_path), 0.2, 0.45)[2]
     assert "<script>" not in model_facts_html(predictor, {"<b>": 'x"y'}) + "".join(row[1] for row in table)
 
 
-def test_the_map_says_what_it_is_about(predictor, photo):
-    visit = analyze_image(predictor, photo)
-    first, line = render_heatmap(visit, 0, "own", "hirescam", 0.7, 0.2, 0.45)
-    second, _ = render_heatmap(visit, 1, "own", "hirescam", 0.7, 0.2, 0.45)
-    assert first.shape == visit.view.shape and (first != second).any() and "looked" in line
-    assert "Nothing found above 99%" in render_heatmap(visit, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
+def test_the_heatmap_has_a_message(predictor, image_path):
+    session = analyze_image(predictor, image_path)
+    first, message = render_heatmap(session, 0, "own", "hirescam", 0.7, 0.2, 0.45)
+    second, _ = render_heatmap(session, 1, "own", "hirescam", 0.7, 0.2, 0.45)
+    assert first.shape == session.view.shape and (first != second).any() and "Bright areas" in message
+    assert "No detection above 99%" in render_heatmap(session, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
 
 
-def test_the_page_states_the_facts(predictor):
+def test_the_page_lists_the_metadata(predictor):
     text = model_facts_html(predictor, {"The code": "https://example.org/code"})
     for part in ("nothing &lt;yet&gt;", "0.123", "50", 'href="https://example.org/code"', *CLASSES):
         assert part in text
     assert "million" in model_facts_html(Predictor(planted_model(), device="cpu"), {})
 
 
-def test_weights_are_taken_from_a_folder(tmp_path, photo):
+def test_weights_are_loaded_from_a_folder(tmp_path, image_path):
     planted_model().save_pretrained(tmp_path)
-    assert isinstance(build_app(tmp_path, samples=[photo]), Page)
+    assert isinstance(build_app(tmp_path, samples=[image_path]), Page)
 
 
-def test_the_endpoint_answers_as_the_predictor(predictor, photo, address):
-    answer = Client(address, verbose=False).predict(handle_file(photo), 0.3, 0.5, api_name="/detect")
-    found = predictor(photo, 0.3, 0.5)
+def test_the_endpoint_equals_the_predictor(predictor, image_path, address):
+    answer = Client(address, verbose=False).predict(handle_file(image_path), 0.3, 0.5, api_name="/detect")
+    expected = predictor(image_path, 0.3, 0.5)
     assert (answer["width"], answer["height"]) == (150, 90) and answer["seconds"] > 0
-    assert [row["class"] for row in answer["detections"]] == [CLASSES[label] for label in found.labels]
-    assert [row["box"] for row in answer["detections"]] == pytest.approx(found.boxes.round(1), abs=0.06)
-    assert answer["detections"] == detect(predictor, photo, 0.3, 0.5)["detections"]
+    assert [row["class"] for row in answer["detections"]] == [CLASSES[label] for label in expected.labels]
+    assert [row["box"] for row in answer["detections"]] == pytest.approx(expected.boxes.round(1), abs=0.06)
+    assert answer["detections"] == detect(predictor, image_path, 0.3, 0.5)["detections"]
 
 
-def test_rubbish_gets_a_message_and_the_app_goes_on(photo, address, tmp_path):
+def test_unreadable_files_get_a_message(image_path, address, tmp_path):
     client = Client(address, verbose=False)
     bomb = io.BytesIO()
     Image.new("1", (14_000, 14_000)).save(bomb, "PNG")
     large = io.BytesIO()
     Image.new("1", (9_000, 6_000)).save(large, "PNG")
-    rubbish = {"text.png": b"no picture", "short.png": photo.read_bytes()[:200], "bomb.png": bomb.getvalue()}
-    for name, content in {**rubbish, "large.png": large.getvalue()}.items():
+    invalid = {"text.png": b"not an image", "short.png": image_path.read_bytes()[:200], "bomb.png": bomb.getvalue()}
+    for name, content in {**invalid, "large.png": large.getvalue()}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(AppError, match="This file can't be read as a picture") as error:
+        with pytest.raises(AppError, match="This file can't be read as an image") as error:
             client.predict(handle_file(tmp_path / name), api_name="/detect")
         assert "tmp" not in str(error.value) and ("more than 50 million" in str(error.value)) == (name == "large.png")
-    assert client.predict(handle_file(photo), api_name="/detect")["width"] == 150
+    assert client.predict(handle_file(image_path), api_name="/detect")["width"] == 150
 
 
-def test_files_of_the_server_are_not_read(address, photo):
-    """Only what a visitor uploaded: a path in a hand-made request is refused."""
-    request = {"data": [{"path": str(photo), "meta": {"_type": "gradio.FileData"}}, 0.3, 0.5]}
+def test_files_of_the_server_are_not_read(address, image_path):
+    """Only uploaded files are read: another path in a request is refused."""
+    request = {"data": [{"path": str(image_path), "meta": {"_type": "gradio.FileData"}}, 0.3, 0.5]}
     event = httpx.post(f"{address}gradio_api/call/detect", json=request).json()["event_id"]
     answer = httpx.get(f"{address}gradio_api/call/detect/{event}").text
     assert "event: error" in answer and "detections" not in answer
 
 
-def test_fifty_at_once_are_answered_in_order_each_about_their_own_picture(address):
-    """All wait in the queue of one session, whose stream then tells the exact order of the answers."""
+def test_fifty_requests_at_once_are_answered_in_order(address):
+    """All are in the queue of one session, whose stream shows the exact order of the answers."""
     with httpx.Client(base_url=f"{address}gradio_api/", timeout=60) as http:
         detect = next(each["id"] for each in http.get("../config").json()["dependencies"] if each["api_name"] == "detect")
-        photos, events = [], []
+        uploads, events = [], []
         for number in range(50):
-            photo = io.BytesIO()
-            Image.new("RGB", (100 + number, 60)).save(photo, "PNG")
-            path = http.post("upload", files={"files": (f"{number}.png", photo.getvalue())}).json()[0]
-            photos.append({"path": path, "meta": {"_type": "gradio.FileData"}})
-        for photo in photos:
-            asked = {"data": [photo, 0.3, 0.5], "fn_index": detect, "session_hash": "crowd"}
-            events.append(http.post("queue/join", json=asked).json()["event_id"])
+            file = io.BytesIO()
+            Image.new("RGB", (100 + number, 60)).save(file, "PNG")
+            path = http.post("upload", files={"files": (f"{number}.png", file.getvalue())}).json()[0]
+            uploads.append({"path": path, "meta": {"_type": "gradio.FileData"}})
+        for upload in uploads:
+            request = {"data": [upload, 0.3, 0.5], "fn_index": detect, "session_hash": "many"}
+            events.append(http.post("queue/join", json=request).json()["event_id"])
         answers = []
-        with http.stream("GET", "queue/data", params={"session_hash": "crowd"}) as stream:
+        with http.stream("GET", "queue/data", params={"session_hash": "many"}) as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data:") or "{}")
                 if message.get("msg") == "process_completed":

@@ -1,4 +1,4 @@
-"""Decoding and NMS, against slow loops."""
+"""Decoding and NMS, compared with loops."""
 
 import math
 
@@ -10,7 +10,7 @@ from src.model.network import ANCHORS
 ANCHOR = torch.tensor(ANCHORS)
 
 
-def test_conversions_undo_each_other():
+def test_conversions_are_inverse():
     boxes = torch.tensor([[1.0, 2, 5, 10]])
     assert xyxy_to_cxcywh(boxes).tolist() == [[3, 6, 4, 8]]
     assert torch.equal(cxcywh_to_xyxy(xyxy_to_cxcywh(boxes)), boxes)
@@ -28,10 +28,10 @@ def test_decode_equals_the_papers_equations():
                     o, x, y, w, h, *classes = level[1, anchor, row, column].tolist()
                     cx, cy = (column + 1 / (1 + math.exp(-x))) / grid, (row + 1 / (1 + math.exp(-y))) / grid
                     bw, bh = (math.exp(s) * a for s, a in zip((w, h), ANCHORS[scale][anchor], strict=True))
-                    wanted = torch.tensor([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2])
-                    torch.testing.assert_close(boxes[1, k], wanted, rtol=1e-4, atol=1e-5)
-                    wanted = [1 / (1 + math.exp(-o)) / (1 + math.exp(-c)) for c in classes]
-                    torch.testing.assert_close(scores[1, k], torch.tensor(wanted), rtol=1e-4, atol=1e-6)
+                    expected = torch.tensor([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2])
+                    torch.testing.assert_close(boxes[1, k], expected, rtol=1e-4, atol=1e-5)
+                    expected = [1 / (1 + math.exp(-o)) / (1 + math.exp(-c)) for c in classes]
+                    torch.testing.assert_close(scores[1, k], torch.tensor(expected), rtol=1e-4, atol=1e-6)
                     k += 1
     assert k == boxes.shape[1] == scores.shape[1]
 
@@ -51,16 +51,16 @@ def slow_nms(boxes, scores, confidence, iou_threshold):
             continue
         for other, other_label in kept:
             a, b = boxes[k], boxes[other]
-            shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-            union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-            if other_label == label and shared / union > iou_threshold:
+            intersection = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+            union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+            if other_label == label and intersection / union > iou_threshold:
                 break
         else:
             kept.append((k, label))
     return kept
 
 
-def test_nms_equals_the_loop():
+def test_nms_equals_a_loop():
     for seed in range(5):
         random = torch.Generator().manual_seed(seed)
         corner = torch.rand(60, 2, generator=random) * 0.5
@@ -70,6 +70,6 @@ def test_nms_equals_the_loop():
         assert list(zip(index.tolist(), labels.tolist(), strict=True)) == slow_nms(boxes.tolist(), scores.tolist(), 0.4, 0.45)
 
 
-def test_nms_of_nothing():
+def test_nms_without_predictions():
     index, labels = nms(torch.zeros(0, 4), torch.zeros(0, 3), 0.1, 0.5)
     assert len(index) == len(labels) == 0

@@ -1,4 +1,4 @@
-"""The net: its sizes, its shapes, its files."""
+"""The network: parameters, shapes, files."""
 
 import struct
 
@@ -10,15 +10,15 @@ from src.model.network import ConvBlock, Residual, YOLOv3
 
 
 def random_net(**settings) -> YOLOv3:
-    """A net whose batch norms have statistics worth saving."""
-    net = YOLOv3(**settings)
-    for module in net.modules():
+    """A network whose batch norms have random statistics and weights."""
+    network = YOLOv3(**settings)
+    for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_()
-    return net.eval()
+    return network.eval()
 
 
 @pytest.mark.parametrize(
@@ -27,34 +27,34 @@ def random_net(**settings) -> YOLOv3:
 )
 def test_number_of_parameters(num_classes, width, expected):
     with torch.device("meta"):
-        net = YOLOv3(num_classes, width)
-    assert sum(p.numel() for p in net.parameters()) == expected
+        network = YOLOv3(num_classes, width)
+    assert sum(p.numel() for p in network.parameters()) == expected
 
 
 def test_backbone_is_darknet53():
     with torch.device("meta"):
-        net = YOLOv3()
-    assert sum(isinstance(m, ConvBlock) for m in net.backbone.modules()) == 52  # the 53rd is the classifier
-    assert sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) == 75  # as in yolov3.cfg
+        network = YOLOv3()
+    assert sum(isinstance(m, ConvBlock) for m in network.backbone.modules()) == 52  # the 53rd is the classifier
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in network.modules()) == 75  # as in yolov3.cfg
 
 
-@pytest.mark.parametrize("side", [32, 64, 96, 160])
-def test_any_multiple_of_32(side):
-    logits = YOLOv3(7, 0.125)(torch.rand(2, 3, side, side))
-    assert [tuple(level.shape) for level in logits] == [(2, 3, side // s, side // s, 12) for s in (32, 16, 8)]
+@pytest.mark.parametrize("size", [32, 64, 96, 160])
+def test_any_multiple_of_32(size):
+    logits = YOLOv3(7, 0.125)(torch.rand(2, 3, size, size))
+    assert [tuple(level.shape) for level in logits] == [(2, 3, size // s, size // s, 12) for s in (32, 16, 8)]
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 100, 100), (1, 3, 64, 96), (3, 64, 64), (1, 3, 0, 0)])
-def test_other_sides_are_refused(shape):
+def test_other_sizes_are_refused(shape):
     with pytest.raises(ValueError, match="multiple of 32"):
         YOLOv3(2, 0.125)(torch.zeros(shape))
 
 
-def test_anchors_keep_their_pixels_at_every_side():
-    net = YOLOv3(2, 0.125, image_size=160)
-    assert torch.equal(net.anchors_at(160), net.anchors)
-    for side in (96, 224):
-        torch.testing.assert_close(net.anchors_at(side) * side, net.anchors * 160)
+def test_anchors_in_pixels_do_not_depend_on_the_size():
+    network = YOLOv3(2, 0.125, image_size=160)
+    assert torch.equal(network.anchors_at(160), network.anchors)
+    for size in (96, 224):
+        torch.testing.assert_close(network.anchors_at(size) * size, network.anchors * 160)
 
 
 def test_residual_blocks_start_as_the_identity():
@@ -64,31 +64,31 @@ def test_residual_blocks_start_as_the_identity():
         x = torch.randn(2, block.body[1][0].out_channels, 4, 4)
         assert torch.equal(block(x), x)
         block(x).sum().backward()
-        assert block.body[1][1].weight.grad.abs().sum() > 0  # and can leave it
+        assert block.body[1][1].weight.grad.abs().sum() > 0  # and it can be learned
 
 
-def test_starts_near_nothing_here():
+def test_initial_objectness_is_low():
     objectness = torch.cat([level[..., 0].flatten() for level in YOLOv3(20, 0.25)(torch.rand(4, 3, 64, 64))])
     assert 0.0001 < objectness.sigmoid().mean() < 0.01
 
 
-def test_saved_and_read_back(tmp_path):
-    net = random_net(num_classes=3, width=0.125, classes=["a", "b", "c"], image_size=96, metadata={"epochs": 2})
-    net.save_pretrained(tmp_path)
-    again = YOLOv3.from_pretrained(tmp_path)
+def test_save_and_load(tmp_path):
+    network = random_net(num_classes=3, width=0.125, classes=["a", "b", "c"], image_size=96, metadata={"epochs": 2})
+    network.save_pretrained(tmp_path)
+    loaded = YOLOv3.from_pretrained(tmp_path)
     assert {"config.json", "model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
-    assert (again.classes, again.image_size, again.metadata, again.width) == (["a", "b", "c"], 96, {"epochs": 2}, 0.125)
+    assert (loaded.classes, loaded.image_size, loaded.metadata, loaded.width) == (["a", "b", "c"], 96, {"epochs": 2}, 0.125)
     images = torch.rand(1, 3, 64, 64)
-    for one, other in zip(net(images), again(images), strict=True):
+    for one, other in zip(network(images), loaded(images), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_half_precision_file_reads_as_float32(tmp_path):
-    net = random_net(num_classes=3, width=0.125)
-    net.half().save_pretrained(tmp_path)
-    again = YOLOv3.from_pretrained(tmp_path)
-    assert {p.dtype for p in again.parameters()} == {torch.float32}
-    assert torch.equal(again.anchors, YOLOv3(3, 0.125).anchors)
+def test_half_precision_weights_load_as_float32(tmp_path):
+    network = random_net(num_classes=3, width=0.125)
+    network.half().save_pretrained(tmp_path)
+    loaded = YOLOv3.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.anchors, YOLOv3(3, 0.125).anchors)
 
 
 def test_weights_of_another_class_count_are_refused(tmp_path):
@@ -97,7 +97,7 @@ def test_weights_of_another_class_count_are_refused(tmp_path):
         YOLOv3.from_pretrained(tmp_path, num_classes=4, classes=list("abcd"))
 
 
-def test_missing_and_damaged_weights_name_the_file(tmp_path):
+def test_missing_and_damaged_weights_are_named(tmp_path):
     YOLOv3(3, 0.125).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
@@ -108,15 +108,15 @@ def test_missing_and_damaged_weights_name_the_file(tmp_path):
         YOLOv3.from_pretrained(tmp_path)
 
 
-def write_darknet(net: YOLOv3, path, backbone_only: bool = False, version=(0, 2, 5)) -> None:
-    """Slowly, layer by layer in the order of yolov3.cfg, independent of load_darknet."""
-    stages = [net.backbone.stem]
-    for stage in net.backbone.stages:
+def write_darknet(network: YOLOv3, path, backbone_only: bool = False, version=(0, 2, 5)) -> None:
+    """Write a Darknet file layer by layer in the order of yolov3.cfg, independent of load_darknet."""
+    stages = [network.backbone.stem]
+    for stage in network.backbone.stages:
         stages.append(stage[0])
         for residual in list(stage)[1:]:
             stages.extend(residual.body)
     heads = []
-    for head in net.heads:
+    for head in network.heads:
         heads += [head.lateral] if head.lateral is not None else []
         heads += [*head.neck, head.expand, head.predict]
     with open(path, "wb") as file:
@@ -136,45 +136,45 @@ def write_darknet(net: YOLOv3, path, backbone_only: bool = False, version=(0, 2,
 
 @pytest.mark.parametrize("version", [(0, 2, 5), (0, 1, 0)])
 def test_darknet_weights_whole(tmp_path, version):
-    net, other = random_net(num_classes=5, width=0.125), random_net(num_classes=5, width=0.125)
-    write_darknet(net, tmp_path / "yolov3.weights", version=version)
+    network, other = random_net(num_classes=5, width=0.125), random_net(num_classes=5, width=0.125)
+    write_darknet(network, tmp_path / "yolov3.weights", version=version)
     assert other.load_darknet(tmp_path / "yolov3.weights") == "everything"
     images = torch.rand(1, 3, 64, 64)
-    for one, two in zip(net(images), other(images), strict=True):
+    for one, two in zip(network(images), other(images), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_darknet_backbone(tmp_path):
-    net, other = random_net(num_classes=5, width=0.125), random_net(num_classes=2, width=0.125)
-    write_darknet(net, tmp_path / "darknet53.conv.74", backbone_only=True)
+    network, other = random_net(num_classes=5, width=0.125), random_net(num_classes=2, width=0.125)
+    write_darknet(network, tmp_path / "darknet53.conv.74", backbone_only=True)
     assert other.load_darknet(tmp_path / "darknet53.conv.74") == "backbone"
     images = torch.rand(1, 3, 64, 64)
-    for one, two in zip(net.backbone(images), other.backbone(images), strict=True):
+    for one, two in zip(network.backbone(images), other.backbone(images), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_darknet_80_classes_into_another_count(tmp_path):
-    net, other = random_net(num_classes=80, width=0.125), random_net(num_classes=2, width=0.125)
+    network, other = random_net(num_classes=80, width=0.125), random_net(num_classes=2, width=0.125)
     before = [head.predict.weight.clone() for head in other.heads]
-    write_darknet(net, tmp_path / "yolov3.weights")
+    write_darknet(network, tmp_path / "yolov3.weights")
     assert other.load_darknet(tmp_path / "yolov3.weights") == "all but the last layers"
-    for mine, theirs, kept in zip(other.heads, net.heads, before, strict=True):
-        assert torch.equal(mine.expand[0].weight, theirs.expand[0].weight)
-        assert torch.equal(mine.predict.weight, kept)
+    for head, source, expected in zip(other.heads, network.heads, before, strict=True):
+        assert torch.equal(head.expand[0].weight, source.expand[0].weight)
+        assert torch.equal(head.predict.weight, expected)
 
 
-def test_truncated_or_foreign_darknet_files_are_refused(tmp_path):
-    net = random_net(num_classes=5, width=0.125)
+def test_truncated_and_other_files_are_refused(tmp_path):
+    network = random_net(num_classes=5, width=0.125)
     path = tmp_path / "yolov3.weights"
-    write_darknet(net, path)
+    write_darknet(network, path)
     whole = path.read_bytes()
-    before = net.state_dict()["backbone.stem.0.weight"].clone()
-    foreign = np.random.default_rng(0).bytes(1000)
-    for content in (whole[:-4], whole + b"1234", foreign, b"", whole[:10], whole[:20] + b"\xff" * (len(whole) - 20)):
+    before = network.state_dict()["backbone.stem.0.weight"].clone()
+    random_bytes = np.random.default_rng(0).bytes(1000)
+    for content in (whole[:-4], whole + b"1234", random_bytes, b"", whole[:10], whole[:20] + b"\xff" * (len(whole) - 20)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{len(content):,} bytes"):
-            net.load_darknet(path)
-    assert torch.equal(net.state_dict()["backbone.stem.0.weight"], before)
+            network.load_darknet(path)
+    assert torch.equal(network.state_dict()["backbone.stem.0.weight"], before)
     path.write_bytes(whole[:-4])
     with pytest.raises(ValueError, match=f"{len(whole):,}"):
-        net.load_darknet(path)
+        network.load_darknet(path)

@@ -1,4 +1,4 @@
-"""Any file to the right pixels, any image to boxes in its own pixels, thresholds chosen after the forward pass."""
+"""Reading of any image file, boxes in its pixels, and thresholds after the forward pass."""
 
 import io
 
@@ -13,24 +13,24 @@ from src.serving.predictor import MIN_SCORE, Predictor
 from tests.planted import planted_model
 
 WIDTH, HEIGHT = 48, 32
-# stored orientation -> what a viewer does to the pixels, from the EXIF specification's table
-TURNED = {
+# EXIF orientation -> what a viewer does to the pixels
+ORIENTATIONS = {
     1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
     5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
     7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a),
 }  # fmt: skip
 
 
-def picture() -> np.ndarray:
-    """Four quarters, each of its own colour, so that every turn and mirror shows."""
+def quarters() -> np.ndarray:
+    """Four quarters of different colours, so that every rotation and reflection is visible."""
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     image[:16, :24], image[:16, 24:] = (220, 40, 40), (40, 200, 40)
     image[16:, :24], image[16:, 24:] = (40, 40, 210), (230, 230, 230)
     return image
 
 
-def grey() -> np.ndarray:
-    return np.asarray(Image.fromarray(picture()).convert("L"))
+def grey_quarters() -> np.ndarray:
+    return np.asarray(Image.fromarray(quarters()).convert("L"))
 
 
 def saved(image: Image.Image, kind: str, **options) -> io.BytesIO:
@@ -39,7 +39,7 @@ def saved(image: Image.Image, kind: str, **options) -> io.BytesIO:
     return file
 
 
-RGB = Image.fromarray(picture())
+RGB = Image.fromarray(quarters())
 KINDS = {
     "jpeg": saved(RGB, "JPEG", quality=95, subsampling=0),
     "png": saved(RGB, "PNG"),
@@ -58,10 +58,10 @@ GREYS = {
     "grey": saved(RGB.convert("L"), "PNG"),
     "grey with alpha": saved(RGB.convert("LA"), "PNG"),
     "grey jpeg": saved(RGB.convert("L"), "JPEG", quality=98),
-    "16-bit png": saved(Image.fromarray(grey().astype(np.uint16) * 257), "PNG"),
-    "16-bit tiff": saved(Image.fromarray(grey().astype(np.uint16) * 257), "TIFF"),
-    "32-bit tiff": saved(Image.fromarray(grey().astype(np.int32)), "TIFF"),
-    "float tiff": saved(Image.fromarray(grey().astype(np.float32)), "TIFF"),
+    "16-bit png": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 257), "PNG"),
+    "16-bit tiff": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 257), "TIFF"),
+    "32-bit tiff": saved(Image.fromarray(grey_quarters().astype(np.int32)), "TIFF"),
+    "float tiff": saved(Image.fromarray(grey_quarters().astype(np.float32)), "TIFF"),
 }
 
 
@@ -71,60 +71,60 @@ def predictor():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_gives_the_same_picture(kind, tmp_path):
+def test_every_file_format_gives_the_same_image(kind, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(KINDS[kind].getvalue())
     loaded = load_image(path)
     assert loaded.dtype == np.uint8 and loaded.shape == (HEIGHT, WIDTH, 3)
-    assert np.abs(loaded.astype(int) - picture()).mean() < 4
+    assert np.abs(loaded.astype(int) - quarters()).mean() < 4
 
 
 @pytest.mark.parametrize("kind", GREYS)
-def test_every_kind_of_grey_gives_the_same_picture(kind, tmp_path):
+def test_every_grey_format_gives_the_same_image(kind, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(GREYS[kind].getvalue())
     loaded = load_image(path)
     assert loaded.shape == (HEIGHT, WIDTH, 3)
-    assert np.abs(loaded.astype(int) - grey()[..., None]).max() <= 6
+    assert np.abs(loaded.astype(int) - grey_quarters()[..., None]).max() <= 6
 
 
-def test_arrays_and_pil_images_are_taken_as_they_are():
-    assert np.array_equal(load_image(picture()), picture())
-    assert np.array_equal(load_image(RGB), picture())
-    assert np.array_equal(load_image(grey()), np.repeat(grey()[..., None], 3, axis=2))
-    for other in (picture() / 255, (grey() / 255).astype(np.float32), picture().astype(np.int64)):
+def test_arrays_and_pil_images_are_accepted():
+    assert np.array_equal(load_image(quarters()), quarters())
+    assert np.array_equal(load_image(RGB), quarters())
+    assert np.array_equal(load_image(grey_quarters()), np.repeat(grey_quarters()[..., None], 3, axis=2))
+    for other in (quarters() / 255, (grey_quarters() / 255).astype(np.float32), quarters().astype(np.int64)):
         with pytest.raises(ValueError, match=rf"array of {other.dtype}, not uint8"):
             load_image(other)
     with pytest.raises(ValueError, match="can't be read as an image"):
         load_image(torch.zeros(3, 8, 8))
 
 
-def test_bilevel_is_black_and_white(tmp_path):
-    Image.fromarray(grey() > 128).save(tmp_path / "x.png")
-    assert np.array_equal(load_image(tmp_path / "x.png")[..., 0] == 255, grey() > 128)
+def test_bilevel_images_are_black_and_white(tmp_path):
+    Image.fromarray(grey_quarters() > 128).save(tmp_path / "x.png")
+    assert np.array_equal(load_image(tmp_path / "x.png")[..., 0] == 255, grey_quarters() > 128)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "palette"])
-def test_transparency_turns_white(mode, tmp_path):
+def test_transparency_becomes_white(mode, tmp_path):
     image = RGB.convert("RGBA")
     image.paste((9, 9, 9, 0), (0, 0, 24, 16))
     image = image.quantize(16) if mode == "palette" else image
     image.save(tmp_path / "x.png")
     loaded = load_image(tmp_path / "x.png")
-    assert (loaded[2:14, 2:22] > 250).all() and np.array_equal(loaded[20, 40], picture()[20, 40])
+    assert (loaded[2:14, 2:22] > 250).all() and np.array_equal(loaded[20, 40], quarters()[20, 40])
 
 
-@pytest.mark.parametrize("orientation", TURNED)
-def test_pictures_come_upright(orientation, tmp_path):
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_images_are_upright(orientation, tmp_path):
     exif = Image.Exif()
     exif[274] = orientation
     RGB.save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(load_image(tmp_path / "x.png"), TURNED[orientation](picture()))
+    assert np.array_equal(load_image(tmp_path / "x.png"), ORIENTATIONS[orientation](quarters()))
 
 
-def test_what_is_no_picture_is_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     jpeg, png = KINDS["jpeg"].getvalue(), KINDS["png"].getvalue()
-    bad = {"text.jpg": b"no picture", "empty.png": b"", "short.jpg": jpeg[: len(jpeg) // 2], "short.png": png[:60]}
+    bad = {"text.jpg": b"not an image", "empty.png": b"", "short.jpg": jpeg[: len(jpeg) // 2], "short.png": png[:60]}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.*JPEG or PNG"):
@@ -133,7 +133,7 @@ def test_what_is_no_picture_is_named(tmp_path):
         load_image(tmp_path / "missing.jpg")
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+def test_decompression_bombs_are_refused_before_decoding(tmp_path):
     header = saved(Image.new("1", (14_000, 14_000)), "PNG").getvalue()  # 196 million pixels in 24 kB
     (tmp_path / "bomb.png").write_bytes(header)
     with pytest.raises(ValueError, match=r"bomb.png"):
@@ -144,19 +144,19 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(96, 96), (150, 40), (33, 97), (8, 8), (1, 1), (1, 300), (700, 500)])
-def test_boxes_come_in_the_pixels_of_the_picture(size, predictor):
+def test_boxes_are_in_pixels_of_the_image(size, predictor):
     width, height = size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    found = predictor(image, confidence=0.3)
-    assert len(found) and (found.boxes >= 0).all() and (found.boxes <= [width, height, width, height]).all()
-    # the slow way: the network's own square, then shift and scale box by box
+    detections = predictor(image, confidence=0.3)
+    assert len(detections) and (detections.boxes >= 0).all() and (detections.boxes <= [width, height, width, height]).all()
+    # slow: from the letterboxed square to the image, box by box
     square, _ = letterbox(image, predictor.image_size)
     with torch.no_grad():
         inputs = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
         boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(predictor.image_size))
     inner = max(1, round(width * 96 / max(size))), max(1, round(height * 96 / max(size)))
     left, top = (96 - inner[0]) // 2, (96 - inner[1]) // 2
-    for box, score, label, index in zip(found.boxes, found.scores, found.labels, found.index, strict=True):
+    for box, score, label, index in zip(detections.boxes, detections.scores, detections.labels, detections.index, strict=True):
         x1, y1, x2, y2 = (boxes[0, index] * 96).tolist()
         x1, x2 = ((x - left) * width / inner[0] for x in (x1, x2))
         y1, y2 = ((y - top) * height / inner[1] for y in (y1, y2))
@@ -165,10 +165,10 @@ def test_boxes_come_in_the_pixels_of_the_picture(size, predictor):
         assert score == pytest.approx(scores[0, index, label].item(), abs=1e-5)
 
 
-def test_thresholds_need_no_other_forward_pass(predictor):
+def test_thresholds_need_no_further_forward_pass(predictor):
     calls = []
     hook = predictor.model.register_forward_hook(lambda *_: calls.append(1))
-    candidates = predictor.candidates(picture())
+    candidates = predictor.candidates(quarters())
     counts = [len(candidates.detections(confidence, 0.45)) for confidence in (0.01, 0.3, 0.4, 0.5, 0.99)]
     kept = [len(candidates.detections(0.3, iou_threshold)) for iou_threshold in (0.1, 0.45, 0.9)]
     hook.remove()
@@ -177,44 +177,44 @@ def test_thresholds_need_no_other_forward_pass(predictor):
     assert kept == sorted(kept) and kept[0] < kept[-1]
 
 
-def test_candidates_lose_nothing_above_the_floor(predictor):
-    inputs, _ = predictor.preprocess(picture())
+def test_candidates_contain_everything_above_min_score(predictor):
+    inputs, _ = predictor.preprocess(quarters())
     with torch.no_grad():
         boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(predictor.image_size))
     index, labels = nms(boxes[0], scores[0], 2 * MIN_SCORE, 0.45)
-    found = predictor.candidates(picture()).detections(2 * MIN_SCORE, 0.45)
-    assert found.index.tolist() == index.tolist() and found.labels.tolist() == labels.tolist()
+    detections = predictor.candidates(quarters()).detections(2 * MIN_SCORE, 0.45)
+    assert detections.index.tolist() == index.tolist() and detections.labels.tolist() == labels.tolist()
 
 
-def test_the_strongest_candidate_is_there_when_nothing_is_found():
+def test_without_detections_there_is_a_top_candidate():
     model = planted_model()
     with torch.no_grad():
         for head in model.heads:
             head.predict.bias.view(3, -1)[:, 0] = -9.0
-    candidates = Predictor(model, device="cpu").candidates(picture())
+    candidates = Predictor(model, device="cpu").candidates(quarters())
     assert len(candidates.detections(0.0)) == 0
     best = candidates.top_candidate()
     assert len(best) == 1 and 0 < best.scores[0] < MIN_SCORE
     assert best.labels[0] == candidates.scores.max(dim=0).values.argmax()
 
 
-def test_the_strongest_of_a_class(predictor):
-    candidates = predictor.candidates(picture())
+def test_the_top_candidate_of_a_class(predictor):
+    candidates = predictor.candidates(quarters())
     for label in range(3):
         best = candidates.top_candidate(label)
         assert best.labels.tolist() == [label] and best.scores[0] == candidates.scores[:, label].max()
 
 
-def test_half_precision_finds_nearly_the_same(predictor):
-    exact = predictor(picture(), confidence=0.3, iou_threshold=0.9)
-    half = Predictor(planted_model().to(torch.bfloat16), device="cpu")(picture(), confidence=0.3, iou_threshold=0.9)
+def test_half_precision_gives_nearly_the_same_detections(predictor):
+    exact = predictor(quarters(), confidence=0.3, iou_threshold=0.9)
+    half = Predictor(planted_model().to(torch.bfloat16), device="cpu")(quarters(), confidence=0.3, iou_threshold=0.9)
     assert half.scores.dtype == np.float32 and abs(len(half) - len(exact)) <= 3
-    shared, a, b = np.intersect1d(exact.index, half.index, return_indices=True)
-    assert len(shared) > 0.8 * len(exact) and np.abs(exact.boxes[a] - half.boxes[b]).max() < 2
+    common, a, b = np.intersect1d(exact.index, half.index, return_indices=True)
+    assert len(common) > 0.8 * len(exact) and np.abs(exact.boxes[a] - half.boxes[b]).max() < 2
 
 
-def test_saved_weights_find_the_same(predictor, tmp_path):
+def test_saved_weights_give_the_same_detections(predictor, tmp_path):
     predictor.model.save_pretrained(tmp_path)
     again = Predictor.load(tmp_path, device="cpu")
     assert again.classes == predictor.classes and again.image_size == predictor.image_size
-    assert np.array_equal(again(picture(), 0.3).boxes, predictor(picture(), 0.3).boxes)
+    assert np.array_equal(again(quarters(), 0.3).boxes, predictor(quarters(), 0.3).boxes)

@@ -1,4 +1,4 @@
-"""The rooms of src and who may import whom: a Space is a copy of `model` and `serving`, so these need nothing else."""
+"""Which package of src may import which. A Space is a copy of `model` and `serving`, so these import no other."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {  # room -> the rooms it may import
+ALLOWED = {  # package -> the packages it may import
     "config": {"model"},
     "model": set(),
     "serving": {"model"},
@@ -17,14 +17,14 @@ ALLOWED = {  # room -> the rooms it may import
     "figures": {"config", "model", "serving", "data", "training"},
 }
 LIBRARIES = {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "huggingface_hub"}
-GRADIO = {"gradio", "gradio_client", "starlette"}  # gradio installs the others
+GRADIO = {"gradio", "gradio_client", "starlette"}  # gradio installs the other two
 EXTRA = {"gradcam.py": {"pytorch_grad_cam"}, "app.py": GRADIO, "guard.py": GRADIO}
 FILES = sorted(ROOT.glob("src/*/*.py")) + [ROOT / "src/config.py"]
 SERVED = sorted([*ROOT.glob("src/model/*.py"), *ROOT.glob("src/serving/*.py")])
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file names in an import, anywhere in it."""
+    """Return every module that a file imports, at any level of it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -35,24 +35,24 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     return path.relative_to(ROOT / "src").parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{room(path)}/{path.name}")
-def test_rooms_import_only_the_rooms_below_them(path):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{package(path)}/{path.name}")
+def test_packages_import_only_the_packages_below_them(path):
     names = {name.split(".")[1] for name in imported(path) if name.startswith("src.")}
-    assert names - {room(path)} <= ALLOWED[room(path)]
+    assert names - {package(path)} <= ALLOWED[package(path)]
 
 
 @pytest.mark.parametrize("path", SERVED, ids=lambda path: path.name)
-def test_a_space_imports_only_its_own_packages(path):
+def test_a_space_imports_only_its_requirements(path):
     outside = {name.partition(".")[0] for name in imported(path)} - {"src"} - set(sys.stdlib_module_names)
     assert outside <= LIBRARIES | EXTRA.get(path.name, set())
 
 
-def test_what_is_loaded():
-    """Prediction loads neither page nor figures. The page loads grad-cam's matplotlib, but nothing of training."""
+def test_loaded_modules():
+    """Prediction loads neither the app nor figures. The app loads matplotlib (through grad-cam), but no training code."""
     code = (
         "import sys, src.serving.predictor, src.serving.drawing; print(*sys.modules); "
         "import src.serving.app; print(*sys.modules)"

@@ -1,4 +1,4 @@
-"""The exported folder: whole, pinned, by itself, and careful with what lies where it goes."""
+"""The exported Space: complete, pinned, independent of the project, and never written over other files."""
 
 import ast
 import json
@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from src.serving.images import load_image
 from src.serving.predictor import Predictor
-from src.serving.space import MARK, export_space, push_space
+from src.serving.space import MARKER, export_space, push_space
 from tests.planted import blurred_noise, planted_model
 
 ROOT = Path(__file__).parents[1]
-# Run inside an exported folder: what starting it opens and imports, and what the page then finds.
+# Run inside an exported folder: reports the files and modules that it opens, and the detections.
 START = """
 import json, os, sys
 opened = set()
@@ -30,8 +30,8 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 import app
 from src.serving.predictor import Predictor
-found = Predictor.load("weights")("samples/01.jpg", 0.2)
-json.dump([sorted(opened), sorted(sys.modules), found.index.tolist()], open("told.json", "w"))
+detections = Predictor.load("weights")("samples/01.jpg", 0.2)
+json.dump([sorted(opened), sorted(sys.modules), detections.index.tolist()], open("report.json", "w"))
 """
 
 
@@ -50,20 +50,20 @@ def files(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folder_holds_what_a_space_needs(folder, model):
-    held = files(folder)
-    assert {"app.py", "README.md", "requirements.txt", "weights/config.json", "weights/model.safetensors"} <= held
-    assert {name for name in held if name.startswith("src/")} == {
+def test_the_folder_contains_what_a_space_needs(folder, model):
+    names = files(folder)
+    assert {"app.py", "README.md", "requirements.txt", "weights/config.json", "weights/model.safetensors"} <= names
+    assert {name for name in names if name.startswith("src/")} == {
         str(path.relative_to(ROOT))
-        for path in [ROOT / "src/__init__.py", *ROOT.glob("src/model/*.py"), *ROOT.glob("src/serving/*.py")]
+        for path in [ROOT / "src/__init__.py", *ROOT.glob("src/model/*.*"), *ROOT.glob("src/serving/*.*")]
     }
-    assert {name for name in held if name.startswith("samples/")} == {"samples/01.jpg", "samples/02.jpg"}
-    assert not any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pyc")) for name in held)
+    assert {name for name in names if name.startswith("samples/")} == {"samples/01.jpg", "samples/02.jpg"}
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pyc")) for name in names)
     stored = load_file(folder / "weights" / "model.safetensors")
     assert stored.keys() == model.state_dict().keys()
 
 
-def test_the_header_is_one_that_spaces_accept(folder):
+def test_the_readme_header_is_valid(folder):
     _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     header = yaml.safe_load(header)
     assert header["sdk"] == "gradio" and header["sdk_version"] == version("gradio") and header["license"] == "mit"
@@ -73,7 +73,7 @@ def test_the_header_is_one_that_spaces_accept(folder):
     assert "nothing yet" in text and "https://example.org/code" in text
 
 
-def test_titles_may_hold_any_letter(model, tmp_path):
+def test_titles_may_contain_any_character(model, tmp_path):
     title = 'It\'s "YOLO": {x} \\ é'
     folder = export_space(model, tmp_path / "space", title=title)
     assert yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])["title"] == title
@@ -81,7 +81,7 @@ def test_titles_may_hold_any_letter(model, tmp_path):
     assert title in [node.value for node in ast.walk(script) if isinstance(node, ast.Constant)]
 
 
-def test_requirements_are_pinned_to_what_is_installed(folder):
+def test_requirements_are_pinned_to_the_installed_versions(folder):
     lines = (folder / "requirements.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith(("#", "-")))
     assert {"torch", "torchvision", "gradio", "grad-cam", "opencv-python-headless", "safetensors"} <= pins.keys()
@@ -97,7 +97,7 @@ def test_an_older_export_is_replaced_as_a_whole(folder, model):
     assert "samples/01.jpg" in files(folder) and [path.name for path in folder.parent.iterdir()] == ["space"]
 
 
-def test_another_folder_is_never_emptied(model, tmp_path):
+def test_other_folders_are_never_replaced(model, tmp_path):
     (tmp_path / "thesis.txt").write_text("five years of work")
     with pytest.raises(FileExistsError, match="not made by export_space"):
         export_space(model, tmp_path)
@@ -106,20 +106,20 @@ def test_another_folder_is_never_emptied(model, tmp_path):
     assert files(tmp_path) == {"thesis.txt"}
 
 
-def test_a_failed_export_leaves_the_older_one(folder, model, tmp_path):
+def test_a_failed_export_keeps_the_older_one(folder, model, tmp_path):
     before = files(folder)
-    (tmp_path / "bad.jpg").write_text("no picture")
+    (tmp_path / "bad.jpg").write_text("not an image")
     with pytest.raises(ValueError, match="bad.jpg"):
         export_space(model, folder, [tmp_path / "bad.jpg"])
     assert files(folder) == before and {path.name for path in tmp_path.iterdir()} == {"space", "bad.jpg"}
 
 
-def test_an_empty_folder_is_taken(model, tmp_path):
+def test_an_empty_folder_is_used(model, tmp_path):
     (tmp_path / "space").mkdir()
-    assert (export_space(model, tmp_path / "space") / MARK).is_file()
+    assert (export_space(model, tmp_path / "space") / MARKER).is_file()
 
 
-def test_samples_are_upright_and_of_a_size_for_the_page(model, tmp_path):
+def test_samples_are_upright_and_resized(model, tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (2000, 1000)).save(tmp_path / "turned.jpg", exif=exif)
@@ -127,11 +127,11 @@ def test_samples_are_upright_and_of_a_size_for_the_page(model, tmp_path):
     assert load_image(folder / "samples" / "01.jpg").shape == (640, 320, 3)
 
 
-def test_it_starts_from_its_own_files_alone(folder, model):
+def test_it_starts_from_its_own_files_only(folder, model):
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     subprocess.run([sys.executable, "-c", START], cwd=folder, env=environment, check=True)
-    opened, modules, index = json.loads((folder / "told.json").read_text())
+    opened, modules, index = json.loads((folder / "report.json").read_text())
     project = str(export_space.__code__.co_filename).removesuffix("src/serving/space.py")
     interpreter = (os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
     assert not [path for path in opened if path.startswith(project) and not path.startswith(interpreter)]
@@ -139,7 +139,7 @@ def test_it_starts_from_its_own_files_alone(folder, model):
     assert index == Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2).index.tolist()
 
 
-def test_pushing_without_a_token_says_what_to_do(folder, monkeypatch, tmp_path):
+def test_pushing_without_a_token_explains_what_to_do(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("src.serving.space.get_token", lambda: None)
     with pytest.raises(PermissionError, match="huggingface.co/settings/tokens"):
         push_space(folder, "someone/space")

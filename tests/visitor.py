@@ -1,4 +1,4 @@
-"""A browser that visits the page: for the tests, and for the screenshots (tests/screenshots.py)."""
+"""A browser for the tests of the app and for tools/screenshots.py."""
 
 import contextlib
 import os
@@ -16,19 +16,19 @@ from selenium.common.exceptions import StaleElementReferenceException
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-PATIENCE = 60  # seconds; busy machines are slow
+TIMEOUT_S = 60  # long enough for a busy machine
 
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """Run an exported Space in a process of its own; gives its address."""
+    """Run an exported Space in a process of its own. Yields its address."""
     with serving(folder) as (address, _):
         yield address
 
 
 @contextlib.contextmanager
 def serving(folder: Path, **variables: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """As `served`, with environment variables; gives the process too."""
+    """As `served`, with environment variables. Yields the address and the process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,15 +36,15 @@ def serving(folder: Path, **variables: str) -> Iterator[tuple[str, subprocess.Po
     environment.pop("PYTHONPATH", None)
     server = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(8 * PATIENCE):
+        for _ in range(8 * TIMEOUT_S):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
                 break
             if server.poll() is not None:
-                raise RuntimeError("the Space ended before it answered")
+                raise RuntimeError("The Space stopped before it answered.")
             time.sleep(0.5)
         else:
-            raise TimeoutError(f"the Space did not answer in {4 * PATIENCE} s")
+            raise TimeoutError(f"The Space did not answer within {4 * TIMEOUT_S} s.")
         yield f"http://127.0.0.1:{port}/", server
     finally:
         server.terminate()
@@ -53,7 +53,7 @@ def serving(folder: Path, **variables: str) -> Iterator[tuple[str, subprocess.Po
 
 @contextlib.contextmanager
 def browser() -> Iterator[webdriver.Chrome]:
-    """Headless Chromium that logs its console and speaks to nobody else."""
+    """Headless Chromium that logs its console and makes no other connections."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
@@ -68,12 +68,12 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 
 class Visitor:
-    """One window of a browser on the page."""
+    """One browser window with the app."""
 
     def __init__(self, driver, address: str):
         self.driver = driver
         driver.get(address)
-        self.until(lambda: self.all("#photo input[type=file]") and self.all("#target input"))
+        self.until(lambda: self.all("#image input[type=file]") and self.all("#target input"))
 
     def all(self, selector: str) -> list:
         return self.driver.find_elements("css selector", selector)
@@ -81,21 +81,21 @@ class Visitor:
     def text(self, selector: str) -> str:
         return " ".join(element.text for element in self.all(selector))
 
-    def source(self, picture: str) -> str:
-        """Address of the picture in #boxes or #heatmap, empty where there is none."""
-        images = self.all(f"#{picture} img")
+    def source(self, elem_id: str) -> str:
+        """Address of the image in #detections or #heatmap, empty if there is none."""
+        images = self.all(f"#{elem_id} img")
         return images[0].get_attribute("src") if images else ""
 
-    def size(self, picture: str) -> list:
-        code = f"let image = document.querySelector('#{picture} img'); return [image.naturalWidth, image.naturalHeight]"
+    def size(self, elem_id: str) -> list:
+        code = f"let image = document.querySelector('#{elem_id} img'); return [image.naturalWidth, image.naturalHeight]"
         return self.script(code)
 
     def script(self, code: str, *arguments):
         return self.driver.execute_script(code, *arguments)
 
     def until(self, condition):
-        """Wait for a condition, and return what it gave."""
-        end = time.monotonic() + PATIENCE
+        """Wait until a condition is true, and return its value."""
+        end = time.monotonic() + TIMEOUT_S
         while time.monotonic() < end:
             try:
                 if value := condition():
@@ -103,22 +103,22 @@ class Visitor:
             except StaleElementReferenceException:
                 pass
             time.sleep(0.1)
-        raise TimeoutError(f"not in {PATIENCE} s; the page says {self.text('#found')!r} and {self.text('#why')!r}")
+        raise TimeoutError(f"Not within {TIMEOUT_S} s. The page shows {self.text('#summary')!r} and {self.text('#message')!r}.")
 
     def upload(self, path) -> None:
-        if clear := self.all("#photo button[aria-label='Remove Image']"):
+        if clear := self.all("#image button[aria-label='Remove Image']"):
             self.script("arguments[0].click()", clear[0])
-        field = self.until(lambda: self.all("#photo input[type=file]"))[0]
+        field = self.until(lambda: self.all("#image input[type=file]"))[0]
         field.send_keys(str(path))
 
-    def see(self, width: int, height: int) -> None:
-        """Wait until picture and map of this shape, long side 480, are shown."""
+    def wait_for_images(self, width: int, height: int) -> None:
+        """Wait until detections and heatmap of an image of this size are shown, long side 480."""
         scale = 480 / max(width, height)
         expected = [round(width * scale), round(height * scale)]
-        for picture in ("boxes", "heatmap"):
-            self.until(lambda name=picture: self.source(name) and self.size(name) == expected)
+        for elem_id in ("detections", "heatmap"):
+            self.until(lambda name=elem_id: self.source(name) and self.size(name) == expected)
 
-    def on_threshold_change(self, name: str, value: float) -> None:
+    def set_slider(self, name: str, value: float) -> None:
         """Set a slider by its number field."""
         field = self.all(f"#{name} input[type=number]")[0]
         self.script(
@@ -129,18 +129,18 @@ class Visitor:
         )  # fmt: skip
 
     def rows(self) -> list[str]:
-        """Text of the table's rows that are in view."""
+        """Text of the table's visible rows."""
         return [row.text for row in self.all("#table .virtual-row") if row.text.strip()]
 
     def choose(self, name: str, choice: str) -> None:
-        """Click what begins with `choice` in a dropdown."""
+        """Click the option that contains `choice` in a dropdown."""
         self.all(f"#{name} input")[0].click()
         self.until(lambda: [option for option in self.all("[role=option]") if choice in option.text])[0].click()
 
     def resize(self, width: int, height: int = 900, density: float = 1) -> None:
-        """The window's inside in CSS pixels; narrow ones are phones."""
+        """Set the viewport in CSS pixels; below 500 it is a phone."""
         size = {"width": width, "height": height, "deviceScaleFactor": density, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
-    def unsize(self) -> None:
+    def reset_size(self) -> None:
         self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -1,1 +1,1 @@
-"""What answers for an image: reading, prediction, explanation, app and Space."""
+"""Inference: reading of images, prediction, Grad-CAM, the app and its Space."""

@@ -1,4 +1,4 @@
-"""A folder that runs by itself as a Hugging Face Space: the app, its weights, samples and pinned requirements."""
+"""Export of the app as a Hugging Face Space: code, weights, samples and pinned requirements in one folder."""
 
 import json
 import shutil
@@ -15,18 +15,17 @@ from PIL import Image
 from src.model.network import YOLOv3
 from src.serving.images import load_image
 
-ROOMS = ("model", "serving")  # what a Space is made of
-PACKAGES = (
+REQUIREMENTS = (
     "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "safetensors", "huggingface_hub",
     "grad-cam", "gradio",
 )  # fmt: skip
-MARK = ".exported-space"  # lies in every exported folder; one without it is never emptied
 CPU_NOTE = (
-    "# These resolve from PyPI, whose PyTorch brings 2 GB of CUDA along. A Space on CPU builds faster with this line:",
+    "# PyTorch from PyPI includes 2 GB of CUDA libraries. A Space without a GPU builds faster with this line:",
     "# --extra-index-url https://download.pytorch.org/whl/cpu",
 )
-SAMPLE_SIDE = 640  # pixels of a sample's long side, at most
-APP = '''"""The page of this Space."""
+MARKER = ".exported-space"  # a file in every exported folder; a folder without it is never replaced
+SAMPLE_SIZE = 640  # largest long side of a sample, in pixels
+APP = '''"""Start the app."""
 
 import os
 from pathlib import Path
@@ -46,8 +45,6 @@ demo = build_app(
 if __name__ == "__main__":
     demo.launch()
 '''
-
-
 README = """---
 title: {quoted}
 emoji: 🔎
@@ -58,15 +55,15 @@ sdk_version: {gradio}
 python_version: "{python}"
 app_file: app.py
 license: mit
-{models}short_description: Objects in a photograph, and where the network looked
+{models}short_description: Object detection with Grad-CAM explanations
 ---
 
 # {title}
 
-Objects in a photograph, and the pixels that decided, by a YOLOv3 of {parameters:.1f} million parameters
-({classes} classes). Trained on: {data}.
+Detects objects of {classes} classes with a YOLOv3 of {parameters:.1f} million parameters, and shows the Grad-CAM heatmap
+of each detection. Training data: {data}.
 
-On your own machine: `pip install -r requirements.txt`, then `python app.py`.
+To run it on your own machine: `pip install -r requirements.txt`, then `python app.py`.
 {links}"""
 
 
@@ -75,42 +72,42 @@ def export_space(
     folder: str | Path,
     samples: Sequence[np.ndarray | str | Path] = (),
     links: dict[str, str] | None = None,
-    title: str = "YOLOv3: what is there, and why",
+    title: str = "YOLOv3 object detection with Grad-CAM",
     hub_model: str = "",
 ) -> Path:
-    """Write a Space into `folder` and return it; an older export there is replaced as a whole.
+    """Write a Space into `folder` and return its path. An older export is replaced as a whole.
 
-    samples: pictures to click, uint8 [H, W, 3] or files. links: what a link says -> its address.
-    hub_model: the model's id on the hub ("name/model"), if it is there.
-    Raises FileExistsError where `folder` holds anything but an export, and ValueError where a sample is no picture.
+    samples: example images, uint8 [H, W, 3] or files. links: text -> address.
+    hub_model: the model's id on the Hub ("name/model"), if it was uploaded.
+    Raises FileExistsError if `folder` contains anything but an export, and ValueError if a sample is not an image.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} was not made by export_space, so it is left as it is; name another folder")
+    if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} was not made by export_space and is not replaced. Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
-        _write(model, new, samples, dict(links or {}), title, hub_model)
+        _write_space(model, new, samples, dict(links or {}), title, hub_model)
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         new.rename(folder)
     return folder
 
 
-def _write(model: YOLOv3, folder: Path, samples: Sequence, links: dict, title: str, hub_model: str) -> None:
-    """The files of a Space, into a folder that does not exist yet."""
-    for part in ("src", "weights", "samples"):
-        (folder / part).mkdir(parents=True)
-    (folder / MARK).write_text("Made by export_space, which replaces this folder when it exports here again.\n")
-    package = Path(__file__).parents[1]
-    shutil.copyfile(package / "__init__.py", folder / "src" / "__init__.py")
-    for room in ROOMS:
-        shutil.copytree(package / room, folder / "src" / room, ignore=shutil.ignore_patterns("__pycache__"))
+def _write_space(model: YOLOv3, folder: Path, samples: Sequence, links: dict, title: str, hub_model: str) -> None:
+    """Write the files of a Space into a new folder."""
+    source = Path(__file__).parents[1]
+    for part in ("model", "serving"):
+        shutil.copytree(source / part, folder / "src" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(source / "__init__.py", folder / "src" / "__init__.py")
+    for name in ("weights", "samples"):
+        (folder / name).mkdir()
     model.save_pretrained(folder / "weights")
     for number, sample in enumerate(samples, start=1):
-        picture = Image.fromarray(load_image(sample))
-        picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
-        picture.save(folder / "samples" / f"{number:02d}.jpg", quality=90)
+        image = Image.fromarray(load_image(sample))
+        image.thumbnail((SAMPLE_SIZE, SAMPLE_SIZE))
+        image.save(folder / "samples" / f"{number:02d}.jpg", quality=90)
+    (folder / MARKER).write_text("Made by export_space. The next export replaces this folder.\n")
     (folder / "app.py").write_text(APP.format(title=title, links=links), encoding="utf-8")
     (folder / "requirements.txt").write_text(requirements(), encoding="utf-8")
     (folder / "README.md").write_text(_readme(model, links, title, hub_model), encoding="utf-8")
@@ -118,14 +115,13 @@ def _write(model: YOLOv3, folder: Path, samples: Sequence, links: dict, title: s
 
 
 def requirements() -> str:
-    """The packages of the serving half, at the versions installed here."""
-    pins = [f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES]
+    """Pin the packages of a Space to the installed versions."""
+    pins = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
     return "\n".join([*CPU_NOTE, *pins]) + "\n"
 
 
 def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
-    """README.md with the header a Space is configured by, https://huggingface.co/docs/hub/spaces-config-reference."""
-    listed = "".join(f"\n- [{name}]({address})" for name, address in links.items())
+    """Fill in README.md; its header configures the Space (https://huggingface.co/docs/hub/spaces-config-reference)."""
     return README.format(
         title=title,
         quoted=json.dumps(title, ensure_ascii=False),
@@ -135,23 +131,23 @@ def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         classes=len(model.classes),
         data=model.metadata.get("data", "not stated"),
-        links=listed,
+        links="".join(f"\n- [{name}]({address})" for name, address in links.items()),
     )
 
 
 def push_space(folder: str | Path, repo_id: str, token: str | None = None) -> str:
-    """Upload an exported folder to the Space `repo_id` ("name/space"), made if need be. Returns its address.
+    """Upload an exported folder to the Space `repo_id` ("name/space"), creating it if needed. Returns its address.
 
-    token: one with write access; by default the one of `hf auth login` or the variable HF_TOKEN.
-    Raises FileNotFoundError where the folder is no export, PermissionError that says what to do without a token.
+    token: one with write access. Default: the one of `hf auth login` or of the variable HF_TOKEN.
+    Raises FileNotFoundError if the folder is not an export, and PermissionError if there is no token.
     """
-    if not (Path(folder) / MARK).is_file():
-        raise FileNotFoundError(f"{folder} is no exported Space; make one with export_space(model, {str(folder)!r})")
+    if not (Path(folder) / MARKER).is_file():
+        raise FileNotFoundError(f"{folder} is not an exported Space. Make one with export_space(model, {str(folder)!r}).")
     if not (token or get_token()):
         raise PermissionError(
-            "No Hugging Face token: make one with write access at https://huggingface.co/settings/tokens, then run "
-            "`hf auth login`, set HF_TOKEN, or hand it over as push_space(..., token=...). The folder also runs "
-            "anywhere else with `pip install -r requirements.txt` and `python app.py`"
+            "No Hugging Face token. Create one with write access at https://huggingface.co/settings/tokens. Then run "
+            "`hf auth login`, set HF_TOKEN, or use push_space(..., token=...). To run the folder without Hugging Face: "
+            "`pip install -r requirements.txt`, then `python app.py`."
         )
     api = HfApi(token=token)
     address = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True)
