@@ -1,4 +1,4 @@
-"""Training killed, files torn, disks full, folders shared: what is left, and that it goes on from there."""
+"""Interrupted training: killed processes, damaged files, full disks, locked folders, and resuming after them."""
 
 import contextlib
 import io
@@ -19,6 +19,7 @@ import torch
 
 from src.config import SHAPE_CLASSES, Config
 from src.data.datamodule import DetectionDataModule
+from src.figures.curves import read_curve
 from src.training.callbacks import Progress, ResumableCSVLogger
 from src.training.checkpoints import (
     LAST,
@@ -30,26 +31,27 @@ from src.training.checkpoints import (
     run_lock,
 )
 from src.training.fit import fit, load_detector, prepare_run
+from src.training.module import YOLOv3Module
 from tests.forking import begin
-from tests.test_training import rows
+from tests.test_training import metrics_rows
 
 
 def tiny(folder: Path, **changes) -> Config:
-    """Two steps an epoch."""
+    """A run of 2 steps per epoch."""
     return Config(
-        dataset="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=2, image_size=64, width=0.0625, epochs=3, batch_size=4,
-        max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
+        dataset="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=2, image_size=64, width=0.0625, epochs=3,
+        batch_size=4, max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
     ).replace(**changes)  # fmt: skip
 
 
-def same(one: dict, other: dict) -> bool:
-    """Whether two state dicts hold the same bits."""
+def equal(one: dict, other: dict) -> bool:
+    """Return whether two state dicts are identical."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A whole run: its folder, in whose name are a space and letters beyond ASCII, and its detector."""
+    """The folder and the detector of a complete run. The folder's name has spaces and non-ASCII letters."""
     folder = tmp_path_factory.mktemp("runs") / "Lauf é 猫"
     return folder, fit(tiny(folder))
 
@@ -59,11 +61,11 @@ def copy(run, tmp_path) -> Path:
     return shutil.copytree(run[0], tmp_path / "copy")
 
 
-def cut(file: Path) -> None:
+def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size * 2 // 3)
 
 
-def flip(file: Path) -> None:
+def flip_bit(file: Path) -> None:
     with open(file, "r+b") as opened:
         opened.seek(file.stat().st_size // 2)
         byte = opened.read(1)[0]
@@ -71,69 +73,69 @@ def flip(file: Path) -> None:
         opened.write(bytes([byte ^ 1]))
 
 
-def test_the_checkpoint_before_the_last_is_kept(run):
+def test_previous_checkpoint_is_kept(run):
     epochs = [torch.load(run[0] / name, weights_only=True)["epoch"] for name in (LAST, PREVIOUS)]
     assert epochs == [2, 1] and not list(run[0].glob("*.part"))
 
 
-@pytest.mark.parametrize("spoil", [cut, flip, lambda file: os.truncate(file, 0), Path.unlink])
-def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(run, copy, spoil, capsys):
-    """Unlinked: killed between the two renames."""
-    spoil(copy / LAST)
+@pytest.mark.parametrize("damage", [truncate, flip_bit, lambda file: os.truncate(file, 0), Path.unlink])
+def test_damaged_checkpoint_is_detected_and_the_previous_one_used(run, copy, damage, capsys):
+    """A missing last.ckpt is what a kill between the two renames leaves."""
+    damage(copy / LAST)
     assert latest_valid_checkpoint(copy) == copy / PREVIOUS
-    assert "last.ckpt is damaged" in capsys.readouterr().out or spoil == Path.unlink
-    if spoil == flip:
+    assert "last.ckpt is damaged" in capsys.readouterr().out or damage == Path.unlink
+    if damage == flip_bit:
         resumed = fit(tiny(copy), ckpt_path="last")
-        assert same(resumed.state_dict(), run[1].state_dict()) and not find_corruption(copy / LAST)
+        assert equal(resumed.state_dict(), run[1].state_dict()) and not find_corruption(copy / LAST)
 
 
-def test_nothing_good_left_is_said(copy):
+def test_all_checkpoints_damaged_raises(copy):
     for name in (LAST, PREVIOUS, "best.ckpt"):
-        flip(copy / name)
+        flip_bit(copy / name)
     for call in (lambda: fit(tiny(copy), ckpt_path="auto"), lambda: load_detector(copy, "last")):
-        with pytest.raises(ValueError, match="every last checkpoint in .* is damaged"):
+        with pytest.raises(ValueError, match="Every checkpoint to resume from in .* is damaged"):
             call()
-    with pytest.raises(ValueError, match=r"best\.ckpt is damaged \(its digest"):
+    with pytest.raises(ValueError, match=r"best\.ckpt is damaged: its digest"):
         load_detector(copy)
     with pytest.raises(ValueError, match=r"best\.ckpt is damaged"):
         fit(tiny(copy), ckpt_path=str(copy / "best.ckpt"))
 
 
-def test_every_bit_of_a_checkpoint_counts(tmp_path):
-    """Of 600 flipped bits and 100 cuts each is recognised, or changes nothing that is read."""
-    file, draw = tmp_path / "some.ckpt", random.Random(0)
+def test_any_damage_to_a_checkpoint_is_detected(tmp_path):
+    """Each of 600 flipped bits and 100 truncations is detected, or changes nothing that is read."""
+    file, rng = tmp_path / "some.ckpt", random.Random(0)
     values = {"epoch": 3, "state_dict": {name: torch.randn(40) for name in "abc"}}
     AtomicCheckpointIO().save_checkpoint(values, file)
-    whole, unseen = file.read_bytes(), 0
+    content, undetected = file.read_bytes(), 0
     for number in range(700):
-        spoilt = bytearray(whole)
+        damaged = bytearray(content)
         if number < 600:
-            spoilt[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         else:
-            del spoilt[draw.randrange(len(whole)) :]
-        file.write_bytes(spoilt)
+            del damaged[rng.randrange(len(content)) :]
+        file.write_bytes(damaged)
         if not find_corruption(file):
-            unseen += 1
+            undetected += 1
             read = torch.load(file, weights_only=True)
-            assert read["epoch"] == 3 and same(read["state_dict"], values["state_dict"]), number
-    assert unseen < 20  # of the digest's own mark
+            assert read["epoch"] == 3 and equal(read["state_dict"], values["state_dict"]), number
+    assert undetected < 20  # damage to the digest's own mark
 
 
-def test_a_checkpoint_without_digest_is_read(tmp_path):
+def test_checkpoint_without_digest_is_read(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "some.ckpt")
     assert not find_corruption(tmp_path / "some.ckpt")
 
 
-def test_a_full_disk_stops_with_a_message_and_the_last_good_checkpoint_stands(run, copy):
+def test_full_disk_raises_and_keeps_the_last_valid_checkpoint(run, copy):
     (copy / PREVIOUS).replace(copy / LAST)
     (copy / f"{LAST}.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"last\.ckpt can't be written \(.*\)\. Is the disk full\?.*ckpt_path=\"last\""):
+    with pytest.raises(OSError, match=r"last\.ckpt can't be written: .*The disk may be full\..*ckpt_path=\"last\""):
         fit(tiny(copy), ckpt_path="last")
     assert not list(copy.glob("*.part")) and torch.load(latest_valid_checkpoint(copy), weights_only=True)["epoch"] == 1
-    assert same(fit(tiny(copy), ckpt_path="last").state_dict(), run[1].state_dict())
+    assert equal(fit(tiny(copy), ckpt_path="last").state_dict(), run[1].state_dict())
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_atomic_write_replaces_a_file_completely_or_not_at_all(tmp_path):
     file = tmp_path / "some.txt"
     atomic_write(file, lambda out: out.write(b"one"))
     with pytest.raises(ZeroDivisionError):
@@ -141,48 +143,79 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert file.read_bytes() == b"one" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_finished_run_gone_on_with_is_as_it_was(run, copy):
+def test_resuming_a_finished_run_changes_nothing(run, copy):
     before = (copy / LAST).read_bytes()
-    for way in ("last", "auto"):
-        assert same(fit(tiny(copy), ckpt_path=way).state_dict(), run[1].state_dict())
-    assert (copy / LAST).read_bytes() == before and rows(copy) == rows(run[0])
+    for ckpt_path in ("last", "auto"):
+        assert equal(fit(tiny(copy), ckpt_path=ckpt_path).state_dict(), run[1].state_dict())
+    assert (copy / LAST).read_bytes() == before and metrics_rows(copy) == metrics_rows(run[0])
 
 
-def test_starting_anew_leaves_no_checkpoint_to_mistake_for_its_own(copy):
-    config, data = tiny(copy), DetectionDataModule(tiny(copy))
-    assert prepare_run(config, data, "auto")[1] == copy / LAST
-    assert prepare_run(config, data, None)[1] is None and latest_valid_checkpoint(copy) is None
-    assert prepare_run(config, data, "auto")[1] is None
-    with pytest.raises(FileNotFoundError, match="there is no run to go on with"):
-        prepare_run(config, data, "last")
+def prepare(folder: Path, ckpt_path: str | None) -> Path | None:
+    return prepare_run(YOLOv3Module, tiny(folder), DetectionDataModule(tiny(folder)), ckpt_path)[1]
 
 
-def test_metrics_of_a_torn_run_stay_up_to_the_checkpoint(tmp_path):
-    log = ResumableCSVLogger(tmp_path / "metrics.csv")
+def test_new_run_deletes_the_former_checkpoints(copy):
+    assert prepare(copy, "auto") == copy / LAST
+    (copy / "last-1.ckpt").touch()
+    assert prepare(copy, None) is None and latest_valid_checkpoint(copy) is None
+    assert prepare(copy, "auto") is None
+    with pytest.raises(FileNotFoundError, match="there is no run to resume"):
+        prepare(copy, "last")
+
+
+def test_checkpoint_names_and_keys_of_older_runs(run, copy):
+    """Older runs wrote last-1.ckpt, and metadata under the key "about"."""
+    checkpoint = torch.load(copy / PREVIOUS, weights_only=True)
+    metadata = checkpoint["about"] = checkpoint.pop("metadata")
+    (copy / PREVIOUS).unlink()
+    torch.save(checkpoint, copy / "last-1.ckpt")
+    flip_bit(copy / LAST)
+    assert load_detector(copy, "last").model.metadata == metadata != {}
+    assert equal(fit(tiny(copy), ckpt_path="last").state_dict(), run[1].state_dict())
+
+
+def test_metrics_before_the_checkpoint_are_kept(tmp_path):
+    logger = ResumableCSVLogger(tmp_path / "metrics.csv")
     for step in range(4):
-        log.log_metrics({"a/b": torch.tensor(step + 0.5), "epoch": step} | ({"late": 1.0} if step == 3 else {}), step)
-        log.save()
+        logger.log_metrics({"a/b": torch.tensor(step + 0.5), "epoch": step} | ({"late": 1.0} if step == 3 else {}), step)
+        logger.save()
     resumed = ResumableCSVLogger(tmp_path / "metrics.csv", before=2)
-    assert len(rows(tmp_path)) == 4  # nothing is lost before something is logged
+    assert len(metrics_rows(tmp_path)) == 4  # the file changes only when something is logged
     resumed.log_metrics({"c": 7.0}, 2)
     resumed.save()
-    assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2"]
-    assert [row["a/b"] for row in rows(tmp_path)] == ["0.5", "1.5", ""] and rows(tmp_path)[0]["epoch"] == "0"
+    rows = metrics_rows(tmp_path)
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert [row["a/b"] for row in rows] == ["0.5", "1.5", ""] and rows[0]["epoch"] == "0"
 
 
-def test_a_folder_is_for_one_run_at_a_time(tmp_path):
-    """And a killed one gives it back at once, while its loader processes still live."""
+def test_metrics_with_former_column_names(tmp_path):
+    """figures.curves reads them, and a resumed run continues them under today's names."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,lr-AdamW/pg1,step,train/box,val/map50\n0,0.1,9,,\n0,,9,2.5,0.125\n1,0.2,19,1.5,0.25\n")
+    columns = {"train/box_loss": [2.5, 1.5], "val/mAP50": [0.125, 0.25], "lr": [0.1, 0.2]}
+    for name, values in columns.items():
+        assert read_curve(path, name)[1].tolist() == values
+    resumed = ResumableCSVLogger(path, before=10)
+    resumed.log_metrics({"epoch": 1, "train/box_loss": 0.5, "val/mAP50": 0.5, "lr": 0.3}, 19)
+    resumed.save()
+    assert set(metrics_rows(tmp_path)[0]) == {"epoch", "step", *columns}
+    for name, values in {"train/box_loss": [2.5, 0.5], "val/mAP50": [0.125, 0.5], "lr": [0.1, 0.3]}.items():
+        assert read_curve(path, name)[1].tolist() == values
+
+
+def test_run_folder_is_locked(tmp_path):
+    """The lock of a killed run ends at once, even if its loader processes are still alive."""
     code = (
         "import fcntl, os, sys, time\n"
         f"file = open({str(tmp_path / 'lock')!r}, 'a')\n"
         "fcntl.lockf(file, fcntl.LOCK_EX)\n"
         "if not os.fork(): time.sleep(30)\n"
-        "print('held', flush=True); time.sleep(30)"
+        "print('locked', flush=True); time.sleep(30)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match=r"another process is training in .*Config\.run_dir"):
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(RuntimeError, match=r"Another process is training in .*Config\.run_dir"):
             fit(tiny(tmp_path))
         other.kill()
         other.wait()
@@ -193,41 +226,42 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path):
 
 
 def train(folder: Path, pipe) -> None:
-    """Sends the time at the start of each epoch."""
+    """Train, and send the time at the start of each epoch."""
 
-    def tell(self, *args):
+    def send_time(self, *args):
         pipe.send(time.monotonic())
 
-    Progress.on_train_epoch_start = tell
+    Progress.on_train_epoch_start = send_time
     logging.disable()
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(io.StringIO()):
         fit(tiny(folder, epochs=12), ckpt_path="auto")
 
 
-def test_killed_ten_times_it_ends_as_if_never(tmp_path):
-    """SIGKILL while it starts, or within an epoch's time from the start of an epoch, so also in a checkpoint."""
-    begun, (process, pipe) = time.monotonic(), begin(train, tmp_path / "whole")
+def test_run_killed_ten_times_gives_the_same_result(tmp_path):
+    """SIGKILL at a random time: during the start, or within an epoch's duration, so also while a checkpoint is written."""
+    start, (process, pipe) = time.monotonic(), begin(train, tmp_path / "uninterrupted")
     times = [pipe.recv() for _ in range(12)]
     process.join()
-    starting, epoch = times[0] - begun, min(later - one for one, later in itertools.pairwise(times))
-    draw, reached = random.Random(time.time()), []
+    startup, epoch = times[0] - start, min(later - one for one, later in itertools.pairwise(times))
+    rng, epochs = random.Random(time.time()), []
     for _ in range(10):
         process, pipe = begin(train, tmp_path / "killed")
-        epochs = draw.choice((0, 1, 1, 2))
-        for _ in range(epochs):
+        complete = rng.choice((0, 1, 1, 2))
+        for _ in range(complete):
             pipe.recv()
-        time.sleep(draw.uniform(0, epoch if epochs else min(starting, 1)))
+        time.sleep(rng.uniform(0, epoch if complete else min(startup, 1)))
         assert process.exitcode is None
         process.kill()
         process.join()
-        good = latest_valid_checkpoint(tmp_path / "killed") if (tmp_path / "killed").exists() else None
-        reached.append(torch.load(good, weights_only=True)["epoch"] if good else -1)
-    assert reached == sorted(reached)
+        checkpoint = latest_valid_checkpoint(tmp_path / "killed") if (tmp_path / "killed").exists() else None
+        epochs.append(torch.load(checkpoint, weights_only=True)["epoch"] if checkpoint else -1)
+    assert epochs == sorted(epochs)
     process, _ = begin(train, tmp_path / "killed")
     process.join()
-    whole, killed = (torch.load(tmp_path / name / LAST, weights_only=True) for name in ("whole", "killed"))
+    folders = tmp_path / "uninterrupted", tmp_path / "killed"
+    uninterrupted, killed = (torch.load(folder / LAST, weights_only=True) for folder in folders)
     for part in ("state_dict", "current_model_state"):
-        assert same(whole[part], killed[part]), reached
-    one, other = ([row["val/mAP50"] for row in rows(tmp_path / name) if row["val/mAP50"]] for name in ("whole", "killed"))
+        assert equal(uninterrupted[part], killed[part]), epochs
+    one, other = ([row["val/mAP50"] for row in metrics_rows(folder) if row["val/mAP50"]] for folder in folders)
     assert one == other and len(one) == 12

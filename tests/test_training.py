@@ -1,4 +1,4 @@
-"""Training: what it writes, that it goes on where it stopped, and when it refuses."""
+"""Training: the files it writes, resuming, and the errors it raises."""
 
 import csv
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.config import Config
+from src.config import SHAPE_CLASSES, Config
 from src.data.datamodule import DetectionDataModule, ValDataset, collate
 from src.data.records import make_record
 from src.model.network import ANCHORS
@@ -17,50 +17,44 @@ from src.training import callbacks, lr_finder, module
 from src.training.fit import evaluate, fit, load_detector
 from src.training.loss import assign_targets
 from src.training.lr_finder import find_lr
-from src.training.module import YOLOv3Module, build_model, make_trainer, resolve_precision, resolve_strategy, sample_image_size
-from src.training.report import rows as rows_of
-from src.training.report import targets
+from src.training.module import YOLOv3Module, build_model, sample_image_size
+from src.training.report import course_targets, result_rows
+from src.training.trainer import make_trainer, resolve_precision, resolve_strategy
 
 
 def tiny(folder, **changes) -> Config:
-    """Four steps an epoch, seconds in all."""
-    settings = Config(
-        dataset="shapes", classes=training_classes(), shapes_train=16, shapes_val=6, image_size=64, width=0.125, epochs=3,
+    """A run of 4 steps per epoch that takes seconds."""
+    config = Config(
+        dataset="shapes", classes=SHAPE_CLASSES, shapes_train=16, shapes_val=6, image_size=64, width=0.125, epochs=3,
         batch_size=4, max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
     )  # fmt: skip
-    return settings.replace(**changes)
+    return config.replace(**changes)
 
 
-def training_classes() -> tuple[str, ...]:
-    from src.config import SHAPE_CLASSES
-
-    return SHAPE_CLASSES
-
-
-def rows(folder) -> list[dict]:
+def metrics_rows(folder) -> list[dict]:
     with open(folder / "metrics.csv", newline="") as lines:
         return list(csv.DictReader(lines))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One uninterrupted run: its folder and its detector."""
-    folder = tmp_path_factory.mktemp("whole")
+    """The folder and the detector of one uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     return folder, fit(tiny(folder))
 
 
-def test_a_run_leaves_settings_log_and_two_checkpoints(run):
+def test_run_writes_config_metrics_and_checkpoints(run):
     folder, _ = run
     assert {"config.json", "metrics.csv", "best.ckpt", "last.ckpt"} <= {file.name for file in folder.iterdir()}
     assert Config.load(folder / "config.json") == tiny(folder)
-    names = {name for row in rows(folder) for name, value in row.items() if value}
-    for part in ("train", "val"):
-        assert {f"{part}/{term}" for term in ("loss", "box_loss", "object_loss", "no_object_loss", "class_loss")} <= names
+    names = {name for row in metrics_rows(folder) for name, value in row.items() if value}
+    for split in ("train", "val"):
+        assert {f"{split}/{term}" for term in ("loss", "box_loss", "object_loss", "no_object_loss", "class_loss")} <= names
     assert {"val/mAP50", "val/accuracy/class", "val/accuracy/object@0.05", "val/accuracy/no_object@0.5"} <= names
-    assert sum(bool(row["val/mAP50"]) for row in rows(folder)) == 3
+    assert sum(bool(row["val/mAP50"]) for row in metrics_rows(folder)) == 3
 
 
-def test_onecycle_rises_and_falls_by_the_step(run):
+def test_onecycle_changes_the_learning_rate_every_step(run):
     folder, _ = run
     config = tiny(folder)
     detector = YOLOv3Module(config)
@@ -73,7 +67,7 @@ def test_onecycle_rises_and_falls_by_the_step(run):
     assert max(rates) <= 1e-3 and rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:])[::-1]
 
 
-def test_checkpoints_hold_the_averaged_weights(run):
+def test_checkpoints_contain_the_averaged_weights(run):
     folder, detector = run
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
@@ -83,45 +77,44 @@ def test_checkpoints_hold_the_averaged_weights(run):
         assert torch.equal(model.state_dict()[name], averaged[name])
 
 
-def test_weights_know_what_they_were_trained_on_and_reach(run):
+def test_metadata_describes_training_data_and_results(run):
     folder, detector = run
-    last = load_detector(folder, "last").model.metadata
-    assert last == detector.model.metadata
-    measured = evaluate(load_detector(folder, "last"), DetectionDataModule(tiny(folder)))
-    assert last["data"] == "16 drawn pictures of 8 shapes" and last["epochs"] == "3 of 3"
-    wanted = measured.precisions["VOC AP@.5, area"], measured.accuracies["class"], measured.accuracies["object@0.05"]
-    assert [last["metrics"][name] for name in ("mAP50", "class accuracy", "object accuracy")] == pytest.approx(wanted)
+    metadata = load_detector(folder, "last").model.metadata
+    assert metadata == detector.model.metadata
+    evaluation = evaluate(load_detector(folder, "last"), DetectionDataModule(tiny(folder)))
+    assert metadata["data"] == "16 synthetic images of 8 shapes" and metadata["epochs"] == "3 of 3"
+    expected = evaluation.precisions["VOC AP@.5, area"], evaluation.accuracies["class"], evaluation.accuracies["object@0.05"]
+    assert [metadata["metrics"][name] for name in ("mAP50", "class accuracy", "object accuracy")] == pytest.approx(expected)
 
 
-def test_weight_decay_is_for_kernels_alone(run):
+def test_weight_decay_applies_to_kernels_only(run):
     _, detector = run
-    detector.trainer = run[1].trainer
     groups = detector.configure_optimizers()["optimizer"].param_groups
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
     assert {p.dim() for p in groups[0]["params"]} == {4} and {p.dim() for p in groups[1]["params"]} == {1}
 
 
-def stop_after(monkeypatch, epoch: int):
-    """Fail in the middle of an epoch, as a lost machine would."""
+def fail_in(monkeypatch, epoch: int):
+    """Raise ConnectionError in the middle of an epoch."""
 
     def crash(self, trainer, module, outputs, batch, batch_idx):
         if trainer.current_epoch == epoch and batch_idx == 2:
-            raise ConnectionError("the machine is gone")
+            raise ConnectionError("machine lost")
 
     monkeypatch.setattr(callbacks.StopIfNotFinite, "on_train_batch_end", crash)
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
-    folder, whole = run
-    stop_after(monkeypatch, epoch=1)
+def test_interrupted_run_gives_the_same_result(run, tmp_path, monkeypatch):
+    folder, uninterrupted = run
+    fail_in(monkeypatch, epoch=1)
     with pytest.raises(ConnectionError):
         fit(tiny(tmp_path))
     monkeypatch.undo()
     resumed = fit(tiny(tmp_path), ckpt_path="last")
-    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+    for (name, one), other in zip(uninterrupted.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
-    assert [row["val/mAP50"] for row in rows(folder)] == [row["val/mAP50"] for row in rows(tmp_path)]
-    assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(tmp_path)]
+    assert [row["val/mAP50"] for row in metrics_rows(folder)] == [row["val/mAP50"] for row in metrics_rows(tmp_path)]
+    assert [row["step"] for row in metrics_rows(folder)] == [row["step"] for row in metrics_rows(tmp_path)]
 
 
 def test_resuming_needs_the_same_schedule(run):
@@ -136,69 +129,69 @@ def test_resuming_needs_the_same_schedule(run):
 def test_resuming_needs_the_same_data_and_loss(run, change):
     folder, _ = run
     before = (folder / "config.json").read_text()
-    with pytest.raises(ValueError, match=rf"Config.{next(iter(change))} is .*: set it back"):
+    with pytest.raises(ValueError, match=rf"Config.{next(iter(change))} is .*Set it back"):
         fit(tiny(folder, **change), ckpt_path="last")
     assert (folder / "config.json").read_text() == before
 
 
-def test_resuming_needs_the_same_number_of_pictures(tmp_path, monkeypatch):
-    stop_after(monkeypatch, epoch=1)
+def test_resuming_needs_the_same_number_of_images(tmp_path, monkeypatch):
+    fail_in(monkeypatch, epoch=1)
     with pytest.raises(ConnectionError):
         fit(tiny(tmp_path))
     monkeypatch.undo()
     data = DetectionDataModule(tiny(tmp_path))
     data.setup()
     data.train_data.records = data.train_data.records + data.train_data.records[:4]
-    with pytest.raises(ValueError, match=r"schedule has 12 steps, the data now make 15"):
+    with pytest.raises(ValueError, match=r"schedule has 12 steps, the data now give 15"):
         fit(tiny(tmp_path), data, ckpt_path="last")
 
 
-def test_data_of_other_settings_are_refused(tmp_path):
+def test_data_module_of_another_config_is_refused(tmp_path):
     config = tiny(tmp_path)
-    for train in (fit, find_lr):
-        with pytest.raises(ValueError, match=r"made with Config.batch_size 4, not 8: make them anew"):
-            train(config.replace(batch_size=8), DetectionDataModule(config))
+    for function in (fit, find_lr):
+        with pytest.raises(ValueError, match=r"created with Config.batch_size = 4, but the config has 8. Create a new one"):
+            function(config.replace(batch_size=8), DetectionDataModule(config))
     DetectionDataModule(config).check_matches(config.replace(max_lr=0.1, run_dir="elsewhere", num_workers=1))
 
 
-def test_half_of_a_short_run_has_mosaics_and_sides(tmp_path):
+def test_first_half_of_a_short_run_has_mosaics_and_all_sizes(tmp_path):
     for epochs, close_mosaic_epoch in ((1, 1), (3, 2), (4, 2), (8, 4), (40, 36)):
         config = tiny(tmp_path, epochs=epochs, close_mosaic_epochs=4, multiscale_sizes=(64, 96))
         assert config.close_mosaic_epoch == close_mosaic_epoch
-        sides = [{sample_image_size(config, step, epoch) for step in range(0, 400, 10)} for epoch in range(epochs)]
-        assert sides == [{64, 96}] * close_mosaic_epoch + [{64}] * (epochs - close_mosaic_epoch)
+        sizes = [{sample_image_size(config, step, epoch) for step in range(0, 400, 10)} for epoch in range(epochs)]
+        assert sizes == [{64, 96}] * close_mosaic_epoch + [{64}] * (epochs - close_mosaic_epoch)
 
 
-def test_several_gpus_in_a_notebook_need_one_that_was_not_used(tmp_path, monkeypatch):
+def test_several_gpus_in_a_notebook_need_a_process_without_cuda(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
     assert resolve_strategy(tiny(tmp_path, devices=2))._start_method == "fork"
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
-    with pytest.raises(RuntimeError, match=r"restart it, set Config.max_lr"):
+    with pytest.raises(RuntimeError, match=r"Restart it, set Config.max_lr"):
         resolve_strategy(tiny(tmp_path, devices=2))
     assert resolve_strategy(tiny(tmp_path)) == "auto"
 
 
-def test_the_assignment_asks_less_of_reduced_kernels(tmp_path):
-    assert list(targets(tiny(tmp_path)).values()) == [0.75, 0.95, 0.70]
-    assert list(targets(tiny(tmp_path, width=1.0)).values()) == [0.80, 0.98, 0.78]
-    reached = {"class": 0.76, "no_object@0.05": 0.96, "object@0.05": 0.72, "no_object@0.5": 1.0, "object@0.5": 0.1}
-    passed = [[row["passed"] for row in rows_of(reached, tiny(tmp_path, width=width))] for width in (0.5, 1.0)]
+def test_course_targets_are_lower_at_reduced_width(tmp_path):
+    assert list(course_targets(tiny(tmp_path)).values()) == [0.75, 0.95, 0.70]
+    assert list(course_targets(tiny(tmp_path, width=1.0)).values()) == [0.80, 0.98, 0.78]
+    accuracies = {"class": 0.76, "no_object@0.05": 0.96, "object@0.05": 0.72, "no_object@0.5": 1.0, "object@0.5": 0.1}
+    passed = [[row["passed"] for row in result_rows(accuracies, tiny(tmp_path, width=width))] for width in (0.5, 1.0)]
     assert passed == [[True] * 3, [False] * 3]
 
 
-def test_resuming_nothing_says_so(tmp_path):
+def test_resuming_without_a_checkpoint_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"last.ckpt is missing"):
         fit(tiny(tmp_path), ckpt_path="last")
 
 
-def test_a_checkpoint_of_other_classes_is_refused(run):
+def test_checkpoint_of_other_classes_is_refused(run):
     folder, _ = run
     other = YOLOv3Module(tiny(folder, classes=("a", "b")))
-    with pytest.raises(ValueError, match=r"Config.classes are \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"Config.classes is \['a', 'b'\]"):
         other.on_load_checkpoint(torch.load(folder / "last.ckpt", weights_only=True))
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     forward = module.YOLOLoss.forward
 
     def poisoned(self, logits, targets, anchors):
@@ -208,53 +201,54 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, 
 
     calls = []
     monkeypatch.setattr(module.YOLOLoss, "forward", poisoned)
-    with pytest.raises(FloatingPointError, match=r"not finite at step .*last good checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step .*last valid checkpoint"):
         fit(tiny(tmp_path))
-    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert kept["epoch"] == 0 and all(value.isfinite().all() for value in kept["state_dict"].values())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 0 and all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
-def test_learning_rate_finder_leaves_no_trace(tmp_path):
+def test_lr_finder_has_no_side_effects(tmp_path):
     config = tiny(tmp_path, max_lr=0.0)
     data = DetectionDataModule(config)
     before = build_model(config).state_dict()
-    found = find_lr(config, data, steps=30)
-    assert 1e-5 <= found.suggestion <= 0.1 and len(found.rates) == len(found.losses) > 10
-    assert found.rates == sorted(found.rates)
+    result = find_lr(config, data, steps=30)
+    assert 1e-5 <= result.suggestion <= 0.1 and len(result.rates) == len(result.losses) > 10
+    assert result.rates == sorted(result.rates)
     for one, other in zip(before.values(), YOLOv3Module(config).model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_range_test_ends_where_the_loss_explodes():
-    fall = np.linspace(10, 6, 60)
-    assert lr_finder.smooth_until_divergence(fall) == pytest.approx([fall[max(0, i - 7) : i + 8].mean() for i in range(60)])
-    for after in (np.full(20, 13.0), np.full(20, np.nan), np.array([1e6, *np.full(19, 5.0)])):
-        means = lr_finder.smooth_until_divergence(np.concatenate((fall, after)))
+def test_range_test_ends_at_divergence():
+    falling = np.linspace(10, 6, 60)
+    means = [falling[max(0, i - 7) : i + 8].mean() for i in range(60)]
+    assert lr_finder.smooth_until_divergence(falling) == pytest.approx(means)
+    for diverging in (np.full(20, 13.0), np.full(20, np.nan), np.array([1e6, *np.full(19, 5.0)])):
+        means = lr_finder.smooth_until_divergence(np.concatenate((falling, diverging)))
         assert 50 <= len(means) < 70 and np.diff(means).max() < 1.0
 
 
-def test_the_fall_of_the_loss_is_counted_from_its_highest_point():
+def test_suggestion_measures_the_fall_from_the_maximum():
     assert lr_finder.suggest_lr(np.array([9.0, 8, 7, 4, 3, 2, 1, 0.5, 0, 5])) == 7
     assert lr_finder.suggest_lr(np.array([2.0, 9, 12, 10, 7, 4, 3, 9, 11])) == 6
-    for never in ([1.0, 2, 3], [2.0], []):
+    for not_falling in ([1.0, 2, 3], [2.0], []):
         with pytest.raises(RuntimeError, match="max_lr"):
-            lr_finder.suggest_lr(np.array(never))
+            lr_finder.suggest_lr(np.array(not_falling))
 
 
-def test_every_size_is_drawn_and_held(tmp_path):
+def test_every_size_is_sampled_and_kept_for_the_interval(tmp_path):
     sizes = tuple(range(256, 449, 32))
     config = tiny(tmp_path, multiscale_sizes=sizes)
-    drawn = [sample_image_size(config, step, 0) for step in range(2000)]
-    assert set(drawn) == set(sizes)
+    sampled = [sample_image_size(config, step, 0) for step in range(2000)]
+    assert set(sampled) == set(sizes)
     for start in range(0, 2000, config.multiscale_interval):
-        assert len(set(drawn[start : start + config.multiscale_interval])) == 1
-    assert drawn == [sample_image_size(config, step, 1) for step in range(2000)]
-    assert {sample_image_size(config, step, 2) for step in range(50)} == {64}  # the epoch without mosaics
+        assert len(set(sampled[start : start + config.multiscale_interval])) == 1
+    assert sampled == [sample_image_size(config, step, 1) for step in range(2000)]
+    assert {sample_image_size(config, step, 2) for step in range(50)} == {64}  # the last epoch has no mosaics
     assert {sample_image_size(tiny(tmp_path), step, 0) for step in range(50)} == {64}
 
 
-def test_multi_resolution_trains_at_the_drawn_sides(tmp_path):
+def test_multi_resolution_trains_at_the_sampled_sizes(tmp_path):
     config = tiny(tmp_path, multiscale_sizes=(32, 64, 96), multiscale_interval=1, epochs=3)
     detector, seen = YOLOv3Module(config), []
     detector.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
@@ -262,32 +256,32 @@ def test_multi_resolution_trains_at_the_drawn_sides(tmp_path):
     assert seen == [sample_image_size(config, step, step // 4) for step in range(12)] and len(set(seen[:8])) > 1
 
 
-@pytest.mark.parametrize("side", [256, 288, 352, 448])
-def test_a_resized_batch_is_one_read_at_that_size(side):
-    """What training_step does to a batch as the loader makes it for 256 to 448 pixels, against a data set of `side` pixels."""
-    config = Config(dataset="shapes", classes=training_classes(), width=0.125, multiscale_sizes=(side,))
-    smooth = np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)  # sides divide by 13
-    corners = np.random.default_rng(side).uniform(0, 700, (20, 2))
+@pytest.mark.parametrize("size", [256, 288, 352, 448])
+def test_resized_batch_equals_a_batch_read_at_that_size(size):
+    """Compare training_step's resize of a batch of 448 pixels with a data set of `size` pixels."""
+    config = Config(dataset="shapes", classes=SHAPE_CLASSES, width=0.125, multiscale_sizes=(size,))
+    smooth = np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)  # width and height are multiples of 13
+    corners = np.random.default_rng(size).uniform(0, 700, (20, 2))
     record = make_record(smooth, np.hstack((corners, corners + np.geomspace(30, 130, 20)[:, None])), [0] * 20, [False] * 20)
-    home, there = (collate([ValDataset([record], config.replace(image_size=size))[0]]) for size in (448, side))
-    torch.testing.assert_close(home["targets"], there["targets"], atol=1e-6, rtol=0)
+    batch, expected = (collate([ValDataset([record], config.replace(image_size=s))[0]]) for s in (448, size))
+    torch.testing.assert_close(batch["targets"], expected["targets"], atol=1e-6, rtol=0)
 
-    given, model = [], build_model(config)
+    calls, model = [], build_model(config)
     detector = SimpleNamespace(
-        config=config, model=model, trainer=SimpleNamespace(global_step=0), current_epoch=0, log_dict=lambda *_, **__: None, log=lambda *_, **__: None,
+        config=config, model=model, trainer=SimpleNamespace(global_step=0), current_epoch=0,
+        log_dict=lambda *_, **__: None, log=lambda *_, **__: None,
         optimizers=lambda: SimpleNamespace(param_groups=[{"lr": 0.1}]),
-        network=lambda images: given.append(images) or model(images),
-        loss=lambda *parts: given.append(parts) or {"loss": torch.zeros(1)},
+        network=lambda images: calls.append(images) or model(images),
+        loss=lambda *inputs: calls.append(inputs) or {"loss": torch.zeros(1)},
     )  # fmt: skip
-    YOLOv3Module.training_step(detector, home, 0)
-    images, (logits, targets, anchors) = given
-    assert images.shape[-1] == side and (images - to_network_input(there["images"])).abs().mean() < 0.005
+    YOLOv3Module.training_step(detector, batch, 0)
+    images, (logits, targets, anchors) = calls
+    assert images.shape[-1] == size and (images - to_network_input(expected["images"])).abs().mean() < 0.005
     grids = [level.shape[2] for level in logits]
-    assert grids == [side // 32, side // 16, side // 8]
-    torch.testing.assert_close(anchors * side, torch.tensor(ANCHORS) * 416)  # the same pixels
-    for one, other in zip(
-        assign_targets(targets, grids, anchors, 1), assign_targets(there["targets"], grids, anchors, 1), strict=True
-    ):
+    assert grids == [size // 32, size // 16, size // 8]
+    torch.testing.assert_close(anchors * size, torch.tensor(ANCHORS) * 416)  # the same in pixels
+    resized, read = (assign_targets(t, grids, anchors, 1) for t in (targets, expected["targets"]))
+    for one, other in zip(resized, read, strict=True):
         assert torch.equal(one.positive, other.positive) and torch.equal(one.ignored, other.ignored)
 
 
@@ -301,7 +295,7 @@ def test_frozen_backbone_epochs(tmp_path):
     assert not torch.equal(before["heads.0.predict.weight"], after["heads.0.predict.weight"])
 
 
-def test_evaluation_has_every_number(run):
+def test_evaluation_has_every_metric(run):
     folder, _ = run
     data = DetectionDataModule(tiny(folder))
     evaluation = evaluate(load_detector(folder), data)
@@ -310,17 +304,17 @@ def test_evaluation_has_every_number(run):
         evaluation.precisions
     )
     assert len(evaluation.ground_truth) == sum(len(record.labels) for record in data.val_records)
-    assert len(evaluation.per_class) == len(training_classes())
+    assert len(evaluation.per_class) == len(SHAPE_CLASSES)
 
 
-def test_weights_to_start_from(run, tmp_path):
+def test_training_starts_from_pretrained_weights(run, tmp_path):
     folder, detector = run
     detector.model.save_pretrained(tmp_path)
-    started = build_model(tiny(folder, pretrained_weights=str(tmp_path)))
-    assert torch.equal(started.backbone.stem[0].weight, detector.model.backbone.stem[0].weight)
+    model = build_model(tiny(folder, pretrained_weights=str(tmp_path)))
+    assert torch.equal(model.backbone.stem[0].weight, detector.model.backbone.stem[0].weight)
 
 
-def test_precision_is_what_the_machine_computes(monkeypatch):
+def test_precision_depends_on_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_precision(Config()) == "16-mixed"
     assert resolve_precision(Config(precision="32-true")) == "32-true"

@@ -1,6 +1,7 @@
-"""What happens around the training steps: averaging, the stop at a broken loss, progress."""
+"""Callbacks and logger of the Trainer: metrics.csv, weight averaging, the stop at a non-finite loss, progress."""
 
 import csv
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,31 +17,29 @@ from tqdm import tqdm
 
 from src.training.checkpoints import atomic_write
 
+LOSS_TERMS = ("box", "object", "no_object", "class")
 FORMER_COLUMNS = {  # of metrics.csv as older runs wrote it
-    **{
-        f"{split}/{term}": f"{split}/{term}_loss"
-        for split in ("train", "val")
-        for term in ("box", "object", "no_object", "class")
-    },
+    **{f"{split}/{term}": f"{split}/{term}_loss" for split in ("train", "val") for term in LOSS_TERMS},
     "val/map50": "val/mAP50",
     "lr-AdamW/pg1": "lr",
 }
+FINITE_CHECK_INTERVAL = 10  # steps between two checks of the loss: each makes the GPU wait
 
 
 def read_metrics(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Rows of a metrics.csv; columns with a former name get today's."""
+    """Yield the rows of a metrics.csv; former column names are replaced by today's."""
     for row in csv.DictReader(lines):
         yield {FORMER_COLUMNS.get(name, name): value for name, value in row.items()}
 
 
 class ResumableCSVLogger(Logger):
-    """metrics.csv: a row for each time something was logged; on resume the rows before the checkpoint's step stay."""
+    """metrics.csv, one row per logging call. A resumed run keeps the rows before step `before`, its checkpoint's."""
 
     name, version = "", ""
 
     def __init__(self, path: Path, before: int = 0):
         super().__init__()
-        self.path, self.rows, self.saved = path, [], 0
+        self.path, self.rows, self.num_saved = path, [], 0
         if before and path.exists():
             with open(path, encoding="utf-8", newline="") as lines:
                 self.rows = [row for row in read_metrics(lines) if int(row["step"]) < before]
@@ -52,9 +51,9 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        if self.saved < len(self.rows):
+        if self.num_saved < len(self.rows):
             atomic_write(self.path, self._write, "w", encoding="utf-8", newline="")
-            self.saved = len(self.rows)
+            self.num_saved = len(self.rows)
 
     def _write(self, file) -> None:
         writer = csv.DictWriter(file, sorted(set().union(*self.rows)))
@@ -62,23 +61,20 @@ class ResumableCSVLogger(Logger):
         writer.writerows(self.rows)
 
     def log_hyperparams(self, *_) -> None:
-        """They stand in config.json."""
-
-
-FINITE_CHECK_INTERVAL = 10  # steps between two looks at the loss: a look waits for the GPU
+        """Do nothing: config.json has them."""
 
 
 def ema(decay: float) -> WeightAveraging:
-    """Lightning's averaging with a decay that starts low, so that short runs forget their first weights."""
+    """Build Lightning's weight averaging with a decay that rises to `decay`, so that short runs forget their first weights."""
 
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
         get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
 
-    return WeightAveraging(multi_avg_fn=average)
+    return WeightAveraging(multi_avg_fn=update)
 
 
 class StopIfNotFinite(pl.Callback):
-    """Ends training with a message when the loss is no longer a number; no checkpoint is written after it."""
+    """Stop training when the loss of any process is NaN or infinite, before a checkpoint is written."""
 
     def __init__(self):
         self.finite = None
@@ -87,44 +83,40 @@ class StopIfNotFinite(pl.Callback):
         finite = outputs["loss"].isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
         if batch_idx % FINITE_CHECK_INTERVAL == 0 or trainer.is_last_batch:
-            if not trainer.strategy.reduce(self.finite.float(), reduce_op="min"):  # of all processes
+            if not trainer.strategy.reduce(self.finite.float(), reduce_op="min"):  # over all processes
                 raise FloatingPointError(
-                    f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}); the last good "
-                    f"checkpoint stands in {module.config.run_dir}. Try a lower Config.max_lr or precision='32-true'"
+                    f"The loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}). The last valid "
+                    f"checkpoint is in {module.config.run_dir}. Use a lower Config.max_lr, or precision='32-true'."
                 )
             self.finite = None
 
 
 class Progress(pl.callbacks.ProgressBar):
-    """One bar for the whole training, and a line of results after each epoch."""
-
-    TITLE = f"{'epoch':>7}{'loss':>9}{'held out':>10}{'class':>8}{'no-obj':>8}{'object':>8}{'mAP.5':>8}{'minutes':>9}"
+    """One bar for the whole training, and one line of metrics per epoch: the module's `progress_columns`."""
 
     def __init__(self):
         super().__init__()
-        self.bar, self.shown = None, True
+        self.bar, self.enabled = None, True
 
     def disable(self) -> None:
-        """Lightning asks all processes but the first to be quiet."""
-        self.shown = False
+        """Lightning calls this in every process except the first."""
+        self.enabled = False
 
     def on_train_start(self, trainer, module) -> None:
         steps = trainer.estimated_stepping_batches
         self.bar = tqdm(total=steps, initial=trainer.global_step, desc="training", unit="step", file=sys.stdout,
-                        mininterval=2, dynamic_ncols=False, ncols=90, disable=not self.shown)  # fmt: skip
-        self.started = time.monotonic()
-        self.line(self.TITLE + "   (accuracies in %, objectness threshold 0.05)")
+                        mininterval=2, dynamic_ncols=False, ncols=90, disable=not self.enabled)  # fmt: skip
+        self.start = time.monotonic()
+        self.write_row("epoch", *module.progress_columns, "minutes", titles=module.progress_columns)
 
     def on_train_batch_end(self, trainer, *_) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        values, logged = module.results, trainer.callback_metrics
-        row = [logged["train/loss"], logged.get("val/loss", float("nan"))]
-        row += [100 * values.get(f"accuracy/{name}", float("nan")) for name in ("class", "no_object@0.05", "object@0.05")]
-        cells = f"{row[0]:>9.3f}{row[1]:>10.3f}" + "".join(f"{value:>8.1f}" for value in row[2:])
-        minutes = (time.monotonic() - self.started) / 60
-        self.line(f"{trainer.current_epoch + 1:>7}{cells}{values.get('mAP50', float('nan')):>8.3f}{minutes:>9.1f}")
+        columns, metrics = module.progress_columns, trainer.callback_metrics
+        values = (f"{factor * metrics.get(name, math.nan):.{digits}f}" for name, factor, digits in columns.values())
+        minutes = (time.monotonic() - self.start) / 60
+        self.write_row(trainer.current_epoch + 1, *values, f"{minutes:.1f}", titles=columns)
 
     def on_train_end(self, *_) -> None:
         self.bar.close()
@@ -134,9 +126,14 @@ class Progress(pl.callbacks.ProgressBar):
             self.bar.close()
 
     def print(self, *args, **_) -> None:
-        self.line(" ".join(map(str, args)))
+        self.write(" ".join(map(str, args)))
 
-    def line(self, text: str) -> None:
+    def write_row(self, *cells, titles: Iterable[str]) -> None:
+        """Print one cell per column, right-aligned to its title."""
+        widths = (max(8, len(title) + 2) for title in ("epoch", *titles, "minutes"))
+        self.write("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+
+    def write(self, text: str) -> None:
         """Print above the bar."""
-        if self.shown:
+        if self.enabled:
             tqdm.write(text, file=sys.stdout)

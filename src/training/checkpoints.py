@@ -1,4 +1,4 @@
-"""The folder of a run: files written whole or not at all, what to go on from and by which settings, one process at a time."""
+"""The folder of a run: atomic files, valid checkpoints, the config to resume with, and a lock."""
 
 import hashlib
 import os
@@ -19,18 +19,18 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-RESUMABLE_FIELDS = (  # when a run goes on
+RESUME_CANDIDATES = (LAST, PREVIOUS, "last-1.ckpt")  # best first; older runs wrote "last-1.ckpt"
+RESUMABLE_FIELDS = (  # may differ when a run is resumed
     "voc_root", "skip_bad_files", "cache_gb", "num_workers", "precision", "compile", "run_dir", "max_lr", "pretrained_weights",
 )  # fmt: skip
-MARK, BLOCK = b"blake2b:", 1 << 20
+DIGEST_MARK, DIGEST_SIZE = b"blake2b:", 32
 
 
 def atomic_write(path: Path, write: Callable, mode: str = "wb", keep_as: Path | None = None, **options) -> None:
-    """Call `write(file)` on a file beside `path`, and give it that name once it lies on the disk.
+    """Write a file completely or not at all: call `write(file)` on a temporary file beside `path`, sync it, rename it.
 
-    keep_as: what bore the name until then gets this one.
+    keep_as: new name of the file that `path` replaces.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -47,98 +47,101 @@ def atomic_write(path: Path, write: Callable, mode: str = "wb", keep_as: Path | 
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints through `atomic_write`; of a run the last but one is kept too.
+    """Write Lightning's checkpoints with `atomic_write` and a digest, and keep the two latest.
 
-    Lightning by itself writes to the system's temporary folder and moves from there, which between disks is a copy.
+    Lightning itself writes to the system's temporary folder and moves the file, which is not atomic between disks.
     """
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
-        """Raises OSError that says what is left where the file can't be written, as on a full disk."""
+        """Raises OSError if the file can't be written, for example on a full disk."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_as = path.with_name(PREVIOUS) if path.name == LAST else None
         try:
             atomic_write(path, lambda file: self._write(checkpoint, file), "w+b", keep_as)
-        except (OSError, RuntimeError) as error:  # of a full disk torch tells as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
             raise OSError(
-                f"{path} can't be written ({error}). Is the disk full? The checkpoint of the epoch before stands: "
-                'make room and go on with fit(config, data, ckpt_path="last")'
+                f"{path} can't be written: {error}. The disk may be full. The previous epoch's checkpoint is intact. "
+                'Free some space, then resume with fit(config, data, ckpt_path="last").'
             ) from error
 
     def _write(self, checkpoint: dict, file: BinaryIO) -> None:
         torch.save(checkpoint, file)
-        file.write(digest(file, file.seek(0, 2)))  # behind an archive's end nobody minds what stands
+        file.write(compute_digest(file, file.seek(0, 2)))  # zip readers ignore what follows the archive
 
 
-def digest(file: BinaryIO, length: int) -> bytes:
-    """BLAKE2 of the first `length` bytes, after a mark to know it by."""
+def compute_digest(file: BinaryIO, length: int) -> bytes:
+    """Return BLAKE2b of the first `length` bytes, after a mark that identifies it."""
     file.seek(0)
-    found = hashlib.blake2b(digest_size=32)
-    for start in range(0, length, BLOCK):
-        found.update(file.read(min(BLOCK, length - start)))
-    return MARK + found.digest()
+    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    for start in range(0, length, 1 << 20):
+        digest.update(file.read(min(1 << 20, length - start)))
+    return DIGEST_MARK + digest.digest()
 
 
 def find_corruption(path: Path) -> str:
-    """What is wrong with a checkpoint, in one line; "" if nothing.
+    """Describe what is wrong with a checkpoint in one line, "" if nothing.
 
-    The checksums within it won't do: torch.load does not look at them, and they leave out the archive's directory.
+    The zip checksums are not enough: torch.load ignores them, and they don't cover the archive's directory.
     """
     try:
         with open(path, "rb") as file:
-            length = max(0, file.seek(0, 2) - len(MARK) - 32)
+            length = max(0, file.seek(0, 2) - len(DIGEST_MARK) - DIGEST_SIZE)
             file.seek(length)
             end = file.read()
-            if end.startswith(MARK) and end != digest(file, length):
-                return "its digest is not that of its content"
+            if end.startswith(DIGEST_MARK) and end != compute_digest(file, length):
+                return "its digest does not match its content"
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged archive leads its reader anywhere
+    except Exception as error:  # reading a damaged archive can raise anything
         return f"{error}".partition("\n")[0][:200] or type(error).__name__
     return ""
 
 
 def latest_valid_checkpoint(folder: Path) -> Path | None:
-    """last.ckpt of a run's folder or, where it is damaged, the one before it, with a message; None if there is none.
+    """Return last.ckpt, or the checkpoint before it (with a message) if last.ckpt is damaged; None if there are none.
 
-    Raises ValueError where both are damaged.
+    Raises ValueError if all are damaged.
     """
-    there = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
-    for path in there:
-        wrong = find_corruption(path)
-        if not wrong:
+    candidates = [folder / name for name in RESUME_CANDIDATES if (folder / name).exists()]
+    for path in candidates:
+        problem = find_corruption(path)
+        if not problem:
             return path
-        print(f"{path} is damaged ({wrong}): looking for the checkpoint before it")
-    if there:
+        print(f"{path} is damaged: {problem}. Trying the checkpoint before it.")
+    if candidates:
         raise ValueError(
-            f'every last checkpoint in {folder} is damaged; start anew, or fit(config, ckpt_path="{folder}/best.ckpt")'
+            f"Every checkpoint to resume from in {folder} is damaged. Start again without ckpt_path, "
+            f'or resume from the best one: fit(config, ckpt_path="{folder}/best.ckpt").'
         )
     return None
 
 
-def find_checkpoint(folder: Path, asked: str | None) -> Path | None:
-    """The checkpoint of a run's folder to go on from: "last" or "auto", if there is one, or a path; None for None.
+def find_checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
+    """Return the checkpoint to resume from; `ckpt_path` is "last", "auto" (None if there are none), a path, or None.
 
-    Raises FileNotFoundError where "last" or a path is missing, and ValueError where it is damaged.
+    Raises FileNotFoundError if "last" or the path is missing, ValueError if it is damaged.
     """
-    if not asked:
+    if not ckpt_path:
         return None
-    path = latest_valid_checkpoint(folder) if asked in ("last", "auto") else Path(asked)
-    if not path and asked == "auto":
-        return None
-    if not path or not path.exists():
-        missing = path or folder / LAST
-        raise FileNotFoundError(f"{missing} is missing: there is no run to go on with; call fit without ckpt_path")
-    if asked not in ("last", "auto") and (wrong := find_corruption(path)):
-        raise ValueError(f"{path} is damaged: {wrong}")
+    if ckpt_path in ("last", "auto"):
+        path = latest_valid_checkpoint(folder)
+        if not path and ckpt_path == "last":
+            raise FileNotFoundError(f"{folder / LAST} is missing, so there is no run to resume. Call fit without ckpt_path.")
+        return path
+    path = Path(ckpt_path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing. Give the path of a checkpoint, or call fit without ckpt_path.")
+    if problem := find_corruption(path):
+        raise ValueError(f'{path} is damaged: {problem}. Use another checkpoint, or ckpt_path="last".')
     return path
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep `folder` to this process until it ends, however it ends.
+    """Lock `folder` for this process; the lock ends with the process, even if it is killed.
 
-    Not by flock: loader processes would inherit it, and outlive a killed trainer for seconds. Processes that another
-    one started to share the work pass. Raises RuntimeError where another process has the folder.
+    Uses lockf, not flock: loader processes inherit an flock and outlive a killed trainer for seconds. Only the first of
+    several training processes locks. Raises RuntimeError if another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as file:
@@ -147,23 +150,23 @@ def run_lock(folder: Path) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise RuntimeError(
-                f"another process is training in {folder}: wait for it, stop it, or choose another Config.run_dir"
+                f"Another process is training in {folder}. Wait for it, stop it, or choose another Config.run_dir."
             ) from None
         except OSError as error:
-            print(f"{folder} can't be locked ({error}): make sure that no other process trains there")
+            print(f"{folder} can't be locked ({error}). Make sure that no other process trains there.")
         yield
 
 
 def config_for_resume(config: Config, path: Path) -> Config:
-    """`config` with the learning rate that the run at `path` found; all but where and how fast it runs must be the same.
+    """Return `config` with the learning rate of the run whose settings are at `path`.
 
-    Raises ValueError that names the setting that differs.
+    Only RESUMABLE_FIELDS may differ. Raises ValueError that names the first field that differs.
     """
-    saved = Config.load(path)
-    for name in (field.name for field in fields(Config) if field.name not in RESUMABLE_FIELDS):
+    saved = type(config).load(path)
+    for name in (field.name for field in fields(config) if field.name not in RESUMABLE_FIELDS):
         if getattr(saved, name) != getattr(config, name):
             raise ValueError(
-                f"Config.{name} is {getattr(config, name)}, but {path} was started with {getattr(saved, name)}: set it back "
-                "to go on, or start anew in another Config.run_dir"
+                f"Config.{name} is {getattr(config, name)}, but {path} was started with {getattr(saved, name)}. "
+                "Set it back to resume, or start a new Config.run_dir."
             )
     return config.replace(max_lr=saved.max_lr)

@@ -1,4 +1,4 @@
-"""The Lightning module, the learning-rate finder, training and evaluation."""
+"""Train, resume, load and evaluate."""
 
 import sys
 from pathlib import Path
@@ -11,120 +11,124 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
+from src.training import checkpoints
 from src.training.callbacks import Progress, ResumableCSVLogger, StopIfNotFinite, ema
-from src.training.checkpoints import (
-    LAST,
-    PREVIOUS,
-    AtomicCheckpointIO,
-    config_for_resume,
-    find_checkpoint,
-    find_corruption,
-    latest_valid_checkpoint,
-    run_lock,
-)
 from src.training.lr_finder import find_lr
-from src.training.metrics import (
-    Evaluation,
-    coco_average_precision,
-    mean_average_precision,
-)
-from src.training.module import YOLOv3Module, make_trainer
+from src.training.metrics import Evaluation, coco_average_precision, mean_average_precision
+from src.training.module import YOLOv3Module
+from src.training.optimizer import OneCycleModule
+from src.training.trainer import make_trainer
 
 
 def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str | None = None) -> YOLOv3Module:
-    """Train by `config` and return the detector, its weights the averaged ones of the last epoch.
+    """Train a detector and return it with the averaged (EMA) weights of the last epoch.
 
-    Writes config.json, metrics.csv and checkpoints best.ckpt (by VOC AP), last.ckpt and previous.ckpt (of the epoch
-    before) to `config.run_dir`, which no other process can train in meanwhile.
-    ckpt_path: "last" goes on where that folder's last good checkpoint was written, at the start of the epoch after
-    it, and a checkpoint's path goes on from that one; "auto" goes on if there is a last one, and otherwise starts;
-    None starts anew, and the folder's last ones go.
-    Raises ValueError where `data` were made with other settings, or the run to go on with was started with others.
+    Writes config.json, metrics.csv and checkpoints to `config.run_dir`: best.ckpt (highest VOC mAP), last.ckpt and
+    previous.ckpt (of the epoch before). No other process can train in that folder meanwhile.
+    ckpt_path: "last" resumes after the last complete epoch; a path resumes from that checkpoint; "auto" resumes if there
+    is a checkpoint and starts otherwise; None starts and deletes the folder's last checkpoints.
+    Raises ValueError if `data` or the run to resume was made with another config.
     """
-    folder, data = Path(config.run_dir), data or DetectionDataModule(config)
+    data = data or DetectionDataModule(config)
     data.check_matches(config)
-    with run_lock(folder):
-        config, checkpoint = prepare_run(config, data, ckpt_path)
-        step, epochs = checkpoint_progress(checkpoint)
-        if epochs >= config.epochs:
-            print(f"{checkpoint} is of the last epoch: there is nothing left to train")
-            return load_ema_module(config, checkpoint)  # Lightning would leave the weights that are not averaged
+    return train(YOLOv3Module, config, data, ckpt_path)
+
+
+def train(module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None) -> OneCycleModule:
+    """Train `module_class(config)` on `data`, see `fit`. config: a dataclass with the methods and training fields of Config."""
+    with checkpoints.run_lock(Path(config.run_dir)):
+        config, checkpoint = prepare_run(module_class, config, data, ckpt_path)
+        if checkpoint and checkpoint_progress(checkpoint)[1] >= config.epochs:
+            print(f"{checkpoint} is of the last epoch. There is nothing left to train.")
+            return load_ema_module(module_class, config, checkpoint)
         pl.seed_everything(config.seed, verbose=False)
-        options = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-        trainer = make_trainer(
-            config, max_epochs=config.epochs, log_every_n_steps=10, default_root_dir=folder, plugins=AtomicCheckpointIO(),
-            logger=ResumableCSVLogger(folder / "metrics.csv", before=step), enable_checkpointing=True, enable_progress_bar=True,
-            callbacks=[
-                Progress(), StopIfNotFinite(), ema(config.ema_decay),
-                ModelCheckpoint(folder, "best", monitor="val/mAP50", mode="max", **options),
-                ModelCheckpoint(folder, "last", **options),  # save_last would save only when the best improves
-            ],
-        )  # fmt: skip
-        detector = YOLOv3Module(config)
-        trainer.fit(detector, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        module = module_class(config)
+        run_trainer(config, module, data, checkpoint)
     if dist.is_initialized():
         dist.destroy_process_group()
         if rank_zero_only.rank:
             sys.exit()  # this process ran the script again only to share the training
-    return detector
+    return module
 
 
-def prepare_run(config: Config, data: DetectionDataModule, ckpt_path: str | None) -> tuple[Config, Path | None]:
-    """The settings to train by, written to the run's folder, and the checkpoint to go on from, see `fit`.
+def run_trainer(config, module: OneCycleModule, data: pl.LightningDataModule, checkpoint: Path | None) -> None:
+    """Train `module` from the start or from `checkpoint`, with EMA, progress, metrics.csv and checkpoints."""
+    folder, options = Path(config.run_dir), {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    step, _ = checkpoint_progress(checkpoint)
+    trainer = make_trainer(
+        config, max_epochs=config.epochs, log_every_n_steps=10, default_root_dir=folder,
+        plugins=checkpoints.AtomicCheckpointIO(), enable_checkpointing=True, enable_progress_bar=True,
+        logger=ResumableCSVLogger(folder / "metrics.csv", before=step),
+        callbacks=[
+            Progress(), StopIfNotFinite(), ema(config.ema_decay),
+            ModelCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options),
+            ModelCheckpoint(folder, "last", **options),  # save_last would save only when the best improves
+        ],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
-    Raises what `find_checkpoint` and `config_for_resume` raise.
+
+def prepare_run(
+    module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None
+) -> tuple[Config, Path | None]:
+    """Write the run's config.json, and return the config to train by and the checkpoint to resume from.
+
+    Runs the learning-rate range test if `max_lr` is 0. Raises what `find_checkpoint` and `config_for_resume` raise.
     """
     folder = Path(config.run_dir)
-    checkpoint = find_checkpoint(folder, ckpt_path)
-    if rank_zero_only.rank:  # the process that started this one has done the rest
-        return Config.load(folder / "config.json"), checkpoint
+    checkpoint = checkpoints.find_checkpoint(folder, ckpt_path)
+    if rank_zero_only.rank:  # the first process has done the rest
+        return type(config).load(folder / "config.json"), checkpoint
     if checkpoint:
-        config = config_for_resume(config, folder / "config.json")
+        config = checkpoints.config_for_resume(config, folder / "config.json")
     elif not config.max_lr:
-        config = config.replace(max_lr=find_lr(config, data).suggestion)
-    if checkpoint == folder / PREVIOUS:
-        checkpoint = checkpoint.replace(folder / LAST)
+        config = config.replace(max_lr=find_lr(config, data, module_class=module_class).suggestion)
+    if checkpoint in [folder / name for name in checkpoints.RESUME_CANDIDATES]:
+        checkpoint = checkpoint.replace(folder / checkpoints.LAST)
     if not checkpoint:
-        for name in (LAST, PREVIOUS):
+        for name in checkpoints.RESUME_CANDIDATES:
             (folder / name).unlink(missing_ok=True)
     config.save(folder / "config.json")
     return config, checkpoint
 
 
 def checkpoint_progress(checkpoint: Path | None) -> tuple[int, int]:
-    """Steps and epochs done when it was written."""
+    """Return the numbers of complete steps and epochs of a checkpoint, zeros for None."""
     if not checkpoint:
         return 0, 0
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     return state["global_step"], state["epoch"] + 1
 
 
-def load_ema_module(config: Config, checkpoint: Path) -> YOLOv3Module:
-    """A detector with the averaged weights of a checkpoint."""
+def load_ema_module(module_class: type[OneCycleModule], config, checkpoint: Path) -> OneCycleModule:
+    """Build a module with the averaged (EMA) weights of a checkpoint. Lightning's resume would load the current weights."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    detector = YOLOv3Module(config.replace(pretrained_weights=""))
-    detector.on_load_checkpoint(state)
-    detector.load_state_dict(state["state_dict"])
-    return detector.eval()
+    if getattr(config, "pretrained_weights", ""):  # the checkpoint replaces them
+        config = config.replace(pretrained_weights="")
+    module = module_class(config)
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"])
+    return module.eval()
 
 
 def load_detector(folder: str | Path, which: str = "best") -> YOLOv3Module:
-    """The detector of a run's folder, with the averaged weights of its best or last checkpoint.
+    """Load the detector of a run's folder, with the averaged (EMA) weights of its "best" or "last" checkpoint.
 
-    Raises FileNotFoundError where there is none, ValueError where it is damaged.
+    Raises FileNotFoundError if there is no checkpoint, ValueError if it is damaged.
     """
-    path = Path(folder) / f"{which}.ckpt"
+    folder = Path(folder)
+    path = folder / f"{which}.ckpt"
     if which == "last":
-        path = latest_valid_checkpoint(Path(folder)) or path
+        path = checkpoints.latest_valid_checkpoint(folder) or path
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: train first, or name the folder of a run")
-    if which != "last" and find_corruption(path):
-        raise ValueError(f'{path} is damaged ({find_corruption(path)}); load_detector(folder, "last") reads another one')
-    return load_ema_module(Config.load(Path(folder) / "config.json"), path)
+        raise FileNotFoundError(f"{path} is missing. Train first, or give the folder of a run.")
+    if which != "last" and (problem := checkpoints.find_corruption(path)):
+        raise ValueError(f'{path} is damaged: {problem}. Load another one with load_detector(folder, "last").')
+    return load_ema_module(YOLOv3Module, Config.load(folder / "config.json"), path)
 
 
 def evaluate(detector: YOLOv3Module, data: DetectionDataModule) -> Evaluation:
-    """Every number of the course and every average precision, on all held-out pictures."""
+    """Compute the three accuracies and all average precisions on the validation split."""
     data.setup()
     make_trainer(detector.config.replace(devices=1)).validate(detector, data.val_dataloader(), verbose=False)
     columns = {"VOC AP@.5, area": "ap", "VOC AP@.5, 11 points": "ap_11pt", "course mAP@.5": "ap_course"}

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186)."""
 
 import sys
 from dataclasses import dataclass
@@ -9,55 +9,65 @@ from tqdm import tqdm
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
-from src.training.module import YOLOv3Module, make_trainer
+from src.training.module import YOLOv3Module
+from src.training.optimizer import OneCycleModule
+from src.training.trainer import make_trainer
+
+SMOOTHING_RADIUS = 7  # steps before and after, of the running mean
+DIVERGENCE = 1.5  # the test ends at this multiple of the lowest loss
+FALL_FRACTION = 0.9  # of the loss's fall, at the suggested rate
 
 
 @dataclass(frozen=True)
 class LRFinderResult:
-    """A learning-rate range test (Smith 2017, https://arxiv.org/abs/1506.01186)."""
+    """Learning rates with the smoothed loss at each, up to divergence, and the suggested peak for OneCycle."""
 
     rates: list[float]
-    losses: list[float]  # smoothed, up to where the loss explodes
+    losses: list[float]
     suggestion: float
 
 
-def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFinderResult:
-    """Raise the rate from 1e-5 to 0.1 over `steps` batches on a net of its own, and suggest a peak for OneCycle.
+def find_lr(
+    config: Config, data: DetectionDataModule, steps: int = 100, module_class: type[OneCycleModule] = YOLOv3Module
+) -> LRFinderResult:
+    """Train a separate network for `steps` batches with a rate that rises from 1e-5 to 0.1, and suggest a peak for OneCycle.
 
-    The suggestion is the rate at which the loss has made nine tenths of its fall: near the plateau before it explodes.
-    (benchmarks/RECIPE.md has what lower and higher peaks reach. Lightning's finder takes the steepest point, lower still,
-    and its running mean forgets 2 % a step, too slow for 100 steps.) Raises RuntimeError where the loss never falls.
+    The suggestion is the rate at which 90 % of the loss's fall has happened, shortly before divergence; lower and higher
+    peaks are compared in benchmarks/RECIPE.md. Lightning's finder is not used: it suggests the rate of steepest descent,
+    which is lower, and its smoothing (2 % per step) is too slow for 100 steps. Raises RuntimeError if the loss never falls.
     """
     data.check_matches(config)
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
-    how = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
-    trainer = make_trainer(config.replace(devices=1), callbacks=[test], **how)
-    trainer.fit(YOLOv3Module(config.replace(max_lr=1e-3)), datamodule=data)
+    options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
+    trainer = make_trainer(config.replace(devices=1), callbacks=[test], **options)
+    trainer.fit(module_class(config.replace(max_lr=1e-3)), datamodule=data)
     losses = smooth_until_divergence(np.array(test.losses))
     rates = test.rates[: len(losses)].tolist()
     return LRFinderResult(rates, losses.tolist(), rates[suggest_lr(losses)])
 
 
 def smooth_until_divergence(losses: np.ndarray) -> np.ndarray:
-    """Running mean over 15 steps of losses [n], up to where it is NaN or half as much again as its lowest so far."""
-    means = np.array([losses[max(0, i - 7) : i + 8].mean() for i in range(len(losses))])
-    exploded = np.flatnonzero(~(means < 1.5 * np.fmin.accumulate(means)))
-    return means[: exploded[0] if len(exploded) else len(means)]
+    """Return the running mean over 15 steps of losses [n], up to where it is NaN or 1.5 times its minimum so far."""
+    windows = (losses[max(0, i - SMOOTHING_RADIUS) : i + SMOOTHING_RADIUS + 1] for i in range(len(losses)))
+    means = np.array([window.mean() for window in windows])
+    diverged = np.flatnonzero(~(means < DIVERGENCE * np.fmin.accumulate(means)))
+    return means[: diverged[0] if len(diverged) else len(means)]
 
 
 def suggest_lr(losses: np.ndarray) -> int:
-    """Where losses [n] have made nine tenths of their deepest fall from the highest point so far.
+    """Return the index at which losses [n] have made 90 % of their largest fall from the maximum so far.
 
-    They may rise first: boxes that begin to overlap objects are asked for more objectness. See `find_lr`.
+    The loss can rise at first, because the objectness target rises with the IoU of the boxes. Raises RuntimeError if it
+    never falls.
     """
-    fallen = np.maximum.accumulate(losses) - losses
-    if not fallen.max(initial=0) > 0:
-        raise RuntimeError("the loss fell at no learning rate: look at the data, or set Config.max_lr yourself (1e-3 is usual)")
-    return int((fallen >= fallen.max() * 0.9).argmax())
+    fall = np.maximum.accumulate(losses) - losses
+    if not fall.max(initial=0) > 0:
+        raise RuntimeError("The loss fell at no learning rate. Check the data, or set Config.max_lr (1e-3 is usual).")
+    return int((fall >= fall.max() * FALL_FRACTION).argmax())
 
 
 class RangeTest(pl.Callback):
-    """Trains each step at the next of `rates` and keeps its loss in `losses`."""
+    """Train each step at the next of `rates`, and collect its loss in `losses`."""
 
     def __init__(self, rates: np.ndarray):
         self.rates, self.losses = rates, []

@@ -1,7 +1,7 @@
-"""Weights that can be handed on: half precision, with a model card that says what they reach.
+"""Exported weights in half precision, with a model card of their measured results.
 
-python -m src.training.model_card write runs/voc weights   the best checkpoint of a run, measured, with its card
-python -m src.training.model_card check weights            measure them again; needs the same data
+python -m src.training.model_card write runs/voc weights   export a run's best checkpoint, measure it, write its card
+python -m src.training.model_card check weights            measure exported weights again; needs the same data
 """
 
 import argparse
@@ -14,7 +14,7 @@ from src.model.network import YOLOv3
 from src.training.fit import evaluate, load_detector
 from src.training.metrics import Evaluation
 from src.training.module import YOLOv3Module
-from src.training.report import COURSE_THRESHOLD, STRICT_THRESHOLD, about, results_table, rows
+from src.training.report import COURSE_THRESHOLD, STRICT_THRESHOLD, result_rows, results_table, training_metadata
 
 CARD = """---
 license: mit
@@ -24,30 +24,31 @@ tags: [object-detection, yolov3, darknet-53, {tag}]
 ---
 # YOLOv3, width {width:g}, {image_size} px
 
-{parameters:.1f} million parameters in half precision, trained from {start}. These are the
-exponential moving average (EMA) of the weights in training, at the epoch of the best held-out mAP.
+{parameters:.1f} million parameters in half precision, trained from {start}. They are the
+exponential moving average (EMA) of the training weights, at the epoch of the best validation mAP.
 
 | | |
 | --- | --- |
-| data | {trained_on} |
-| held out | {held_out} |
-| epochs | {trained}, {batch_size} images a batch, mosaics on {mosaic:.0%} of the draws |
-| sides | {sides} |
+| training data | {train_data} |
+| validation data | {val_data} |
+| epochs | {trained_epochs} |
+| batches | {batch_size} images per batch; {mosaic_prob:.0%} of the training samples are mosaics |
+| image size | {sizes} |
 | optimizer | AdamW, OneCycle to {max_lr:g}, weight decay {weight_decay:g} |
 | settings | `run.json` beside this file: `Config.load("run.json")` |
 
-## Accuracy, held out
+## Results on the validation split
 
 {accuracies}
 
 {precisions}
 
-Average precision at IoU 0.5 (VOC area under the curve, `difficult` objects neither counted nor punished):
+Average precision at IoU 0.5 (VOC area under the curve; `difficult` objects count neither as hits nor as errors):
 
 {per_class}
 
-`python -m src.training.model_card check` on this folder measures all of this again on the same pictures (for photographs, with `VOC_ROOT`
-naming the folder that holds `VOCdevkit`).
+`python -m src.training.model_card check` on this folder computes these results again, on the same images. For PASCAL VOC
+set `VOC_ROOT` to the folder that contains `VOCdevkit`.
 
 ## Use
 
@@ -63,24 +64,24 @@ detections = Predictor.load("weights")("photo.jpg", confidence=0.25)
 
 
 def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
-    """Export the best checkpoint of `run` as half-precision safetensors, measure what was written, write its card.
+    """Export the best checkpoint of `run` as half-precision safetensors, evaluate the export, write its card.
 
-    limits: a sentence on what these weights are bad at, for the card.
+    limits: a sentence for the card on what these weights are bad at.
     """
     config = Config.load(run / "config.json")
     model = load_detector(run).model.half()
     model.save_pretrained(folder)
     config.replace(voc_root="data").save(folder / "run.json")
     evaluation, data = measure(folder)
-    trained = model.metadata["epochs"]
-    model.metadata = about(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, trained)
+    epochs = model.metadata["epochs"]
+    model.metadata = training_metadata(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, epochs)
     model.save_pretrained(folder)
     (folder / "README.md").write_text(card(model, config, evaluation, data, limits), encoding="utf-8")
     return evaluation
 
 
 def measure(folder: Path) -> tuple[Evaluation, DetectionDataModule]:
-    """Evaluate the weights in a folder made by `write`, in float32, on the data its run.json names."""
+    """Evaluate weights exported by `write`, in float32, on the data that their run.json names."""
     config = Config.load(folder / "run.json").replace(pretrained_weights=str(folder), precision="32-true")
     config = config.replace(voc_root=Config().voc_root)
     data = DetectionDataModule(config)
@@ -88,23 +89,19 @@ def measure(folder: Path) -> tuple[Evaluation, DetectionDataModule]:
 
 
 def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionDataModule, limits: str) -> str:
-    """The model card as Markdown, with the Hub's header."""
-    accuracies = [(row["name"], f"{row['reached']:.1%}", f"{row['strict']:.1%}") for row in rows(evaluation.accuracies, config)]
+    """Return the model card as Markdown, with the Hub's header."""
+    rows = result_rows(evaluation.accuracies, config)
+    accuracies = [(row["name"], f"{row['value']:.1%}", f"{row['strict']:.1%}") for row in rows]
     classes = [(row["class"], row["num_gt"], f"{row['ap']:.3f}") for row in evaluation.per_class]
-    held_out = ", ".join(config.val_splits) if config.dataset == "voc" else "another seed"
-    sides = f"{config.image_size} pixels"
-    if config.multiscale_sizes:
-        drawn = ", ".join(map(str, config.multiscale_sizes))
-        last = config.epochs - config.close_mosaic_epoch
-        sides = f"one of {drawn} pixels for {config.multiscale_interval} steps each; in the last {last} epochs {sides}"
+    val_data = "PASCAL VOC " + ", ".join(config.val_splits) if config.dataset == "voc" else "synthetic, another seed"
     settings = dataclasses.asdict(config) | {
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-        "trained_on": f"{len(data.train_records):,} pictures: {model.metadata['data']}",
-        "held_out": f"{len(data.val_records):,} pictures: {held_out}",
-        "trained": model.metadata["epochs"],
-        "sides": sides,
-        "start": Path(config.pretrained_weights).name if config.pretrained_weights else "scratch: no ImageNet weights",
-        "tag": "pascal-voc" if config.dataset == "voc" else "drawn-shapes",
+        "train_data": f"{len(data.train_records):,} images: {model.metadata['data']}",
+        "val_data": f"{len(data.val_records):,} images: {val_data}",
+        "trained_epochs": model.metadata["epochs"],
+        "sizes": describe_sizes(config),
+        "start": Path(config.pretrained_weights).name if config.pretrained_weights else "scratch (no ImageNet weights)",
+        "tag": "pascal-voc" if config.dataset == "voc" else "synthetic",
         "accuracies": markdown_table(("", f"objectness > {COURSE_THRESHOLD}", f"> {STRICT_THRESHOLD}"), accuracies),
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
         "per_class": markdown_table(("class", "objects", "AP"), classes),
@@ -113,19 +110,28 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
     return CARD.format(**settings)
 
 
-def markdown_table(header: tuple, lines: list[tuple]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ("---",) * len(header), *lines))
+def describe_sizes(config: Config) -> str:
+    """Describe the image sizes of the training, for the card."""
+    if not config.multiscale_sizes:
+        return f"{config.image_size} pixels"
+    sizes, last = ", ".join(map(str, config.multiscale_sizes)), config.epochs - config.close_mosaic_epoch
+    interval = config.multiscale_interval
+    return f"one of {sizes} pixels for {interval} steps each; {config.image_size} pixels in the last {last} epochs"
+
+
+def markdown_table(header: tuple, rows: list[tuple]) -> str:
+    """Format a table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ("---",) * len(header), *rows))
 
 
 def main() -> None:
-    """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m src.card", description="Export or measure weights.")
+    """Run the command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m src.training.model_card", description="Export or measure weights.")
     commands = parser.add_subparsers(dest="command", required=True)
-    writing = commands.add_parser("write", help="export a run's best checkpoint with a model card")
-    writing.add_argument("run", type=Path)
-    writing.add_argument("folder", type=Path)
-    writing.add_argument("--limits", default="", help="a sentence on what these weights are bad at")
+    export = commands.add_parser("write", help="export a run's best checkpoint with a model card")
+    export.add_argument("run", type=Path)
+    export.add_argument("folder", type=Path)
+    export.add_argument("--limits", default="", help="a sentence on what these weights are bad at")
     commands.add_parser("check", help="measure exported weights").add_argument("folder", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "write":

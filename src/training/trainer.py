@@ -1,0 +1,50 @@
+"""The Lightning Trainer for this machine: precision, devices, strategy."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+
+from src.config import Config
+
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hides its tips and device lists
+
+
+def resolve_precision(config: Config) -> str:
+    """Return `config.precision`, or the fastest for "auto": float16 on CUDA, bfloat16 on CPUs that have it."""
+    if config.precision != "auto":
+        return config.precision
+    if torch.cuda.is_available():
+        return "16-mixed"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
+
+
+def resolve_strategy(config: Config) -> str | DDPStrategy:
+    """Return "auto" for one device, else DDP: forked processes in a notebook, the same script again elsewhere.
+
+    Buffers are not broadcast at each forward pass: in validation one process can have a batch more than another.
+    Raises RuntimeError in a notebook whose process has used the GPU: a forked process can't use it again.
+    """
+    if config.devices == 1:
+        return "auto"
+    method = "fork" if hasattr(sys, "ps1") else "popen"
+    if method == "fork" and torch.cuda.is_initialized():
+        raise RuntimeError(
+            "This notebook's process has used the GPU already, so it can't start one process per GPU. Restart it, set "
+            "Config.max_lr instead of running the range test, and call fit first. Or train in a script."
+        )
+    return DDPStrategy(start_method=method, broadcast_buffers=False, find_unused_parameters=config.freeze_epochs > 0)
+
+
+def make_trainer(config: Config, **options) -> pl.Trainer:
+    """Build a Trainer for this machine and config. It writes and prints nothing unless `options` say so."""
+    return pl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=config.devices,
+        precision=resolve_precision(config), strategy=resolve_strategy(config),
+        num_sanity_val_steps=0, enable_model_summary=False, use_distributed_sampler=False,
+        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options,
+    )  # fmt: skip
