@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default."""
+"""Settings of a run and their defaults."""
 
 import dataclasses
 import json
@@ -15,43 +15,73 @@ VOC_CLASSES = (
 SHAPE_CLASSES = ("circle", "triangle", "star", "ring", "crescent", "heart", "arrow", "bolt")  # of the synthetic data set
 
 
+class Settings:
+    """Base of the dataclasses that hold a run's settings: copies and JSON files."""
+
+    def replace(self, **changes) -> "Settings":
+        """Return a copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the settings as JSON, atomically."""
+        part = Path(f"{path}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Settings":
+        """Read settings written by `save`, with current or former names. Raises ValueError that names file and field."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a JSON file of settings: {error}.") from None
+        values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"{path}: unknown settings {sorted(unknown)}. Remove them, or use the version that wrote the file."
+            )
+        return cls(**{name: _tuples(value) for name, value in values.items()})
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Settings of one run, written as JSON into its folder; `Config.load` reads them back."""
 
     # data
-    dataset: str = "voc"  # "voc": a VOCdevkit tree; "shapes": the synthetic data set, nothing to download
-    voc_root: str = field(default_factory=lambda: os.environ.get("VOC_ROOT", "data"))  # folder that holds VOCdevkit
+    dataset: str = "voc"  # "voc": a VOCdevkit tree; "shapes": the synthetic data set, no download
+    voc_root: str = field(default_factory=lambda: os.environ.get("VOC_ROOT", "data"))  # folder that contains VOCdevkit
     train_splits: tuple[str, ...] = ("2007/trainval", "2012/trainval")
     val_splits: tuple[str, ...] = ("2007/test",)
     classes: tuple[str, ...] = VOC_CLASSES
-    skip_bad_files: bool = False  # leave out unusable images instead of refusing to start
+    skip_bad_files: bool = False  # leave out unusable images instead of raising an error
     shapes_train: int = 1200  # training images of the synthetic data set
     shapes_val: int = 300
-    cache_gb: float = 12.0  # size limit of the memory-mapped cache of resized images; 0: no cache
+    cache_gb: float = 12.0  # maximum size of each cache of resized images on disk; 0: no cache
     num_workers: int = -1  # loader processes; -1: one per core, at most 8
 
     # images
-    image_size: int = 416  # pixels per side, a multiple of 32
-    multiscale_sizes: tuple[int, ...] = ()  # sides to sample from in multi-resolution training; empty: image_size only
-    multiscale_interval: int = 10  # steps between two samples of the side
+    image_size: int = 416  # width and height in pixels, a multiple of 32
+    multiscale_sizes: tuple[int, ...] = ()  # image sizes of multi-resolution training; empty: image_size only
+    multiscale_interval: int = 10  # steps until the next random image size
     mosaic_prob: float = 0.75  # fraction of the training samples that are four-image mosaics
-    close_mosaic_epochs: int = 2  # last epochs (at most half) without mosaics, at image_size
+    close_mosaic_epochs: int = 2  # last epochs without mosaics, at image_size; at most half of the epochs
     mosaic_scale: tuple[float, float] = (0.7, 1.1)  # long side of an image in a mosaic, relative to the canvas
-    image_scale: tuple[float, float] = (0.85, 1.15)  # the same without mosaic
-    min_visibility: float = 0.25  # a box keeps its label while this fraction of its area is visible
+    image_scale: tuple[float, float] = (0.85, 1.15)  # the same for single images
+    min_visibility: float = 0.25  # boxes with a smaller visible fraction of their area are dropped
 
     # model
     width: float = 1.0  # width multiplier: channels of every layer, relative to the paper
     anchors: tuple = ANCHORS  # [3 scales][3] (width, height), relative to an image of image_size pixels
     pretrained_weights: str = ""  # a folder or hub id (detector or backbone), darknet53.conv.74 or yolov3.weights
-    freeze_epochs: int = 0  # first epochs that do not train the backbone
+    freeze_epochs: int = 0  # first epochs, in which the backbone is frozen
 
     # training
     epochs: int = 40
     batch_size: int = 32
-    max_lr: float = 0.0  # peak of OneCycle; 0: run the learning-rate range test
-    warmup_fraction: float = 0.1  # fraction of the steps in which OneCycle rises
+    max_lr: float = 0.0  # peak of OneCycle; 0: find it with the learning-rate range test
+    warmup_fraction: float = 0.1  # fraction of the steps in which the learning rate rises
     weight_decay: float = 0.05  # of kernels only, not of biases and batch norm
     gradient_clip_val: float = 10.0  # L2 norm
     ema_decay: float = 0.998
@@ -69,11 +99,13 @@ class Config:
     def __post_init__(self):
         for size in (self.image_size, *self.multiscale_sizes):
             if size < 32 or size % 32:
-                raise ValueError(f"Config: side {size} is not a positive multiple of 32. Use e.g. {max(32, size // 32 * 32)}.")
+                raise ValueError(
+                    f"Config: image size {size} is not a positive multiple of 32. Use e.g. {max(32, size // 32 * 32)}."
+                )
         if self.dataset not in ("voc", "shapes"):
             raise ValueError(f'Config.dataset is {self.dataset!r}. Use "voc" or "shapes".')
         if len(set(self.classes)) != len(self.classes) or not self.classes:
-            raise ValueError(f"Config.classes must name each class once, not {self.classes}.")
+            raise ValueError(f"Config.classes is {self.classes}. Name at least one class, each only once.")
         for name in ("mosaic_prob", "min_visibility", "warmup_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Config.{name} is {getattr(self, name)}. Use a value from 0 to 1.")
@@ -83,42 +115,16 @@ class Config:
 
     @property
     def canvas_size(self) -> int:
-        """Side of the training images in pixels: the largest sampled one, so that a batch is only ever made smaller."""
+        """Size of the training samples: the largest of all image sizes, so that batches are only ever downscaled."""
         return max((self.image_size, *self.multiscale_sizes))
 
     @property
     def close_mosaic_epoch(self) -> int:
-        """First epoch (from 0) without mosaics and multi-resolution; never before half of the epochs."""
+        """First epoch (from 0) without mosaics and multi-resolution."""
         return self.epochs - min(self.close_mosaic_epochs, self.epochs // 2)
 
-    def replace(self, **changes) -> "Config":
-        """Return a copy with some settings changed."""
-        return dataclasses.replace(self, **changes)
 
-    def save(self, path: str | Path) -> None:
-        """Write the settings as JSON, atomically."""
-        part = Path(f"{path}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Config":
-        """Read settings written by `save`, also under their former names. Raises ValueError that names file and field."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a JSON file of settings: {error}") from None
-        values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(
-                f"{path}: unknown settings {sorted(unknown)}. Remove them, or use the version that wrote the file."
-            )
-        return cls(**{name: _tuples(value) for name, value in values.items()})
-
-
-FORMER_NAMES = {  # settings as older runs wrote them
+FORMER_NAMES = {  # names in config.json of older runs
     "data": "dataset", "sizes": "multiscale_sizes", "size_steps": "multiscale_interval", "mosaic": "mosaic_prob",
     "mosaic_off_epochs": "close_mosaic_epochs", "single_scale": "image_scale", "min_visible": "min_visibility",
     "clip": "gradient_clip_val", "warmup": "warmup_fraction", "workers": "num_workers", "weights": "pretrained_weights",
@@ -131,8 +137,8 @@ def _tuples(value):
 
 
 PRESETS = {
-    "voc": Config(),  # the assignment: full kernels, 416 pixels, 07+12 trainval to 07 test; needs a GPU
-    "shapes": Config(  # the synthetic data set, minutes on 2 CPU cores
+    "voc": Config(),  # the assignment: full width, 416 pixels, 07+12 trainval to 07 test; needs a GPU
+    "shapes": Config(  # synthetic data set; minutes on 2 CPU cores
         dataset="shapes", classes=SHAPE_CLASSES, image_size=160, width=0.25, epochs=24, batch_size=16, close_mosaic_epochs=4,
         run_dir="runs/shapes",
     ),

@@ -1,4 +1,4 @@
-"""Annotations and pictures damaged in every way we could think of: usable records, or one error that says where."""
+"""Damaged annotations and images: each gives a usable record, or an error that names the file."""
 
 import io
 import itertools
@@ -47,7 +47,7 @@ OBJECT = (
     "<object><name>{}</name><pose>Left</pose><truncated>1</truncated><difficult>0</difficult>"
     "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax></bndbox></object>"
 )
-WHOLE = "<annotation><size><width>100</width><height>80</height></size>{}</annotation>".format(
+VALID = "<annotation><size><width>100</width><height>80</height></size>{}</annotation>".format(
     "".join(map(OBJECT.format, CLASSES))
 )
 CONFIG = Config(image_size=64, classes=CLASSES, epochs=10, close_mosaic_epochs=0, cache_gb=0, num_workers=0)
@@ -55,10 +55,10 @@ CONFIG = Config(image_size=64, classes=CLASSES, epochs=10, close_mosaic_epochs=0
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """Five minutes at most for each test, which takes seconds."""
+    """Limit each test to five minutes; they take seconds."""
 
     def expire(*_):
-        raise TimeoutError("this test hangs")
+        raise TimeoutError("The test hangs.")
 
     signal.signal(signal.SIGALRM, expire)
     signal.alarm(300)
@@ -67,32 +67,32 @@ def no_hang():
 
 
 def change(text: str, field: str, random, new) -> str:
-    """`text` with one element of this name, chosen at random, replaced by what `new` makes of it."""
-    found = random.choice([match.span() for match in re.finditer(rf"<{field}>.*?</{field}>", text)])
-    return text[: found[0]] + new(text[found[0] : found[1]]) + text[found[1] :]
+    """Replace one random element `field` of `text` by new(element)."""
+    start, end = random.choice([match.span() for match in re.finditer(rf"<{field}>.*?</{field}>", text)])
+    return text[:start] + new(text[start:end]) + text[end:]
 
 
 def with_number(field: str, random, value: str) -> str:
-    return change(WHOLE, field, random, lambda _: f"<{field}>{value}</{field}>")
+    return change(VALID, field, random, lambda _: f"<{field}>{value}</{field}>")
 
 
 def mutations(random) -> dict:
-    """Each a way to spoil WHOLE: (the new text or bytes, what the error must name; empty where either is right)."""
-    field, number, raw = random.choice(FIELDS), random.choice(NUMBERS), WHOLE.encode()
+    """Damage VALID in each way: (new text or bytes, what the error must name; "" if an error is optional)."""
+    field, number, raw = random.choice(FIELDS), random.choice(NUMBERS), VALID.encode()
     place, flipped = int(random.integers(len(raw))), bytearray(raw)
     for _ in range(random.integers(1, 9)):
         flipped[random.integers(len(raw))] ^= 1 << random.integers(8)
     twisted = f"<{number}>{random.integers(61, 70) if number.endswith('min') else random.integers(1, 10)}</{number}>"
     encoding = random.choice(["utf-16", "utf-8-sig", "utf-16-le", "utf-7", "ebcdic-cp-be", "latin-1", "no-such-encoding"])
-    declared = f'<?xml version="1.0" encoding="{encoding}"?>{WHOLE.replace("Left", "é")}'
+    declared = f'<?xml version="1.0" encoding="{encoding}"?>{VALID.replace("Left", "é")}'
     return {
-        "missing field": (change(WHOLE, field, random, lambda _: ""), "" if field == "difficult" else field),
-        "repeated field": (change(WHOLE, field, random, lambda old: old * 2), field),
+        "missing field": (change(VALID, field, random, lambda _: ""), "" if field == "difficult" else field),
+        "repeated field": (change(VALID, field, random, lambda old: old * 2), field),
         "empty field": (
-            change(WHOLE, field, random, lambda _: f"<{field}/>"), {"bndbox": "xmin", "name": "''"}.get(field, field)),
+            change(VALID, field, random, lambda _: f"<{field}/>"), {"bndbox": "xmin", "name": "''"}.get(field, field)),
         "no number": (with_number(number, random, random.choice(WORDS)), "box|" + number),
         "negative": (with_number(number, random, str(-random.integers(1, 1000))), "box"),
-        "swapped": (change(WHOLE, number, random, lambda _: twisted), "box"),
+        "swapped": (change(VALID, number, random, lambda _: twisted), "box"),
         "zero area": (with_number(number, random, {"xmin": "51", "xmax": "10", "ymin": "61", "ymax": "20"}[number]), "box"),
         "outside": (with_number(number, random, str(random.integers(102, 10**6))), "box"),
         "huge": (with_number(number, random, "9" * int(random.integers(7, 4000))), "box|number"),
@@ -102,25 +102,25 @@ def mutations(random) -> dict:
             "Config.classes"),
         "wrong size": (with_number("width", random, str(random.integers(101, 4000))), "<size>"),
         "size no number": (with_number("height", random, random.choice(WORDS[:6])), "size/height"),
-        "other element": (WHOLE.replace(f"<{field}>", f"<{field}><b/>"), ""),
+        "other element": (VALID.replace(f"<{field}>", f"<{field}><b/>"), ""),
         "other encoding": (declared.encode("utf-8" if encoding.startswith(("no", "eb")) else encoding), ""),
-        "entities": ((ENTITIES + WHOLE.replace("cat", "&i;")).encode(random.choice(["utf-8", "utf-16"])), "DOCTYPE"),
-        "outside file": (f'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>{WHOLE.replace("cat", "&x;")}', "DOCTYPE"),
+        "entities": ((ENTITIES + VALID.replace("cat", "&i;")).encode(random.choice(["utf-8", "utf-16"])), "DOCTYPE"),
+        "outside file": (f'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>{VALID.replace("cat", "&x;")}', "DOCTYPE"),
         "cut": (raw[:place], "XML"),
         "bits": (bytes(flipped), ""),
         "no XML": (
             random.choice(["", "{}", "null", "a,b\n1,2", "\x00" * 99, "<" * 999, "%PDF-1.4", "<html></html>"]),
-            "XML|outermost"),
+            "XML|root element"),
         "noise": (random.bytes(place), "XML"),
-        "deep": ("<annotation>" + "<object>" * 20_000 + "</object>" * 20_000 + "</annotation>", "object 1: no <name>"),
-        "another root": (WHOLE.replace("annotation", f"a{place}"), "outermost"),
-        "name space": (WHOLE.replace("<annotation>", '<annotation xmlns="http://a.b/c">'), "outermost"),
+        "deep": ("<annotation>" + "<object>" * 20_000 + "</object>" * 20_000 + "</annotation>", "object 1 has no <name>"),
+        "other root": (VALID.replace("annotation", f"a{place}"), "root element"),
+        "name space": (VALID.replace("<annotation>", '<annotation xmlns="http://a.b/c">'), "root element"),
         "joined": (raw[: -len("</annotation>")] + raw, "XML"),
     }  # fmt: skip
 
 
 def check_sample(boxes, labels, note) -> None:
-    """Boxes cxcywh within 0..1, each with an area."""
+    """Check that boxes cxcywh are within 0..1 and not empty, and that labels are valid."""
     edges = cxcywh_to_xyxy(boxes)
     assert boxes.isfinite().all() and (edges >= -1e-6).all() and (edges <= 1 + 1e-6).all() and (boxes[:, 2:] > 0).all(), note
     assert ((labels >= 0) & (labels < len(CLASSES))).all(), note
@@ -128,25 +128,25 @@ def check_sample(boxes, labels, note) -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A folder VOC2007 whose picture "whole" is good, 100 x 80."""
+    """A folder VOC2007 with a valid image "valid" of 100 x 80 pixels."""
     folder = tmp_path_factory.mktemp("tree") / "VOCdevkit" / "VOC2007"
     for name in ("ImageSets/Main", "JPEGImages", "Annotations"):
         (folder / name).mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "JPEGImages" / "whole.jpg")
-    (folder / "Annotations" / "whole.xml").write_text(WHOLE)
+    Image.fromarray(pixels).save(folder / "JPEGImages" / "valid.jpg")
+    (folder / "Annotations" / "valid.xml").write_text(VALID)
     return folder
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_spoilt_annotations(tree, seed):
-    """1,200 in all: each is read into boxes within 0..1, or refused by file and field."""
+def test_damaged_annotations(tree, seed):
+    """1,200 in total: each gives boxes within 0..1, or an error that names file and field."""
     random, usable, refused = np.random.default_rng(seed), 0, 0
-    file = tree / "Annotations" / "whole.xml"
+    file = tree / "Annotations" / "valid.xml"
     for _ in range(12):
         for way, (content, named) in mutations(random).items():
             file.write_bytes(content if isinstance(content, bytes) else content.encode())
-            record, problems = read_image_record(tree, "whole", CLASSES)
+            record, problems = read_image_record(tree, "valid", CLASSES)
             note = way, content[:2000], problems[:3]
             if record is None:
                 assert all(p.text.startswith(str(file)) and len(p.text) < len(str(file)) + 300 for p in problems), note
@@ -157,40 +157,40 @@ def test_spoilt_annotations(tree, seed):
                 check_sample(*ValDataset([record], CONFIG)[0][1:3], note)
                 check_sample(*MosaicDataset([record], CONFIG)[usable % 10][1:], note)
                 usable += 1
-    file.write_text(WHOLE)
+    file.write_text(VALID)
     assert usable + refused == 300 and usable > 8 and refused > 200
 
 
-def encode(picture: Image.Image, kind: str = "JPEG", **options) -> bytes:
+def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
-def pictures(whole: bytes) -> dict[str, tuple[bytes, bool | None]]:
-    """Files named .jpg: (bytes, whether they can be used; None where either is right)."""
+def image_files(valid: bytes) -> dict[str, tuple[bytes, bool | None]]:
+    """Return contents of .jpg files: (bytes, whether they are usable; None if both are acceptable)."""
     random = np.random.default_rng(0)
-    opened = Image.open(io.BytesIO(whole))
-    turned, wide = Image.Exif(), Image.new("RGB", (20_000, 3), "red")
-    turned[0x0112] = 6
+    opened = Image.open(io.BytesIO(valid))
+    rotated, wide = Image.Exif(), Image.new("RGB", (20_000, 3), "red")
+    rotated[0x0112] = 6
     bomb = encode(Image.new("1", (1, 1)), "PNG").replace(
         b"\x00\x00\x00\x01\x00\x00\x00\x01", b"\x00\x01\x00\x00\x00\x01\x00\x00"
     )
     files = {
-        "empty": (b"", False), "text": (b"not a picture", False), "page": (b"<html>404</html>", False), "bomb": (bomb, False),
-        "start only": (whole[:2], False), "end only": (whole[:2] + b"\xff\xd9", False), "zeros": (bytes(5000), False),
-        "trailing bytes": (whole + bytes(3000), True), "no end mark": (whole[:-2], None),
+        "empty": (b"", False), "text": (b"not an image", False), "page": (b"<html>404</html>", False), "bomb": (bomb, False),
+        "start only": (valid[:2], False), "end only": (valid[:2] + b"\xff\xd9", False), "zeros": (bytes(5000), False),
+        "trailing bytes": (valid + bytes(3000), True), "no end mark": (valid[:-2], None),
         "CMYK": (encode(opened.convert("CMYK")), True), "grey": (encode(opened.convert("L")), True),
-        "progressive": (encode(opened, progressive=True), True), "turned": (encode(opened, exif=turned), True),
+        "progressive": (encode(opened, progressive=True), True), "rotated": (encode(opened, exif=rotated), True),
         "1 x 1": (encode(opened.resize((1, 1))), True), "wide": (encode(wide), True),
         "tall": (encode(wide.rotate(90, expand=True)), True), "16 bits": (encode(opened.convert("I;16"), "PNG"), True),
         "PNG": (encode(opened, "PNG"), True), "GIF": (encode(opened, "GIF"), True), "BMP": (encode(opened, "BMP"), True),
         "cut PNG": (encode(opened, "PNG")[:-300], False), "palette": (encode(opened.quantize(4), "PNG", transparency=1), True),
     }  # fmt: skip
-    for cut in random.integers(3, len(whole) - 600, 20):
-        files[f"cut at {cut}"] = whole[:cut], False
+    for cut in random.integers(3, len(valid) - 600, 20):
+        files[f"cut at {cut}"] = valid[:cut], False
     for number in range(100):
-        flipped = bytearray(whole if number % 2 else files["turned"][0])
+        flipped = bytearray(valid if number % 2 else files["rotated"][0])
         for _ in range(random.integers(1, 6)):
             flipped[random.integers(len(flipped) if number % 4 else 300)] ^= 1 << random.integers(8)
         files[f"bits {number}"] = bytes(flipped), None
@@ -199,57 +199,57 @@ def pictures(whole: bytes) -> dict[str, tuple[bytes, bool | None]]:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.filterwarnings("ignore:(Truncated File Read|Corrupt EXIF data|Possibly corrupt EXIF data|Metadata Warning)")
-def test_damaged_pictures(tree):
-    """More than a hundred: each gives samples, or an error that names the file, when it is checked or when it is drawn."""
+def test_damaged_images(tree):
+    """More than 100: each gives samples, or an error that names the file, when it is checked or loaded."""
     (tree / "Annotations" / "some.xml").write_text("<annotation/>")
     file = tree / "JPEGImages" / "some.jpg"
-    for way, (content, good) in pictures((tree / "JPEGImages" / "whole.jpg").read_bytes()).items():
+    for way, (content, usable) in image_files((tree / "JPEGImages" / "valid.jpg").read_bytes()).items():
         file.write_bytes(content)
         record, problems = read_image_record(tree, "some", CLASSES)
         decoded, all_problems = read_image_record(tree, "some", CLASSES, decode=True)
         assert all(str(file) in problem.text for problem in problems + all_problems), way
-        assert good is None or (record is not None) == (decoded is not None) == good, (way, problems)
+        assert usable is None or (record is not None) == (decoded is not None) == usable, (way, problems)
         assert record is not None or decoded is None, way
         if record is not None:
             try:
                 assert ValDataset([record], CONFIG)[0][0].shape == (3, 64, 64)
                 assert MosaicDataset([record], CONFIG)[0][0].shape == (3, 64, 64)
             except ValueError as error:
-                assert str(file) in str(error) and all_problems and good is None, way
+                assert str(file) in str(error) and all_problems and usable is None, way
 
 
-def test_an_annotation_is_for_the_picture_as_seen(tree):
+def test_annotations_apply_to_the_rotated_image(tree):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown 80 x 100
-    with Image.open(tree / "JPEGImages" / "whole.jpg") as image:
-        image.save(tree / "JPEGImages" / "turned.jpg", exif=exif)
-    (tree / "Annotations" / "turned.xml").write_text(WHOLE)
-    assert [problem.kind for problem in read_image_record(tree, "turned", CLASSES)[1]] == ["size"]
-    (tree / "Annotations" / "turned.xml").write_text(WHOLE.replace("100</w", "80</w").replace("80</h", "100</h"))
-    assert len(read_image_record(tree, "turned", CLASSES)[0].boxes) == 3
+    with Image.open(tree / "JPEGImages" / "valid.jpg") as image:
+        image.save(tree / "JPEGImages" / "rotated.jpg", exif=exif)
+    (tree / "Annotations" / "rotated.xml").write_text(VALID)
+    assert [problem.kind for problem in read_image_record(tree, "rotated", CLASSES)[1]] == ["size"]
+    (tree / "Annotations" / "rotated.xml").write_text(VALID.replace("100</w", "80</w").replace("80</h", "100</h"))
+    assert len(read_image_record(tree, "rotated", CLASSES)[0].boxes) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_damaged_while_training_is_named(tree, tmp_path, workers):
+def test_an_image_damaged_during_training_is_named(tree, tmp_path, workers):
     root = shutil.copytree(tree.parents[1], tmp_path / "a tree")
     folder = root / "VOCdevkit" / "VOC2007"
-    (folder / "ImageSets" / "Main" / "train.txt").write_text("whole\n")
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("valid\n")
     data = DetectionDataModule(CONFIG.replace(
         voc_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",), num_workers=workers, batch_size=1
     ))  # fmt: skip
     data.setup()
-    with open(folder / "JPEGImages" / "whole.jpg", "r+b") as file:
+    with open(folder / "JPEGImages" / "valid.jpg", "r+b") as file:
         file.truncate(500)
     for loader in (data.train_dataloader(), data.val_dataloader()):
-        with pytest.raises(ValueError, match=r"whole\.jpg can't be read as a picture"):
+        with pytest.raises(ValueError, match=r"valid\.jpg can't be read as an image"):
             next(iter(loader))
 
 
-def test_odd_paths(tree, tmp_path):
-    """Spaces, letters of other scripts, and bytes that are no text."""
+def test_unusual_paths(tree, tmp_path):
+    """Spaces, non-ASCII letters, and bytes that are not UTF-8."""
     for name in ("with spaces", "Bücher é 猫", b"bytes \xff".decode("utf-8", "surrogateescape")):
         root = shutil.copytree(tree.parents[1], tmp_path / name)
-        (root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt").write_text("whole\n")
+        (root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt").write_text("valid\n")
         data = DetectionDataModule(CONFIG.replace(voc_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",)))
         data.setup()
         assert len(next(iter(data.val_dataloader()))["targets"]) == 3

@@ -1,17 +1,33 @@
-"""Settings: checked, written, read back."""
+"""Settings: validated, saved, loaded."""
 
 import dataclasses
+import json
 
 import pytest
 
-from src.config import VOC_CLASSES, Config
+from src.config import FORMER_NAMES, VOC_CLASSES, Config
 from src.model.network import ANCHORS
 
 
-def test_a_run_can_be_started_again_from_its_settings(tmp_path):
+def test_saved_settings_load_unchanged(tmp_path):
     config = Config(dataset="shapes", classes=("a", "b"), multiscale_sizes=(256, 288), width=0.25, max_lr=0.003)
     config.save(tmp_path / "run" / "config.json")
     assert Config.load(tmp_path / "run" / "config.json") == config
+
+
+def test_every_former_name_loads(tmp_path):
+    """The settings of an older run, written under all former names."""
+    config = Config(
+        dataset="shapes", multiscale_sizes=(64, 96), multiscale_interval=3, mosaic_prob=0.5, close_mosaic_epochs=7,
+        image_scale=(0.5, 0.9), min_visibility=0.1, gradient_clip_val=1.0, warmup_fraction=0.2, num_workers=5,
+        pretrained_weights="darknet53.conv.74",
+    )  # fmt: skip
+    values = dataclasses.asdict(config)
+    for former, name in FORMER_NAMES.items():
+        assert values[name] != getattr(Config(), name), name
+        values[former] = values.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert Config.load(tmp_path / "config.json") == config
 
 
 def test_unknown_settings_and_broken_files_are_named(tmp_path):
@@ -27,15 +43,15 @@ def test_unknown_settings_and_broken_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"image_size": 100}, "side 100 is not a positive multiple of 32. Use e.g. 96"),
-        ({"multiscale_sizes": (256, 300)}, "side 300"),
+        ({"image_size": 100}, "image size 100 is not a positive multiple of 32. Use e.g. 96"),
+        ({"multiscale_sizes": (256, 300)}, "image size 300"),
         ({"dataset": "coco"}, "Config.dataset is 'coco'"),
         ({"classes": ("a", "a")}, "Config.classes"),
         ({"mosaic_prob": 1.5}, "Config.mosaic_prob is 1.5"),
         ({"epochs": 0}, "Config.epochs is 0"),
     ],
 )
-def test_impossible_settings_are_refused_by_name(setting, message):
+def test_invalid_settings_are_named(setting, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Config(**setting)
 
@@ -50,7 +66,7 @@ def test_voc_root_comes_from_the_environment(monkeypatch):
     assert Config().voc_root == "/somewhere"
 
 
-def test_the_papers_classes_and_anchors():
+def test_voc_classes_and_anchors():
     assert len(VOC_CLASSES) == 20 and list(VOC_CLASSES) == sorted(VOC_CLASSES)
     areas = [[w * h for w, h in scale] for scale in ANCHORS]
     assert min(areas[0]) > max(areas[1]) > min(areas[1]) > max(areas[2])

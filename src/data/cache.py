@@ -1,4 +1,4 @@
-"""Resized pictures, decoded once and shared by every loader process through one memory-mapped file."""
+"""Cache of resized images, shared by all loader processes through a memory-mapped file."""
 
 import hashlib
 import os
@@ -7,32 +7,28 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.records import ImageRecord
-
 FOLDER = Path("data/cache")
 
 
 class ImageCache:
-    """`count` slots for pictures of at most side x side pixels, filled as they are first asked for.
+    """`count` slots for images of at most size x size pixels. A slot is filled when its image is first read.
 
-    The file takes its room on the disk at once (16,551 pictures of 07+12 at 416: 8.6 GB): where a disk fills up under
-    a mapped file, the process that writes dies by a bus error. Pages are shared: memory is that of the pictures once.
+    The file takes its full disk space at once (16,551 images of VOC 07+12 at 416: 8.6 GB): if the disk filled up later,
+    the writing process would be killed by a bus error. The pages are shared, so each image is in memory once.
     """
 
-    def __init__(self, path: Path, count: int, side: int):
-        self.path, self.count, self.side = path, count, side
-        self.file = None  # opened by the process that uses it
+    def __init__(self, path: Path, count: int, size: int):
+        self.path, self.count = path, count
+        self.dtype = np.dtype([("shape", "<i4", 4), ("pixels", "u1", (size * size * 3,))])
+        self.slots = None  # each process opens the file itself
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "file": None}
-
-    def _kind(self) -> np.dtype:
-        return np.dtype([("shape", "<i4", 4), ("pixels", "u1", (self.side * self.side * 3,))])
+        return {**self.__dict__, "slots": None}
 
     def reserve(self) -> None:
-        """Make the file. Raises OSError where it can't be written or has no room."""
+        """Create the file at its full size. Raises OSError if it can't be written or the disk is full."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        size = self.count * self._kind().itemsize
+        size = self.count * self.dtype.itemsize
         with open(self.path, "ab") as file:
             if file.tell() < size:
                 try:
@@ -44,45 +40,42 @@ class ImageCache:
                     self.path.unlink()
                     raise
 
-    def _open(self) -> np.memmap:
-        self.reserve()
-        return np.memmap(self.path, dtype=self._kind(), mode="r+", shape=(self.count,))
-
     def fetch(self, index: int, read: Callable[[], tuple[np.ndarray, tuple[int, int]]]) -> tuple:
-        """Picture `index`, uint8 [h, w, 3], and the (width, height) it had; `read` gives both the first time."""
-        if self.file is None:
-            self.file = self._open()
-        slot = self.file[index]
-        height, width, *original = (int(v) for v in slot["shape"])
+        """Return image `index`, uint8 [h, w, 3], and its original (width, height). `read` returns both on first use."""
+        if self.slots is None:
+            self.reserve()
+            self.slots = np.memmap(self.path, dtype=self.dtype, mode="r+", shape=(self.count,))
+        slot = self.slots[index]
+        height, width, *original_size = (int(v) for v in slot["shape"])
         if height:
-            return slot["pixels"][: height * width * 3].reshape(height, width, 3), tuple(original)
-        image, original = read()
+            return slot["pixels"][: height * width * 3].reshape(height, width, 3), tuple(original_size)
+        image, original_size = read()
         slot["pixels"][: image.size] = image.ravel()
-        slot["shape"] = (*image.shape[:2], *original)  # last: another process may be reading
-        return image, original
+        slot["shape"] = (*image.shape[:2], *original_size)  # last: other processes may be reading
+        return image, original_size
 
 
-def open_cache(records: list[ImageRecord], name: str, side: int, room_gb: float) -> ImageCache | None:
-    """The cache of these pictures at this side, or None with a word why: over `room_gb`, or no place to write it.
+def open_cache(images: list[str | np.ndarray], name: str, size: int, max_gb: float) -> ImageCache | None:
+    """Return a cache for these images at this size, or None with a printed reason if it can't be created.
 
-    Its file is named after the pictures (path, size and time, or content), so changed pictures get a new one.
+    The file name contains a digest of the images (path, file size and time, or pixels), so changed images get a new file.
     """
-    need = len(records) * (side * side * 3 + 16) / 1e9
-    if not room_gb:
+    if not max_gb:
         return None
     digest = hashlib.blake2b(digest_size=8)
-    for record in records:
-        if isinstance(record.image, np.ndarray):
-            digest.update(record.image)
+    for image in images:
+        if isinstance(image, np.ndarray):
+            digest.update(image)
         else:
-            status = os.stat(record.image)
-            digest.update(os.fsencode(record.image) + f" {status.st_size} {status.st_mtime_ns}".encode())
-    cache = ImageCache(FOLDER / f"{name}-{side}-{digest.hexdigest()}.u8", len(records), side)
+            status = os.stat(image)
+            digest.update(os.fsencode(image) + f" {status.st_size} {status.st_mtime_ns}".encode())
+    cache = ImageCache(FOLDER / f"{name}-{size}-{digest.hexdigest()}.u8", len(images), size)
+    required_gb = cache.count * cache.dtype.itemsize / 1e9
     try:
-        if need > room_gb:
-            raise OSError(f"Config.cache_gb allows {room_gb:g} GB")
+        if required_gb > max_gb:
+            raise OSError(f"Config.cache_gb allows {max_gb:g} GB")
         cache.reserve()
     except OSError as error:
-        print(f"No cache for {len(records):,} {name} pictures, {need:.1f} GB ({error}): each epoch decodes them again")
+        print(f"No cache for {len(images):,} {name} images, {required_gb:.1f} GB ({error}). Each epoch decodes them again.")
         return None
     return cache

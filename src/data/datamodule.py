@@ -1,4 +1,4 @@
-"""Records to batches: mosaics, augmentation, the held-out letterbox, loaders."""
+"""Validation samples, batches and loaders."""
 
 import os
 import shutil
@@ -18,13 +18,13 @@ from src.data.mosaic import MosaicDataset, to_sample
 from src.data.records import ImageRecord
 from src.data.shapes import draw_shapes
 from src.data.voc import download_voc, read_voc
-from src.serving.images import image_size_of, letterbox, letterbox_placement, load_image
+from src.serving.images import get_image_size, letterbox, letterbox_placement, load_image
 
-SHARED = "/dev/shm"  # where loader processes leave their batches; 64 MB in a Docker container that asks for no more
+SHARED_MEMORY = "/dev/shm"  # loader processes pass their batches through it; Docker's default size is 64 MB
 
 
 class ValDataset(Dataset):
-    """Evaluation samples: each record letterboxed, nothing random. Also gives the difficult flags."""
+    """Validation samples: each record letterboxed, without augmentation, with its `difficult` flags."""
 
     def __init__(self, records: list[ImageRecord], config: Config, cache: ImageCache | None = None):
         self.records, self.config, self.cache = records, config, cache
@@ -33,46 +33,49 @@ class ValDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        record, side = self.records[index], self.config.image_size
+        record, size = self.records[index], self.config.image_size
 
         def read():
-            return letterbox(load_image(record.image), side)[0], image_size_of(record.image)
+            return letterbox(load_image(record.image), size)[0], get_image_size(record.image)
 
         square, (width, height) = self.cache.fetch(index, read) if self.cache else read()
-        placement = letterbox_placement(width, height, side)
+        placement = letterbox_placement(width, height, size)
         boxes = record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)
-        boxes = np.clip(boxes, 0, side).astype(np.float32)
+        boxes = np.clip(boxes, 0, size).astype(np.float32)
         return *to_sample(np.array(square), boxes, record.labels), torch.from_numpy(record.difficult)
 
 
 def collate(samples: list[tuple]) -> dict[str, Tensor]:
-    """Samples of one side -> a batch.
+    """Join samples of one image size into a batch.
 
-    "images" uint8 [B, 3, S, S], channels last in memory; "targets" float32 [N, 6]: image index, class, cx, cy,
-    w, h in 0..1; and, of held-out samples, "difficult" bool [N].
+    "images": uint8 [B, 3, S, S], channels last in memory. "targets": float32 [N, 6] = image index, class, cx, cy,
+    w, h in 0..1. "difficult": bool [N], of validation samples only.
     """
     images = torch.stack([sample[0].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
-    owner = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s[2]) for s in samples]))
+    image_index = torch.repeat_interleave(torch.tensor([len(sample[2]) for sample in samples]))
     boxes, labels = (torch.cat([sample[part] for sample in samples]) for part in (1, 2))
-    columns = owner[:, None].float(), labels[:, None].float(), boxes
-    batch = {"images": images, "targets": torch.cat(columns, dim=1)}
+    targets = torch.cat((image_index[:, None].float(), labels[:, None].float(), boxes), dim=1)
+    batch = {"images": images, "targets": targets}
     if len(samples[0]) == 4:
         batch["difficult"] = torch.cat([sample[3] for sample in samples])
     return batch
 
 
 class SampleIdSampler(DistributedSampler):
-    """Every picture once an epoch, shuffled by (seed, epoch), as draws of `MosaicDataset`; a part to each process."""
+    """Sample ids of `MosaicDataset`: each image once per epoch, shuffled by (seed, epoch), split among the processes."""
 
     def __init__(self, dataset: Dataset, seed: int):
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        super().__init__(dataset, world, rank, shuffle=True, seed=seed)
+        super().__init__(dataset, *_world_and_rank(), shuffle=True, seed=seed)
 
     def __iter__(self):
         return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 
-DATA_FIELDS = (  # what of a Config decides which batches there are
+def _world_and_rank() -> tuple[int, int]:
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+DATA_FIELDS = (  # fields of Config that determine the batches
     "dataset", "voc_root", "train_splits", "val_splits", "classes", "skip_bad_files", "shapes_train", "shapes_val",
     "image_size", "multiscale_sizes", "mosaic_prob", "close_mosaic_epochs", "mosaic_scale", "image_scale", "min_visibility",
     "epochs", "batch_size", "devices", "seed",
@@ -80,7 +83,7 @@ DATA_FIELDS = (  # what of a Config decides which batches there are
 
 
 class DetectionDataModule(pl.LightningDataModule):
-    """The two splits of `config.dataset` and their loaders; the download happens in `prepare_data`."""
+    """Training and validation split of `config.dataset`, and their loaders. `prepare_data` downloads VOC if needed."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -89,67 +92,74 @@ class DetectionDataModule(pl.LightningDataModule):
         self.val_records: list[ImageRecord] = []
 
     def check_matches(self, config: Config) -> None:
-        """Raises ValueError that names a setting of the data in which `config` differs from the one they were made with."""
+        """Raise ValueError if `config` differs in a data setting from the one that this module was created with."""
         for name in DATA_FIELDS:
-            ours, asked = getattr(self.config, name), getattr(config, name)
-            if ours != asked:
+            own, given = getattr(self.config, name), getattr(config, name)
+            if own != given:
                 raise ValueError(
-                    f"the data were made with Config.{name} {ours}, not {asked}: make them anew, DetectionDataModule(config)"
+                    f"The data module was created with Config.{name} = {own!r}, but the config has {given!r}. "
+                    "Create a new one with DetectionDataModule(config)."
                 )
 
     def prepare_data(self) -> None:
+        """Download VOC's published splits if they are missing."""
         if self.config.dataset == "voc" and self.config.classes == VOC_CLASSES:
             download_voc(self.config.voc_root, self.config.train_splits + self.config.val_splits)
 
     def setup(self, stage: str = "") -> None:
-        """Read or draw the records, once. stage: Lightning's; both splits are read whatever it is."""
+        """Read both splits on the first call. stage: passed by Lightning, not used."""
         if self.train_records:
             return
         config = self.config
         if config.dataset == "voc":
-            where, how = config.voc_root, (config.classes, config.skip_bad_files)
-            self.val_records = read_voc(where, config.val_splits, *how)
-            self.train_records = read_voc(where, config.train_splits, *how)  # last: see above
+            args = config.classes, config.skip_bad_files
+            self.val_records = read_voc(config.voc_root, config.val_splits, *args)
+            self.train_records = read_voc(config.voc_root, config.train_splits, *args)  # last: it marks setup as done
         else:
             self.train_records = draw_shapes(config.shapes_train, seed=2 * config.seed)
             self.val_records = draw_shapes(config.shapes_val, seed=2 * config.seed + 1)
-        train_cache = open_cache(self.train_records, "training", config.canvas_size, config.cache_gb)
+        train_cache = open_cache(
+            [record.image for record in self.train_records], "training", config.canvas_size, config.cache_gb
+        )
         self.train_data = MosaicDataset(self.train_records, config, train_cache)
-        val_cache = open_cache(self.val_records, "held-out", config.image_size, config.cache_gb)
+        val_cache = open_cache([record.image for record in self.val_records], "validation", config.image_size, config.cache_gb)
         self.val_data = ValDataset(self.val_records, config, val_cache)
 
     def train_dataloader(self) -> DataLoader:
-        """Batches without end of an epoch's remainder: the last, smaller one is dropped."""
-        few = len(self.train_data) < self.config.batch_size
-        return self._loader(self.train_data, SampleIdSampler(self.train_data, self.config.seed), drop_last=not few)
+        """Return the training loader. It drops an incomplete last batch, except if that is the only one."""
+        drop_last = len(self.train_data) >= self.config.batch_size
+        return self._loader(self.train_data, SampleIdSampler(self.train_data, self.config.seed), drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader:
-        """Every held-out picture exactly once, whatever the number of processes."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        """Return the validation loader: each image exactly once, split among the processes."""
+        world, rank = _world_and_rank()
         return self._loader(self.val_data, range(rank, len(self.val_data), world))
 
     def _loader(self, dataset: Dataset, sampler, **options) -> DataLoader:
         return DataLoader(
-            dataset, self.config.batch_size, sampler=sampler, num_workers=self.workers, collate_fn=collate, **options,
-            worker_init_fn=_single_thread_worker, persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available(),
+            dataset, self.config.batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate,
+            worker_init_fn=single_thread_worker, persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(), **options,
         )  # fmt: skip
 
     @cached_property
-    def workers(self) -> int:
-        """Loader processes: as many as asked for and as have room in SHARED, where a full disk kills by a bus error.
+    def num_workers(self) -> int:
+        """Number of loader processes: as in Config.num_workers, but no more than shared memory has space for.
 
-        Two finished batches wait there for each, and two more are on their way.
+        A full SHARED_MEMORY kills them by a bus error. It holds two finished batches per process, and two more.
         """
-        wanted = self.config.num_workers if self.config.num_workers >= 0 else min(8, os.cpu_count() or 1)
+        requested = self.config.num_workers if self.config.num_workers >= 0 else min(8, os.cpu_count() or 1)
+        if not os.path.isdir(SHARED_MEMORY):
+            return requested
         batch = 3 * self.config.canvas_size**2 * self.config.batch_size * self.config.devices
-        free = shutil.disk_usage(SHARED).free if os.path.isdir(SHARED) else 2 * batch * (wanted + 1)
-        room = max(0, free // (2 * batch) - 1)
-        if room < wanted:
-            print(f"{SHARED} has {free / 1e6:.0f} MB free: room for the batches of {room} loader processes, not of "
-                  f"{wanted}; going on with {room} (docker run --shm-size=2g gives more)")  # fmt: skip
-        return min(wanted, room)
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        possible = max(0, free // (2 * batch) - 1)
+        if possible < requested:
+            print(f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for {requested} loader processes. "
+                  f"Using {possible}. In Docker, `docker run --shm-size=2g` provides more.")  # fmt: skip
+        return min(requested, possible)
 
 
-def _single_thread_worker(_: int) -> None:
-    """One loader process, one thread: OpenCV's own threads would fight over the cores."""
+def single_thread_worker(_: int) -> None:
+    """Limit OpenCV to one thread in each loader process, so that they don't compete for the cores."""
     cv2.setNumThreads(0)

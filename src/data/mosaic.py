@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no version check over the network
 
 import albumentations as A
 import cv2
@@ -15,14 +15,14 @@ from src.config import Config
 from src.data.cache import ImageCache
 from src.data.records import ImageRecord
 from src.model.boxes import xyxy_to_cxcywh
-from src.serving.images import PAD, image_size_of, load_image, resize_long_side
+from src.serving.images import PAD, get_image_size, load_image, resize_long_side
 
-MIN_SIDE = 2  # pixels; smaller remains of a box are dropped
+MIN_SIDE = 2  # pixels; a box that is cut to less is dropped
 Sample = tuple[Tensor, Tensor, Tensor]  # uint8 [3, S, S]; boxes float32 [n, 4] cxcywh in 0..1; labels int64 [n]
 
 
 def augmentations() -> A.Compose:
-    """What happens to a finished canvas: mirrored half the time, then its light and colours changed."""
+    """Return the augmentations of a finished canvas: horizontal flip, brightness, contrast and colour."""
     return A.Compose(
         [
             A.HorizontalFlip(p=0.5),
@@ -35,9 +35,9 @@ def augmentations() -> A.Compose:
 
 
 def paste(canvas: np.ndarray, region: tuple[int, int, int, int], image: np.ndarray, matrix: np.ndarray) -> None:
-    """Draw `image` on the part `region` (left, top, right, bottom) of the canvas; grey where it does not reach.
+    """Draw `image` into `region` (left, top, right, bottom) of the canvas, grey where the image does not reach.
 
-    matrix float64 [2, 3]: scale and shift that bring pixel edges of the image to pixel edges of the canvas.
+    matrix: float64 [2, 3], scale and shift from pixel edges of the image to pixel edges of the canvas.
     """
     left, top, right, bottom = region
     scale = matrix[[0, 1], [0, 1]]
@@ -48,21 +48,24 @@ def paste(canvas: np.ndarray, region: tuple[int, int, int, int], image: np.ndarr
     )
 
 
-def place_boxes(boxes: np.ndarray, matrix: np.ndarray, region: tuple, min_visibility: float) -> tuple:
-    """Boxes [n, 4] xyxy moved by `matrix` and cut at `region`; which keep enough of their area: bool [n]."""
+def transform_boxes(boxes: np.ndarray, matrix: np.ndarray, region: tuple, min_visibility: float) -> tuple:
+    """Transform boxes [n, 4] xyxy by `matrix` and clip them to `region`.
+
+    Returns float32 [n, 4], and bool [n]: True if at least `min_visibility` of the box's area is inside.
+    """
     moved = boxes * matrix[[0, 1, 0, 1], [0, 1, 0, 1]] + matrix[[0, 1, 0, 1], 2]
-    cut = np.clip(moved, region[:2] * 2, region[2:] * 2)
-    sides, whole = cut[:, 2:] - cut[:, :2], moved[:, 2:] - moved[:, :2]
-    kept = (sides >= MIN_SIDE).all(axis=1) & (sides.prod(axis=1) >= min_visibility * whole.prod(axis=1))
-    return cut.astype(np.float32), kept
+    clipped = np.clip(moved, region[:2] * 2, region[2:] * 2)
+    visible_wh, full_wh = clipped[:, 2:] - clipped[:, :2], moved[:, 2:] - moved[:, :2]
+    keep = (visible_wh >= MIN_SIDE).all(axis=1) & (visible_wh.prod(axis=1) >= min_visibility * full_wh.prod(axis=1))
+    return clipped.astype(np.float32), keep
 
 
 class MosaicDataset(Dataset):
-    """Training samples: `dataset[sample_id]`, sample_id = epoch * len(dataset) + index.
+    """Training samples: `dataset[sample_id]` with sample_id = epoch * len(dataset) + index.
 
-    What is drawn depends on (seed, sample_id) alone, not on workers, so a resumed run goes on as if never stopped.
-    `config.mosaic_prob` of the draws join four images around a random centre; the others place one. Each image is
-    resized by `config.mosaic_scale` or `image_scale` and a small change of shape in the same warp that places it.
+    A sample depends only on (seed, sample_id), not on the loader processes, so a resumed run gets the same samples.
+    A fraction `config.mosaic_prob` of the samples joins four images around a random point; the others show one image.
+    Each image is scaled by `config.mosaic_scale` or `image_scale`, with a small change of its aspect ratio.
     """
 
     def __init__(self, records: list[ImageRecord], config: Config, cache: ImageCache | None = None):
@@ -73,81 +76,79 @@ class MosaicDataset(Dataset):
         return len(self.records)
 
     def is_mosaic(self, sample_id: int) -> bool:
-        """Whether this sample_id is a four-image mosaic."""
-        return self._is_mosaic(sample_id, self._random(sample_id))
+        """Return whether this sample is a four-image mosaic."""
+        return self._seeded_choice(sample_id)[1]
 
-    def _is_mosaic(self, sample_id: int, random: np.random.Generator) -> bool:
-        return random.random() < self.config.mosaic_prob and sample_id // len(self) < self.config.close_mosaic_epoch
+    def _seeded_choice(self, sample_id: int) -> tuple[np.random.Generator, bool]:
+        """Return the sample's random generator, and whether it is a mosaic: the generator's first number."""
+        random = np.random.default_rng((self.config.seed, sample_id))
+        chosen = random.random() < self.config.mosaic_prob
+        return random, chosen and sample_id // len(self) < self.config.close_mosaic_epoch
 
     def __getitem__(self, sample_id: int) -> Sample:
-        random = self._random(sample_id)
-        draw_canvas = self._mosaic if self._is_mosaic(sample_id, random) else self._single
-        canvas, boxes, labels = draw_canvas(sample_id % len(self), random)
+        random, is_mosaic = self._seeded_choice(sample_id)
+        compose = self._mosaic if is_mosaic else self._single
+        canvas, boxes, labels = compose(sample_id % len(self), random)
         self.augment.set_random_seed(int(random.integers(2**31)))
         out = self.augment(image=canvas, bboxes=boxes, labels=labels)
         return to_sample(out["image"], np.float32(out["bboxes"]).reshape(-1, 4), np.int64(out["labels"]))
 
-    def _random(self, sample_id: int) -> np.random.Generator:
-        return np.random.default_rng((self.config.seed, sample_id))
-
     def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Picture `index` with `canvas` pixels on its long side, uint8, and its boxes in these pixels."""
-        record, side = self.records[index], self.config.canvas_size
+        """Return image `index` resized to `canvas_size` pixels on its long side, uint8, and its boxes in these pixels."""
+        record, size = self.records[index], self.config.canvas_size
 
         def read():
-            return resize_long_side(load_image(record.image, side), side), image_size_of(record.image)
+            return resize_long_side(load_image(record.image, size), size), get_image_size(record.image)
 
-        small, original = self.cache.fetch(index, read) if self.cache else read()
-        return small, record.boxes * np.array((small.shape[1] / original[0], small.shape[0] / original[1]) * 2)
+        image, original_size = self.cache.fetch(index, read) if self.cache else read()
+        return image, record.boxes * np.array((image.shape[1] / original_size[0], image.shape[0] / original_size[1]) * 2)
 
     @staticmethod
-    def _jitter(random: np.random.Generator, scales: tuple[float, float]) -> tuple[float, float]:
-        """Scale in x and in y, around one of `scales`."""
+    def _random_scale(random: np.random.Generator, scales: tuple[float, float]) -> tuple[float, float]:
+        """Sample the scale in x and in y: log-uniform within `scales`, with a small change of the aspect ratio."""
         scale = np.exp(random.uniform(*np.log(scales)))
-        shape = np.exp(random.uniform(-0.2, 0.2))
-        return scale * shape, scale / shape
+        aspect = np.exp(random.uniform(-0.2, 0.2))
+        return scale * aspect, scale / aspect
 
     def _mosaic(self, index: int, random: np.random.Generator) -> tuple:
-        """Four images around a point: canvas, boxes, labels. YOLOv4 (Bochkovskiy et al. 2020), section 3.3.
+        """Join four images around a random point: canvas, boxes, labels. YOLOv4 (Bochkovskiy et al. 2020), section 3.3.
 
-        An image larger than its part shows a random cut of itself, a smaller one lies at the common point.
+        An image larger than its region shows a random crop. A smaller one touches the common point.
         """
-        side = self.config.canvas_size
-        x, y = (int(v) for v in random.uniform(0.25, 0.75, 2) * side)
-        regions = (0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)
-        canvas = np.empty((side, side, 3), dtype=np.uint8)
-        found = []
-        numbers = index, *random.integers(len(self), size=3)
-        for corner, (number, region) in enumerate(zip(numbers, regions, strict=True)):
-            scale = self._jitter(random, self.config.mosaic_scale)
-            image, around = self.image(number)
+        size = self.config.canvas_size
+        x, y = (int(v) for v in random.uniform(0.25, 0.75, 2) * size)
+        regions = (0, 0, x, y), (x, 0, size, y), (0, y, x, size), (x, y, size, size)
+        canvas = np.empty((size, size, 3), dtype=np.uint8)
+        placed = []
+        indices = index, *random.integers(len(self), size=3)
+        for corner, (image_index, region) in enumerate(zip(indices, regions, strict=True)):
+            scale = self._random_scale(random, self.config.mosaic_scale)
+            image, boxes = self.image(image_index)
             free = np.subtract(region[2:], region[:2]) - image.shape[1::-1] * np.float64(scale)
             towards_centre = np.maximum(free, 0) * ((corner in (0, 2)), (corner in (0, 1)))
-            start = region[:2] + np.where(free > 0, towards_centre, free * random.random(2))
-            labels = self.records[number].labels
-            found.append(self._place(canvas, region, (image, around, labels), scale, start))
-        return canvas, np.concatenate([boxes for boxes, _ in found]), np.concatenate([labels for _, labels in found])
+            top_left = region[:2] + np.where(free > 0, towards_centre, free * random.random(2))
+            placed.append(self._place(canvas, region, image, boxes, self.records[image_index].labels, scale, top_left))
+        return canvas, np.concatenate([boxes for boxes, _ in placed]), np.concatenate([labels for _, labels in placed])
 
     def _single(self, index: int, random: np.random.Generator) -> tuple:
-        """One image somewhere on the canvas: canvas, boxes, labels."""
-        side = self.config.canvas_size
-        canvas = np.empty((side, side, 3), dtype=np.uint8)
-        scale = self._jitter(random, self.config.image_scale)
+        """Place one image at a random position: canvas, boxes, labels."""
+        size = self.config.canvas_size
+        canvas = np.empty((size, size, 3), dtype=np.uint8)
+        scale = self._random_scale(random, self.config.image_scale)
         image, boxes = self.image(index)
-        free = np.float64([side - image.shape[1] * scale[0], side - image.shape[0] * scale[1]])
-        picture = image, boxes, self.records[index].labels
-        return canvas, *self._place(canvas, (0, 0, side, side), picture, scale, free * random.random(2))
+        free = size - image.shape[1::-1] * np.float64(scale)
+        top_left = free * random.random(2)
+        return canvas, *self._place(canvas, (0, 0, size, size), image, boxes, self.records[index].labels, scale, top_left)
 
-    def _place(self, canvas: np.ndarray, region: tuple, picture: tuple, scale: tuple, corner: tuple) -> tuple:
-        """Draw a picture (image, boxes, labels), its top left at `corner`, in `region`; the boxes and labels left."""
-        image, boxes, labels = picture
-        matrix = np.float64([[scale[0], 0, corner[0]], [0, scale[1], corner[1]]])
+    def _place(self, canvas, region, image, boxes, labels, scale, top_left) -> tuple[np.ndarray, np.ndarray]:
+        """Draw an image into a region of the canvas and return its visible boxes and their labels."""
+        matrix = np.float64([[scale[0], 0, top_left[0]], [0, scale[1], top_left[1]]])
         paste(canvas, region, image, matrix)
-        cut, kept = place_boxes(boxes, matrix, region, self.config.min_visibility)
-        return cut[kept], labels[kept]
+        boxes, keep = transform_boxes(boxes, matrix, region, self.config.min_visibility)
+        return boxes[keep], labels[keep]
 
 
 def to_sample(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> Sample:
-    """uint8 [S, S, 3] and boxes xyxy in its pixels -> what `collate` takes."""
+    """Convert uint8 [S, S, 3] and boxes xyxy in pixels to a Sample for `collate`."""
     boxes = xyxy_to_cxcywh(torch.from_numpy(boxes)) / image.shape[0]
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), boxes, torch.from_numpy(labels)

@@ -1,51 +1,114 @@
-"""TODO."""
+"""Image records, problems of data files, and the checks that all data set formats share."""
 
+import shlex
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from src.serving.images import image_size_of, load_image
+from src.config import VOC_CLASSES
+from src.serving.images import get_image_size, load_image
+
+MAX_OUTSIDE = 1.0  # pixels that a box may extend beyond its image; it is clipped
+MAX_SHOWN = 10  # problems listed in an error
 
 
 class Problem(NamedTuple):
-    """Why a picture of a tree can't be used."""
+    """Reason why an image of a data set can't be used."""
 
-    kind: str  # to count by: "missing file", "annotation", "class", "box", "size" or "picture"
+    kind: str  # to count by: "missing file", "annotation", "class", "box", "size" or "image"
     text: str  # names the file and the field
 
 
 class ImageRecord(NamedTuple):
-    """One picture and its objects."""
+    """An image and its ground truth."""
 
     image: str | np.ndarray  # a path, or uint8 [H, W, 3] RGB
     boxes: np.ndarray  # float32 [n, 4] xyxy in pixels, left and top counted from 0
     labels: np.ndarray  # int64 [n]
-    difficult: np.ndarray  # bool [n]: hard to see; neither counted nor punished by VOC's average precision
+    difficult: np.ndarray  # bool [n]: hard to see; VOC's average precision ignores these objects
+
+
+Result = tuple[ImageRecord | None, list[Problem]]  # of reading an image: its record, or None and the problems
 
 
 def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: list) -> ImageRecord:
-    """A record of the right types, whatever the number of objects."""
+    """Convert lists to an ImageRecord; they may be empty."""
     boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
     return ImageRecord(image, boxes, np.asarray(labels, dtype=np.int64), np.asarray(difficult, dtype=bool))
 
 
 def read_size(path: Path, decode: bool = False) -> tuple[int, int]:
-    """(width, height) of a picture that can be read to its end.
+    """Return (width, height) of an image that is not truncated.
 
-    A JPEG is taken for whole where its end mark is there; every other file, and with `decode` all, is decoded.
+    A JPEG with its end marker counts as complete. Other files are decoded; with `decode`, all are.
     Raises FileNotFoundError, or ValueError that names the file.
     """
     try:
         with open(path, "rb") as file:
             start = file.read(2)
             file.seek(max(0, file.seek(0, 2) - 1024))
-            whole = start == b"\xff\xd8" and b"\xff\xd9" in file.read()
-        if decode or not whole:
+            complete = start == b"\xff\xd8" and b"\xff\xd9" in file.read()
+        if decode or not complete:
             load_image(path)
-        return image_size_of(path)
+        return get_image_size(path)
     except FileNotFoundError:
         raise
-    except Exception as error:  # decoders raise anything where bytes are damaged
-        text = str(error) if str(path) in str(error) else f"{path} can't be read as a picture ({error})"
+    except Exception as error:  # decoders raise any type of exception on damaged files
+        text = str(error) if str(path) in str(error) else f"{path} can't be read as an image ({error})."
         raise ValueError(text) from None
+
+
+def check_image(path: Path, decode: bool = False) -> tuple[tuple[int, int] | None, list[Problem]]:
+    """Return the (width, height) of an image, or None and the problem. See `read_size`."""
+    try:
+        return read_size(path, decode), []
+    except FileNotFoundError:
+        return None, [Problem("missing file", f"{path} is missing, but its split lists it.")]
+    except ValueError as error:
+        return None, [Problem("image", str(error))]
+
+
+def clip_box(box: tuple, size: tuple[float, float], min_side: float = 0.1) -> tuple | None:
+    """Clip a box xyxy to an image of (width, height) pixels.
+
+    Returns None if a side is shorter than `min_side`, or if the box extends more than MAX_OUTSIDE beyond the image.
+    """
+    left, top, right, bottom = box
+    inside = min(left, top) >= -MAX_OUTSIDE and right <= size[0] + MAX_OUTSIDE and bottom <= size[1] + MAX_OUTSIDE
+    clipped = max(left, 0.0), max(top, 0.0), min(right, size[0]), min(bottom, size[1])
+    return clipped if inside and clipped[2] - clipped[0] >= min_side and clipped[3] - clipped[1] >= min_side else None
+
+
+def usable_records(
+    results: list[Result], root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool
+) -> list[ImageRecord]:
+    """Return the records of a data set whose images were read one by one.
+
+    skip_bad: leave out images with problems and print how many, instead of raising.
+    Raises ValueError that lists the problems and what to do.
+    """
+    records = [record for record, _ in results if record is not None]
+    if len(records) == len(results):
+        return records
+    problems = [problem for _, image_problems in results for problem in image_problems]
+    options = () if classes == VOC_CLASSES else ("--classes", ",".join(classes))
+    command = shlex.join(("python", "-m", "src.data.check", str(root), *options))
+    bad = f"{len(results) - len(records):,} of {len(results):,} images of {', '.join(splits)}"
+    if skip_bad and records:
+        print(f"{bad} can't be used ({count_kinds(problems)}) and are left out. `{command}` lists them.")
+        return records
+    lines = [f"{bad} can't be used ({count_kinds(problems)}):"]
+    lines += [f"  {problem.text}" for problem in problems[:MAX_SHOWN]]
+    if len(problems) > MAX_SHOWN:
+        lines.append(f"and {len(problems) - MAX_SHOWN:,} more problems.")
+    lines.append(f"List all with `{command}`. Leave these images out with Config(skip_bad_files=True)."
+                 if records else "No image is left.")  # fmt: skip
+    raise ValueError("\n".join(lines))
+
+
+def count_kinds(problems: list[Problem]) -> str:
+    """Return counts per kind, for example "2 box, 1 missing file"."""
+    kinds = Counter(problem.kind for problem in problems)
+    return ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())
