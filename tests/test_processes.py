@@ -26,7 +26,7 @@ from src.training.checkpoints import LAST
 from src.training.fit import evaluate, load_detector
 from src.training.module import YOLOv3Module
 from tests.forking import begin
-from tests.test_training import rows
+from tests.test_training import metrics_rows
 
 CONFIG = Config(
     dataset="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=5, image_size=64, multiscale_sizes=(32, 64, 96), multiscale_interval=1,
@@ -88,7 +88,7 @@ def test_two_processes_see_what_one_sees(tmp_path):
     seen = {rank: [event[2:] for event in events if event[:2] == [rank, "saw"]] for rank in "01"}
     objects = sum(len(record.labels) for record in data.val_records)
     assert seen["0"] == seen["1"] and [event[:2] for event in seen["0"]] == [[str(objects), "5"]] * 2
-    last = [row for row in rows(folder) if row["val/mAP50"]][-1]
+    last = [row for row in metrics_rows(folder) if row["val/mAP50"]][-1]
     assert float(last["val/mAP50"]) == pytest.approx(detector.results["mAP50"], abs=1e-6)
     for name, value in alone.accuracies.items():
         assert float(last[f"val/accuracy/{name}"]) == pytest.approx(value, abs=1e-6), name
@@ -110,8 +110,8 @@ def test_loader_processes_fit_in_shared_memory(monkeypatch, capsys, megabytes, r
     usage = namedtuple("usage", "total used free")(0, 0, megabytes * 10**6)
     monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda _: usage)
     data = DetectionDataModule(Config(image_size=416, batch_size=32, num_workers=8))
-    assert data.workers == room and DetectionDataModule(Config(num_workers=0)).workers == 0
-    assert (f"going on with {room}" in capsys.readouterr().out) == (room < 8)
+    assert data.num_workers == room and DetectionDataModule(Config(num_workers=0)).num_workers == 0
+    assert (f"Using {room}." in capsys.readouterr().out) == (room < 8)
 
 
 @pytest.mark.parametrize("why", ["no folder", "full disk"])
@@ -124,12 +124,12 @@ def test_no_place_for_a_cache_is_said_and_training_goes_on(tmp_path, monkeypatch
     if why == "full disk":
         monkeypatch.setattr(cache.os, "posix_fallocate", full, raising=False)
     monkeypatch.setattr(cache, "FOLDER", tmp_path if why == "full disk" else Path("/dev/null/cache"))
-    assert cache.open_cache(draw_shapes(2, seed=0), "training", 64, room_gb=1) is None
-    assert "each epoch decodes them again" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert cache.open_cache([record.image for record in draw_shapes(2, seed=0)], "training", 64, max_gb=1) is None
+    assert "Each epoch decodes them again" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_a_cache_has_its_room(tmp_path):
-    pictures = cache.ImageCache(tmp_path / "pictures.u8", count=50, side=64)
+    pictures = cache.ImageCache(tmp_path / "pictures.u8", count=50, size=64)
     pictures.reserve()
     status = os.stat(pictures.path)
     assert status.st_size == 50 * (64 * 64 * 3 + 16) <= status.st_blocks * 512
