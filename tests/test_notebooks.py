@@ -1,4 +1,4 @@
-"""The notebooks: executed small from top to bottom, and what is committed of them."""
+"""Notebooks: executed with small settings, and their committed outputs. The commands of tools.notebook."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from tools import notebook
-from tools.execution import rendered, run
+from tools.notebook import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -27,7 +27,7 @@ def read(name):
 
 
 def texts(book):
-    """Everything that outputs say."""
+    """Yield all texts of the outputs."""
     for cell in book.cells:
         for output in cell.get("outputs", ()):
             yield output.get("text", "")
@@ -44,7 +44,7 @@ def check_outputs(book):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A fresh clone, as it were: nothing but what the notebooks need."""
+    """A folder that contains only what the notebooks need."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("src", "tools", "requirements.txt"):
         (folder / name).symlink_to(ROOT / name)
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def local(folder, name):
-    """The notebook in that folder; a copy, so that it runs there and not where the link leads."""
+    """Copy the notebook to that folder. (A link would run in the repository.)"""
     path = folder / f"copy of {name}"
     path.write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     return path
@@ -60,24 +60,18 @@ def local(folder, name):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """The executed main notebook, through the command line, and what the terminal showed."""
-    command = [
-        sys.executable,
-        "-m",
-        "tools.notebook",
-        "run",
-        str(local(folder, "s13_assignment.ipynb")),
-        "runs/out.ipynb",
-    ]
-    done = subprocess.run([*command, "--settings", json.dumps(SMALL)], cwd=folder, capture_output=True, text=True)
+    """The main notebook, executed by the command, and the command's output."""
+    source = str(local(folder, "s13_assignment.ipynb"))
+    command = [sys.executable, "-m", "tools.notebook", "run", source, "runs/out.ipynb", "--settings", json.dumps(SMALL)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return nbformat.read(folder / "runs/out.ipynb", as_version=4), done.stdout
 
 
-def test_the_main_notebook_runs_and_leaves_what_it_promises(folder, trained):
-    book, shown = trained
+def test_the_main_notebook_runs_and_writes_its_files(folder, trained):
+    book, printed = trained
     check_outputs(book)
-    assert "minutes" in shown.splitlines()[1] and "training:" in shown and "class accuracy" in shown
+    assert "minutes" in printed.splitlines()[1] and "training:" in printed and "class accuracy" in printed
     for name in ("metrics.csv", "config.json", "best.ckpt", "last.ckpt"):
         assert (folder / "runs/shapes" / name).is_file(), name
     assert (folder / "space/app.py").is_file()
@@ -85,7 +79,7 @@ def test_the_main_notebook_runs_and_leaves_what_it_promises(folder, trained):
     assert figures >= 13
 
 
-def test_the_multi_scale_notebook_runs_beside_the_first(folder, trained):
+def test_the_multi_scale_notebook_runs_after_the_first(folder, trained):
     settings = SMALL | {"multiscale_sizes": [64, 96]}
     assert run(local(folder, "multi_scale_s13_assignment.ipynb"), folder / "multi.ipynb", settings) == ""
     book = nbformat.read(folder / "multi.ipynb", as_version=4)
@@ -107,7 +101,7 @@ def test_committed_outputs_are_clean(name):
 
 
 @books
-def test_prose_stands_before_every_short_cell_of_code(name):
+def test_every_code_cell_is_short_and_follows_prose(name):
     cells = read(name).cells
     for before, cell in zip(cells, cells[1:], strict=False):
         if cell.cell_type == "code":
@@ -118,7 +112,7 @@ def test_prose_stands_before_every_short_cell_of_code(name):
     assert cells[0].cell_type == "markdown"
 
 
-def test_the_two_training_notebooks_have_their_length_and_share_no_paragraph():
+def test_the_training_notebooks_have_20_to_35_cells_and_no_common_paragraph():
     paragraphs = []
     for name in notebook.NOTEBOOKS[:2]:
         cells = read(name).cells
@@ -128,40 +122,60 @@ def test_the_two_training_notebooks_have_their_length_and_share_no_paragraph():
     assert not paragraphs[0] & paragraphs[1]
 
 
-def test_all_three_begin_with_the_same_first_cell_and_the_same_address():
+def test_all_notebooks_have_the_same_first_cell_and_badges_only_for_its_address():
     first = {next(cell.source for cell in read(name).cells if cell.cell_type == "code") for name in notebook.NOTEBOOKS}
     assert len(first) == 1
-    assert f'REPOSITORY = "{notebook.REPOSITORY}"' in first.pop()
-    for name in notebook.NOTEBOOKS:
-        badges = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)/blob", read(name).cells[0].source)
-        assert badges == ["/".join(notebook.REPOSITORY.split("/")[-2:])] * 2
+    address = re.search(r'^REPOSITORY = "https://github\.com/([\w.-]+/[\w.-]+)"$', first.pop(), re.MULTILINE)[1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for text in (readme, *(read(name).cells[0].source for name in notebook.NOTEBOOKS)):
+        badges = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)/blob", text)
+        assert set(badges) == (set() if address == "OWNER/REPOSITORY" else {address})
 
 
-def test_one_command_writes_the_address_everywhere(tmp_path, monkeypatch):
-    for name in (*notebook.NOTEBOOKS, "tools/notebook.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A copy of the files that contain the address."""
+    for name in (*notebook.NOTEBOOKS, "README.md"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    assert notebook.set_address("https://github.com/ada/detector.git") == [*notebook.NOTEBOOKS, "tools/notebook.py"]
-    for name in (*notebook.NOTEBOOKS, "tools/notebook.py"):
-        text = (tmp_path / name).read_text(encoding="utf-8")
-        assert "github.com/ada/detector" in text
-        assert notebook.REPOSITORY not in text
-        nbformat.reads(text, as_version=4) if name.endswith("ipynb") else compile(text, name, "exec")
-    with pytest.raises(ValueError, match="OWNER/NAME"):
-        notebook.set_address("detector")
+    return tmp_path
 
 
-def test_only_what_is_missing_or_too_old_is_installed(tmp_path, monkeypatch):
-    (tmp_path / "needed.txt").write_text("# comment\nnumpy>=1.0\ntqdm>=999\nno-such-package>=1  # why\n")
-    asked = []
-    monkeypatch.setattr(notebook.subprocess, "run", lambda command, check: asked.extend(command))
-    notebook.install_missing(tmp_path / "needed.txt")
-    assert asked[-2:] == ["tqdm>=999", "no-such-package>=1"]
-    asked.clear()
-    (tmp_path / "needed.txt").write_text("numpy>=1.0\n")
-    notebook.install_missing(tmp_path / "needed.txt")
-    assert not asked
+def test_set_address_inserts_badges_and_replaces_them(repository):
+    before = {path.name: path.read_text(encoding="utf-8") for path in repository.iterdir()}
+    files = ["README.md", *notebook.NOTEBOOKS]
+    assert notebook.set_address("https://github.com/ada/detector.git") == files
+    assert notebook.set_address("https://github.com/ada/detector/") == []
+    assert notebook.set_address("https://github.com/bob/yolo") == files
+    for name in notebook.NOTEBOOKS:
+        book = nbformat.read(repository / name, as_version=4)
+        nbformat.validate(book)
+        title, _, badges, _, body = book.cells[0].source.split("\n", 4)
+        assert title.startswith("# ") and f"# {title[2:]}\n\n{body}" in nbformat.reads(before[name], 4).cells[0].source
+        for site in ("colab.research.google.com/github/", "kaggle.com/kernels/welcome?src=https://github.com/"):
+            assert badges.count(f"{site}bob/yolo/blob/main/{name}") == 1
+        assert 'REPOSITORY = "https://github.com/bob/yolo"' in book.cells[1].source
+        assert "ada/detector" not in (repository / name).read_text(encoding="utf-8")
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    assert readme.count("bob/yolo/blob") == 6 and "ada/detector" not in readme
+    title, rest = readme.split(notebook.MARKER)
+    assert title.startswith("# ") and title.count("\n") == 2
+    assert title + notebook.MARKER + rest.split("\n", 3)[3] == before["README.md"]
+
+
+def test_set_address_changes_only_the_address_and_badges(repository):
+    """The command's formatting of a notebook is the one that is committed."""
+    for name in notebook.NOTEBOOKS:
+        before = (repository / name).read_text(encoding="utf-8").splitlines()
+        notebook.set_address("https://github.com/ada/detector")
+        after = (repository / name).read_text(encoding="utf-8").splitlines()
+        assert len([line for line in before if line not in after]) <= 1
+
+
+def test_set_address_refuses_other_addresses(repository):
+    for address in ("detector", "https://github.com/ada", "https://example.org/ada/detector"):
+        with pytest.raises(ValueError, match="OWNER/NAME"):
+            notebook.set_address(address)
 
 
 def test_a_failing_cell_is_named_and_the_notebook_still_saved(tmp_path):
@@ -175,24 +189,39 @@ def test_a_failing_cell_is_named_and_the_notebook_still_saved(tmp_path):
     assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs[0].text == "before\n"
 
 
-def test_what_an_output_widget_captures_is_not_sent_to_the_kernel(tmp_path):
-    """Sent while the end of the cell is awaited on the same socket, it could hide that end for good."""
-    book = nbformat.v4.new_notebook()
-    sources = (
+def execute(tmp_path, *sources):
+    """Execute code cells. Returns the outputs of each."""
+    nbformat.write(nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, sources))), tmp_path / "in.ipynb")
+    assert run(tmp_path / "in.ipynb", tmp_path / "out.ipynb") == ""
+    return [cell.outputs for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells]
+
+
+def test_the_output_of_an_output_widget_is_not_sent_to_the_kernel(tmp_path):
+    """Sent while nbclient waits for the end of the cell on the same socket, it could hide that end."""
+    outputs = execute(
+        tmp_path,
         "from ipywidgets import Output\nout = Output()",
         "with out:\n    print('captured')",
-        "print(len(out.outputs), 'told')",
+        "print(len(out.outputs), 'sent')",
     )
-    book.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nbformat.write(book, tmp_path / "widget.ipynb")
-    assert run(tmp_path / "widget.ipynb", tmp_path / "out.ipynb") == ""
-    first, second, third = (cell.outputs for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells)
-    assert not first and not second and third[0].text == "0 told\n"
+    assert not outputs[0] and not outputs[1] and outputs[2][0].text == "0 sent\n"
 
 
-def test_figures_of_tagged_cells_become_images(tmp_path, monkeypatch):
-    code = "from src.figures.curves import plot_multiscale_sizes\ndrawn_sizes([64, 96])"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, metadata={"tags": ["image:drawn"]})])
+def test_widgets_are_removed_and_progress_bars_keep_their_last_state(tmp_path):
+    bar = "from time import sleep\nfor n in range(3):\n    print(f'\\r{n} of 2', end='', flush=True)\n    sleep(0.1)\nprint()"
+    outputs = execute(tmp_path, "from ipywidgets import IntSlider\ndisplay(IntSlider())", bar)
+    assert not outputs[0] and outputs[1][0].text == "2 of 2\n"
+
+
+def test_settings_need_a_tagged_cell(tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "in.ipynb")
+    with pytest.raises(ValueError, match='tagged "settings"'):
+        run(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"epochs": 1})
+
+
+def test_figures_of_tagged_cells_are_exported(tmp_path, monkeypatch):
+    code = "from src.figures.curves import plot_multiscale_sizes\nplot_multiscale_sizes([64, 96])"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, metadata={"tags": ["image:sizes"]})])
     (tmp_path / "src").symlink_to(ROOT / "src")
     nbformat.write(book, tmp_path / "app_with_gradCAM.ipynb")
     for name in notebook.NOTEBOOKS[:2]:
@@ -200,18 +229,5 @@ def test_figures_of_tagged_cells_become_images(tmp_path, monkeypatch):
     target = tmp_path / "runs/any/app_with_gradCAM.ipynb"
     assert run(tmp_path / "app_with_gradCAM.ipynb", target) == ""
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    assert notebook.keep_images(tmp_path / "images") == [tmp_path / "images/drawn.png"]
-    assert (tmp_path / "images/drawn.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    "printed, page",
-    [
-        ("\r10%|#   |\r100%|####|\n", "100%|####|\n"),
-        ("\rlong text\rshort    \n", "short\n"),
-        ("\rbar 1/2\r       \rline\n\rbar 1/2\rbar 2/2\n", "line\nbar 2/2\n"),
-        ("one\n\rtwo\x1b[A\rONE", "ONE\ntwo"),
-    ],
-)
-def test_of_a_progress_bar_the_last_state_is_kept(printed, page):
-    assert rendered(printed) == page
+    assert notebook.export_images(tmp_path / "images") == [tmp_path / "images/sizes.png"]
+    assert (tmp_path / "images/sizes.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,6 @@
-"""Draw the README's pictures of the app: python tests/screenshots.py SPACE [number of the sample to click]
+"""Take the README's screenshots of the app: python -m tools.screenshots SPACE [number of the sample image]
 
-Serves an exported Space, clicks one of its samples, and stores images/app_desktop.png and images/app_phone.png.
+Serves an exported Space, clicks a sample image, and writes images/app_desktop.png and images/app_phone.png.
 """
 
 import sys
@@ -9,11 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from tests.visitor import Visitor, browser, served
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.visitor import Visitor, browser, served  # noqa: E402
-
 SIZES = {"desktop": (1280, 1290, 1), "phone": (390, 1240, 1.25)}  # width and height in CSS pixels, density
 
 
@@ -24,13 +22,13 @@ def main(space: str, sample: int = 2) -> None:
             visitor = Visitor(driver, address)
             visitor.resize(*size)
             visitor.script("arguments[0].click()", visitor.all("#samples .gallery-item")[sample - 1])
-            visitor.until(lambda page=visitor: page.source("boxes") and page.source("heatmap"))
-            time.sleep(3)  # until nothing moves any more
+            visitor.until(lambda page=visitor: page.source("detections") and page.source("heatmap"))
+            time.sleep(3)  # for the page's animations
             path = ROOT / "images" / f"app_{name}.png"
             driver.save_screenshot(str(path))
-            picture = Image.open(path).convert("RGB")  # stored with 256 colours, dithered: a third of the size
-            colours = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE)
-            picture.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+            image = Image.open(path).convert("RGB")  # 256 colours take a third of the space
+            palette = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)
+            image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
             print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 
 

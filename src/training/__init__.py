@@ -1,1 +1,11 @@
 """Loss, metrics, the Lightning module, training and evaluation."""
+
+import warnings
+
+for _message in (  # beginnings of libraries' warnings that need no action
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning calls it
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run
+    r"The number of training batches \(\d+\) is smaller than the logging interval",  # a very small run
+    r"The '\w+' does not have many workers",  # set by Config.num_workers
+):
+    warnings.filterwarnings("ignore", _message)
