@@ -121,4 +121,5 @@ class YOLOv3Module(OneCycleModule):
                 f"This checkpoint was trained on the classes {classes}, Config.classes is {list(self.config.classes)}. "
                 "Set Config.classes to the checkpoint's, or start a new Config.run_dir."
             )
+        self.model.set_anchors(torch.tensor(checkpoint.get("anchors", self.config.anchors)))
         self.model.metadata = checkpoint.get("metadata", checkpoint.get("about", {}))  # older runs wrote "about"

@@ -1,0 +1,71 @@
+"""Start a network from a pretrained backbone, or from a detector of other classes."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+import torch
+from torch import nn
+
+WEIGHTS, CONFIG = "backbone.safetensors", "config.json"
+
+
+def save_backbone(backbone: nn.Module, folder: str | Path, width: float, metadata: dict) -> None:
+    """Write the weights of a `Darknet53` in half precision, and a config.json with its width and metadata."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in backbone.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / f"{WEIGHTS}.part", {"format": "pt"})
+    (folder / f"{WEIGHTS}.part").chmod(0o644)  # safetensors makes it readable for the owner only
+    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
+    config = {"architecture": "Darknet-53", "width": width, "metadata": metadata}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def is_backbone(folder: str | Path) -> bool:
+    """Return whether the folder was written by `save_backbone`."""
+    return (Path(folder) / WEIGHTS).is_file()
+
+
+def load_backbone(model: nn.Module, folder: str | Path) -> dict:
+    """Copy a pretrained backbone into a `YOLOv3` of the same width. Returns the backbone's metadata.
+
+    Raises ValueError if the widths differ or the file is damaged.
+    """
+    path = Path(folder) / WEIGHTS
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    if config["width"] != model.width:
+        raise ValueError(
+            f"{path} is a backbone of width {config['width']:g}, but the network has width {model.width:g}. "
+            f"Set Config.width={config['width']:g}, or pretrain at width {model.width:g}."
+        )
+    try:
+        model.backbone.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a backbone of width {model.width:g}: {error}") from None
+    return config["metadata"]
+
+
+@torch.no_grad()
+def transfer_weights(model: nn.Module, source: nn.Module) -> str:
+    """Copy a trained `YOLOv3` into one of the same width, whatever its classes. Returns what was copied, in words.
+
+    Class logits are copied for the classes that both know; the others keep their initial weights. Anchors keep the
+    source's pixels. Raises ValueError if the widths differ.
+    """
+    if source.width != model.width:
+        raise ValueError(
+            f"The pretrained weights have width {source.width:g}, but the network has width {model.width:g}. "
+            f"Set Config.width={source.width:g}."
+        )
+    weights = {name: value for name, value in source.state_dict().items() if ".predict." not in name}
+    model.load_state_dict(weights, strict=False)
+    common = [name for name in model.classes if name in source.classes]
+    rows = [list(range(5)) + [5 + net.classes.index(name) for name in common] for net in (model, source)]
+    for head, source_head in zip(model.heads, source.heads, strict=True):
+        for parameter, values in zip(head.predict.parameters(), source_head.predict.parameters(), strict=True):
+            parameter.unflatten(0, (3, -1))[:, rows[0]] = values.unflatten(0, (3, -1))[:, rows[1]].to(parameter)
+    model.set_anchors(source.anchors_at(model.image_size))
+    return f"all layers, and the logits of {len(common)} of {len(model.classes)} classes"
