@@ -1,4 +1,4 @@
-"""Processes that are there at once: forked from one that has imported everything and has started no thread."""
+"""Processes that start quickly: forked from a server that has imported everything and has started no threads."""
 
 import multiprocessing
 import os
@@ -9,12 +9,12 @@ MODULES = ["src.training.fit", "tests.test_interrupted", "tests.test_processes"]
 
 
 def begin(target, *args) -> tuple[multiprocessing.Process, Connection]:
-    """A process that runs target(*args, pipe), and this side's end of the pipe."""
+    """Start a process that runs `target(*args, pipe)`. Returns it with the receiving end of the pipe."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
-    pipe, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(*args, theirs))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(*args, sender))
     process.start()
-    theirs.close()
-    return process, pipe
+    sender.close()
+    return process, receiver

@@ -1,4 +1,4 @@
-"""Target assignment and the loss, against slow loops."""
+"""Target assignment and the loss, compared with plain loops."""
 
 import math
 
@@ -17,106 +17,105 @@ GRIDS = [3, 6, 12]
 
 def random_targets(count: int, images: int, classes: int = 4, seed: int = 0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
-    side = torch.rand(count, 2, generator=random) * 0.6 + 0.02
-    centre = side / 2 + torch.rand(count, 2, generator=random) * (1 - side)
+    size = torch.rand(count, 2, generator=random) * 0.6 + 0.02
+    centre = size / 2 + torch.rand(count, 2, generator=random) * (1 - size)
     image = torch.randint(images, (count, 1), generator=random).sort(dim=0).values
     label = torch.randint(classes, (count, 1), generator=random)
-    return torch.cat((image, label, centre, side), dim=1)
+    return torch.cat((image, label, centre, size), dim=1)
 
 
-def loop_assign(targets, grid, anchors, batch):
-    """The definition, word by word. -> {(image, anchor, row, column): target}, set of ignored."""
-    positives, near = {}, set()
+def loop_assign(targets, grid, anchors):
+    """Assign by the definition. Returns {(image, anchor, row, column): target} and the set of ignored predictions."""
+    positives, above = {}, set()
     for number, (image, _, cx, cy, w, h) in enumerate(targets.tolist()):
         row, column = min(int(cy * grid), grid - 1), min(int(cx * grid), grid - 1)
-        overlaps = []
+        ious = []
         for aw, ah in anchors.tolist():
-            shared = min(w, aw) * min(h, ah)
-            overlaps.append(shared / (w * h + aw * ah - shared))
-        best = max(range(3), key=lambda a: overlaps[a])
+            intersection = min(w, aw) * min(h, ah)
+            ious.append(intersection / (w * h + aw * ah - intersection))
+        best = max(range(3), key=lambda a: ious[a])
         positives[int(image), best, row, column] = number
-        near |= {(int(image), a, row, column) for a in range(3) if overlaps[a] > 0.5}
-    return positives, near - set(positives)
+        above |= {(int(image), a, row, column) for a in range(3) if ious[a] > 0.5}
+    return positives, above - set(positives)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_assignment_equals_the_loop(seed):
-    targets = random_targets(40, images=3, seed=seed)  # crowded: objects do want the same cell
-    shared = 0
-    for scale, found in enumerate(assign_targets(targets, GRIDS, ANCHOR, batch=3)):
-        positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale], 3)
-        places = zip(*(v.tolist() for v in (found.image, found.anchor, found.row, found.column)), strict=True)
-        mine = {place: number for number, place in enumerate(places) if found.valid[number]}
-        assert mine == positives
-        assert {tuple(i) for i in found.positive.nonzero().tolist()} == set(positives)
-        assert {tuple(i) for i in found.ignored.nonzero().tolist()} == ignored
-        shared += len(targets) - len(positives)
-    assert shared > 0
+    targets = random_targets(40, images=3, seed=seed)  # crowded, so that objects match the same cell and anchor
+    collisions = 0
+    for scale, assigned in enumerate(assign_targets(targets, GRIDS, ANCHOR, batch=3)):
+        positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale])
+        places = zip(*(v.tolist() for v in (assigned.image, assigned.anchor, assigned.row, assigned.column)), strict=True)
+        assert {place: number for number, place in enumerate(places) if assigned.valid[number]} == positives
+        assert {tuple(i) for i in assigned.positive.nonzero().tolist()} == set(positives)
+        assert {tuple(i) for i in assigned.ignored.nonzero().tolist()} == ignored
+        collisions += len(targets) - len(positives)
+    assert collisions > 0
 
 
-def test_every_object_has_one_positive_a_scale():
+def test_every_object_has_one_positive_per_scale():
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.3], [1, 2, 0.999, 1.0, 0.01, 0.01]])
-    for found in assign_targets(targets, GRIDS, ANCHOR, batch=2):
-        assert found.valid.all() and found.positive.sum() == 2
+    for assigned in assign_targets(targets, GRIDS, ANCHOR, batch=2):
+        assert assigned.valid.all() and assigned.positive.sum() == 2
 
 
 def test_no_objects():
-    for found in assign_targets(torch.zeros(0, 6), GRIDS, ANCHOR, batch=2):
-        assert not found.positive.any() and not found.ignored.any()
+    for assigned in assign_targets(torch.zeros(0, 6), GRIDS, ANCHOR, batch=2):
+        assert not assigned.positive.any() and not assigned.ignored.any()
 
 
-def loop_near(boxes, targets):
-    """boxes [B, K, 4] xyxy -> bool [B, K]: does it overlap an object of its image by more than 0.5?"""
-    near = torch.zeros(boxes.shape[:2], dtype=torch.bool)
+def loop_ignore_mask(boxes, targets):
+    """boxes [B, K, 4] xyxy -> bool [B, K]: the boxes that have an IoU above 0.5 with an object of their image."""
+    mask = torch.zeros(boxes.shape[:2], dtype=torch.bool)
     for image, _, *box in targets.tolist():
-        near[int(image)] |= box_iou(boxes[int(image)], cxcywh_to_xyxy(torch.tensor([box])))[:, 0] > 0.5
-    return near
+        mask[int(image)] |= box_iou(boxes[int(image)], cxcywh_to_xyxy(torch.tensor([box])))[:, 0] > 0.5
+    return mask
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_near_objects_equals_the_loop(seed):
+def test_ignore_mask_equals_the_loop(seed):
     targets = random_targets(12, images=3, seed=seed)
-    targets = targets[targets[:, 0] != 1]  # an image of nothing between two
-    random, met = torch.Generator().manual_seed(seed), 0
+    targets = targets[targets[:, 0] != 1]  # the second image has no objects
+    random, count = torch.Generator().manual_seed(seed), 0
     for grid, anchors in zip(GRIDS, ANCHOR, strict=True):
         level = torch.randn(3, 3, grid, grid, 9, generator=random)
-        near = ignore_mask(level, targets, anchors)
+        mask = ignore_mask(level, targets, anchors)
         boxes, _ = decode([level], anchors[None])
-        assert torch.equal(near.flatten(1), loop_near(boxes, targets)) and not near[1].any()
-        met += near.sum()
-    assert met > 0
+        assert torch.equal(mask.flatten(1), loop_ignore_mask(boxes, targets)) and not mask[1].any()
+        count += mask.sum()
+    assert count > 0
 
 
-def test_what_finds_an_object_elsewhere_costs_nothing():
-    """A cell beside the object's own predicts the object's box: however sure it is, no background."""
+def test_no_loss_for_a_prediction_that_fits_an_object_from_another_cell():
+    """A cell beside the object's own predicts the object's box: it is not background, whatever its objectness."""
     target = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.2]])
     logits = [torch.full((1, 3, g, g, 9), -12.0) for g in GRIDS]
-    shift = 0.5 * 12 - 5  # from the left edge of column 5 to the object's centre, in cells
+    offset = 0.5 * 12 - 5  # from the left edge of column 5 to the object's centre, in cells
     anchors = ANCHOR[2]
-    logits[2][0, 0, 6, 5, 1:3] = torch.tensor([12.0 * shift, -12.0])
+    logits[2][0, 0, 6, 5, 1:3] = torch.tensor([12.0 * offset, -12.0])
     logits[2][0, 0, 6, 5, 3:5] = (target[0, 4:] / anchors[0]).log()
-    calm = YOLOLoss(Config())(logits, target, ANCHOR)["no_object_loss"]
+    baseline = YOLOLoss(Config())(logits, target, ANCHOR)["no_object_loss"]
     logits[2][0, 0, 6, 5, 0] = 12.0
-    assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object_loss"] <= calm
-    logits[2][0, 0, 2, 5] = logits[2][0, 0, 6, 5]  # the same box, four cells up
+    assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object_loss"] <= baseline
+    logits[2][0, 0, 2, 5] = logits[2][0, 0, 6, 5]  # the same box, four cells higher
     assert YOLOLoss(Config())(logits, target, ANCHOR)["no_object_loss"] > 1
 
 
 def complete_iou(one, two):
-    """1 - CIoU of two xyxy boxes, Zheng et al. 2020, equations 8 to 11; and their IoU."""
+    """Return 1 - CIoU of two xyxy boxes (Zheng et al. 2020, equations 8 to 11), and their IoU."""
     left, top, right, bottom = max(one[0], two[0]), max(one[1], two[1]), min(one[2], two[2]), min(one[3], two[3])
-    shared = max(0, right - left) * max(0, bottom - top)
+    intersection = max(0, right - left) * max(0, bottom - top)
     sizes = [(b[2] - b[0], b[3] - b[1]) for b in (one, two)]
-    iou = shared / (sizes[0][0] * sizes[0][1] + sizes[1][0] * sizes[1][1] - shared)
-    across = (max(one[2], two[2]) - min(one[0], two[0])) ** 2 + (max(one[3], two[3]) - min(one[1], two[1])) ** 2
-    apart = ((one[0] + one[2] - two[0] - two[2]) ** 2 + (one[1] + one[3] - two[1] - two[3]) ** 2) / 4
+    iou = intersection / (sizes[0][0] * sizes[0][1] + sizes[1][0] * sizes[1][1] - intersection)
+    diagonal = (max(one[2], two[2]) - min(one[0], two[0])) ** 2 + (max(one[3], two[3]) - min(one[1], two[1])) ** 2
+    distance = ((one[0] + one[2] - two[0] - two[2]) ** 2 + (one[1] + one[3] - two[1] - two[3]) ** 2) / 4
     v = 4 / math.pi**2 * (math.atan(sizes[1][0] / sizes[1][1]) - math.atan(sizes[0][0] / sizes[0][1])) ** 2
-    return 1 - iou + apart / across + v * v / (1 - iou + v + 1e-7), iou
+    return 1 - iou + distance / diagonal + v * v / (1 - iou + v + 1e-7), iou
 
 
-def entropy(logit, wanted):
+def cross_entropy(logit, target):
     p = 1 / (1 + math.exp(-logit))
-    return -(wanted * math.log(p) + (1 - wanted) * math.log(1 - p))
+    return -(target * math.log(p) + (1 - target) * math.log(1 - p))
 
 
 def test_loss_equals_the_loop():
@@ -125,25 +124,24 @@ def test_loss_equals_the_loop():
     random = torch.Generator().manual_seed(1)
     logits = [torch.randn(2, 3, g, g, 9, generator=random) for g in GRIDS]
     boxes, _ = decode(logits, ANCHOR)
-    near = loop_near(boxes, targets)
+    ignored = loop_ignore_mask(boxes, targets)
     sums = dict.fromkeys(("box_loss", "object_loss", "no_object_loss", "class_loss"), 0.0)
     first = 0
     for scale, level in enumerate(logits):
         grid = GRIDS[scale]
-        positives, _ = loop_assign(targets, grid, ANCHOR[scale], 2)
+        positives, _ = loop_assign(targets, grid, ANCHOR[scale])
         for image, anchor, row, column in torch.ones(level.shape[:4]).nonzero().tolist():
-            place, cell = (image, anchor, row, column), level[image, anchor, row, column].tolist()
+            place, prediction = (image, anchor, row, column), level[image, anchor, row, column].tolist()
             number = first + (anchor * grid + row) * grid + column
             if place in positives:
                 target = targets[positives[place]]
-                box = boxes[image, number].tolist()
-                cost, overlap = complete_iou(box, cxcywh_to_xyxy(target[2:]).tolist())
-                sums["box_loss"] += cost
-                sums["object_loss"] += entropy(cell[0], overlap)
-                wanted = [0.025 + 0.9 * (label == int(target[1])) for label in range(4)]
-                sums["class_loss"] += sum(entropy(value, want) for value, want in zip(cell[5:], wanted, strict=True))
-            elif not near[image, number]:
-                sums["no_object_loss"] += entropy(cell[0], 0)
+                box_loss, iou = complete_iou(boxes[image, number].tolist(), cxcywh_to_xyxy(target[2:]).tolist())
+                sums["box_loss"] += box_loss
+                sums["object_loss"] += cross_entropy(prediction[0], iou)
+                classes = [0.025 + 0.9 * (label == int(target[1])) for label in range(4)]
+                sums["class_loss"] += sum(map(cross_entropy, prediction[5:], classes))
+            elif not ignored[image, number]:
+                sums["no_object_loss"] += cross_entropy(prediction[0], 0)
         first += 3 * grid * grid
     terms = YOLOLoss(config)(logits, targets, ANCHOR)
     for name, value in sums.items():
@@ -152,15 +150,15 @@ def test_loss_equals_the_loop():
     torch.testing.assert_close(terms["loss"], total)
 
 
-def test_perfect_prediction_costs_little_and_a_wrong_box_more():
+def test_loss_of_a_perfect_prediction_and_of_a_wrong_box():
     target = torch.tensor([[0, 2, 0.51, 0.48, 0.3, 0.2]])
     logits = [torch.full((1, 3, g, g, 9), -12.0) for g in GRIDS]
-    for level, found, anchors in zip(logits, assign_targets(target, GRIDS, ANCHOR, 1), ANCHOR, strict=True):
-        place = found.image, found.anchor, found.row, found.column
+    for level, assigned, anchors in zip(logits, assign_targets(target, GRIDS, ANCHOR, 1), ANCHOR, strict=True):
+        place = assigned.image, assigned.anchor, assigned.row, assigned.column
         grid = level.shape[2]
         x, y = (target[0, 2] * grid) % 1, (target[0, 3] * grid) % 1
         level[place] = torch.tensor([12.0, x.logit(), y.logit(), 0, 0, -12, -12, 12, -12])
-        level[(*place, slice(3, 5))] = (target[:, 4:] / anchors[found.anchor]).log()
+        level[(*place, slice(3, 5))] = (target[:, 4:] / anchors[assigned.anchor]).log()
     loss = YOLOLoss(Config())
     assert loss(logits, target, ANCHOR)["loss"] < 0.01
     moved = target.clone()
@@ -175,7 +173,7 @@ def test_half_precision_logits_stay_finite():
     assert terms["loss"].isfinite() and all(level.grad.isfinite().all() for level in logits)
 
 
-def test_no_targets_still_trains_the_background():
+def test_batch_without_objects_trains_the_background():
     logits = [torch.zeros(1, 3, g, g, 9, requires_grad=True) for g in GRIDS]
     terms = YOLOLoss(Config())(logits, torch.zeros(0, 6), ANCHOR)
     terms["loss"].backward()

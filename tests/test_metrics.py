@@ -1,4 +1,4 @@
-"""The numbers, against slow loops and pycocotools."""
+"""Accuracies and average precision, compared with plain loops and pycocotools."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_cell_accuracies_equal_the_loop():
         logits = [torch.randn(2, 3, g, g, 9, generator=torch.Generator().manual_seed(seed)) * 2 for g in GRIDS]
         metric.update(logits, targets, ANCHOR)
         for scale, level in enumerate(logits):
-            positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale], 2)
+            positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale])
             for place in map(tuple, torch.ones(level.shape[:4]).nonzero().tolist()):
                 cell = level[place].tolist()
                 probability = 1 / (1 + math.exp(-cell[0]))
@@ -47,47 +47,47 @@ def test_cell_accuracies_equal_the_loop():
                     for number, threshold in enumerate(THRESHOLDS):
                         counts[f"no{number}"] += probability <= threshold
     values = {name: value.item() for name, value in metric.compute().items()}
-    wanted = {"class": counts["class"] / counts["positive"]}
+    expected = {"class": counts["class"] / counts["positive"]}
     for number, threshold in enumerate(THRESHOLDS):
-        wanted[f"object@{threshold}"] = counts[threshold] / counts["positive"]
-        wanted[f"no_object@{threshold}"] = counts[f"no{number}"] / counts["background"]
-    assert values == pytest.approx(wanted)
+        expected[f"object@{threshold}"] = counts[threshold] / counts["positive"]
+        expected[f"no_object@{threshold}"] = counts[f"no{number}"] / counts["background"]
+    assert values == pytest.approx(expected)
 
 
 def random_results(seed: int, images: int = 12):
-    """Rows as DetectionAccumulator gives them: truth, and detections that are near it, doubled, or wrong."""
+    """Predictions and ground truth as DetectionAccumulator returns them: correct, duplicate and wrong detections."""
     random = np.random.default_rng(seed)
-    truth, found = [], []
+    ground_truth, predictions = [], []
     for image in range(images):
         for _ in range(random.integers(0, 6)):
             corner, label = random.uniform(0, 0.6, 2), random.integers(3)
             box = np.r_[corner, corner + random.uniform(0.1, 0.4, 2)]
-            truth.append([image, label, random.random() < 0.2, *box])
+            ground_truth.append([image, label, random.random() < 0.2, *box])
             for _ in range(random.integers(0, 4)):
                 other = random.integers(3) if random.random() < 0.2 else label
-                found.append([image, other, random.uniform(0.02, 1), *(box + random.normal(0, 0.03, 4))])
+                predictions.append([image, other, random.uniform(0.02, 1), *(box + random.normal(0, 0.03, 4))])
         corner = random.uniform(0, 0.6, 2)
-        found.append([image, random.integers(3), random.uniform(0.02, 1), *corner, *(corner + 0.2)])
-    return np.float32(found), np.float32(truth)
+        predictions.append([image, random.integers(3), random.uniform(0.02, 1), *corner, *(corner + 0.2)])
+    return np.float32(predictions), np.float32(ground_truth)
 
 
 def iou(a, b):
-    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+    intersection = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    return intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
 
 
-def loop_curve(found, truth, label, course):
+def loop_curve(predictions, ground_truth, label, course):
     """The VOC devkit's evaluation (or the course's), one detection at a time -> [(precision, recall)]."""
-    there = [t for t in truth if t[1] == label]
-    total = sum(1 for t in there if course or not t[2])
+    objects = [t for t in ground_truth if t[1] == label]
+    total = sum(1 for o in objects if course or not o[2])
     taken, true, false, curve = set(), 0, 0, []
-    for row in sorted((f for f in found if f[1] == label and (not course or f[2] > 0.05)), key=lambda f: -f[2]):
-        best, best_overlap = None, 0.0
-        for number, t in enumerate(there):
-            if t[0] == row[0] and iou(row[3:], t[3:]) > best_overlap:
-                best, best_overlap = number, iou(row[3:], t[3:])
-        if best is not None and (best_overlap > 0.5 if course else best_overlap >= 0.5):
-            if not course and there[best][2]:
+    for row in sorted((f for f in predictions if f[1] == label and (not course or f[2] > 0.05)), key=lambda f: -f[2]):
+        best, best_iou = None, 0.0
+        for number, t in enumerate(objects):
+            if t[0] == row[0] and iou(row[3:], t[3:]) > best_iou:
+                best, best_iou = number, iou(row[3:], t[3:])
+        if best is not None and (best_iou > 0.5 if course else best_iou >= 0.5):
+            if not course and objects[best][2]:
                 continue
             true, false = (true + 1, false) if best not in taken else (true, false + 1)
             taken.add(best)
@@ -97,54 +97,54 @@ def loop_curve(found, truth, label, course):
     return curve, total
 
 
-def loop_average_precision(curve, rule):
-    if rule == "11pt":
+def loop_average_precision(curve, method):
+    if method == "11pt":
         return sum(max([p for p, r in curve if r >= t / 10 - 1e-9], default=0) for t in range(11)) / 11
-    area, before, last = 0.0, 0.0, 1.0
+    area, last_recall, last_precision = 0.0, 0.0, 1.0
     for number, (precision, recall) in enumerate(curve):
-        height = (precision + last) / 2 if rule == "course" else max(p for p, _ in curve[number:])
-        area += (recall - before) * height
-        before, last = recall, precision
+        height = (precision + last_precision) / 2 if method == "course" else max(p for p, _ in curve[number:])
+        area += (recall - last_recall) * height
+        last_recall, last_precision = recall, precision
     return area
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_average_precisions_equal_the_loops(seed):
-    found, truth = random_results(seed)
-    for label, row in enumerate(per_class_table(found, truth, NAMES)):
-        for column, rule in AP_METHODS.items():
-            curve, total = loop_curve(found.tolist(), truth.tolist(), label, rule == "course")
-            assert row[column] == pytest.approx(loop_average_precision(curve, rule), abs=1e-5), (rule, label)
-            if rule == "area":
+    predictions, ground_truth = random_results(seed)
+    for label, row in enumerate(per_class_table(predictions, ground_truth, NAMES)):
+        for column, method in AP_METHODS.items():
+            curve, total = loop_curve(predictions.tolist(), ground_truth.tolist(), label, method == "course")
+            assert row[column] == pytest.approx(loop_average_precision(curve, method), abs=1e-5), (method, label)
+            if method == "area":
                 assert row["num_gt"] == total
 
 
-def test_a_perfect_detector_and_a_blind_one():
-    _, truth = random_results(0)
-    perfect = truth.copy()
+def test_perfect_detections_and_no_detections():
+    _, ground_truth = random_results(0)
+    perfect = ground_truth.copy()
     perfect[:, 2] = 0.9
-    for rule in AP_METHODS:
-        assert mean_average_precision(per_class_table(perfect, truth, NAMES), rule) == pytest.approx(1)
-        assert mean_average_precision(per_class_table(perfect[:0], truth, NAMES), rule) == 0
-    assert mean_average_precision(per_class_table(perfect, truth[:0], NAMES)) == 0
+    for column in AP_METHODS:
+        assert mean_average_precision(per_class_table(perfect, ground_truth, NAMES), column) == pytest.approx(1)
+        assert mean_average_precision(per_class_table(perfect[:0], ground_truth, NAMES), column) == 0
+    assert mean_average_precision(per_class_table(perfect, ground_truth[:0], NAMES)) == 0
 
 
-def test_difficult_objects_are_neither_counted_nor_punished():
-    truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3], [0, 0, 1, 0.5, 0.5, 0.9, 0.9]])
-    found = np.float32([[0, 0, 0.9, 0.5, 0.5, 0.9, 0.9], [0, 0, 0.8, 0.1, 0.1, 0.3, 0.3]])
-    for part in (found, found[1:]):
-        assert per_class_table(part, truth, ("a",))[0]["ap"] == pytest.approx(1)
-    assert per_class_table(found[1:], truth, ("a",))[0]["ap_course"] == pytest.approx(0.5)
+def test_difficult_objects_count_neither_as_hits_nor_as_errors():
+    ground_truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3], [0, 0, 1, 0.5, 0.5, 0.9, 0.9]])
+    predictions = np.float32([[0, 0, 0.9, 0.5, 0.5, 0.9, 0.9], [0, 0, 0.8, 0.1, 0.1, 0.3, 0.3]])
+    for rows in (predictions, predictions[1:]):
+        assert per_class_table(rows, ground_truth, ("a",))[0]["ap"] == pytest.approx(1)
+    assert per_class_table(predictions[1:], ground_truth, ("a",))[0]["ap_course"] == pytest.approx(0.5)
 
 
-def test_a_class_without_objects_is_left_out_of_the_mean():
-    truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3]])
-    found = np.float32([[0, 0, 0.9, 0.1, 0.1, 0.3, 0.3], [0, 1, 0.9, 0.1, 0.1, 0.3, 0.3]])
-    table = per_class_table(found, truth, ("a", "b"))
+def test_class_without_objects_does_not_enter_the_mean():
+    ground_truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3]])
+    predictions = np.float32([[0, 0, 0.9, 0.1, 0.1, 0.3, 0.3], [0, 1, 0.9, 0.1, 0.1, 0.3, 0.3]])
+    table = per_class_table(predictions, ground_truth, ("a", "b"))
     assert math.isnan(table[1]["ap"]) and mean_average_precision(table) == 1
 
 
-def test_eleven_points_by_hand():
+def test_eleven_points_of_a_small_example():
     precision, recall = np.array([1, 1, 2 / 3]), np.array([0.25, 0.5, 0.5])
     assert average_precision(precision, recall, "11pt") == pytest.approx(6 / 11)
     assert average_precision(precision, recall, "area") == pytest.approx(0.5)
@@ -154,7 +154,7 @@ def test_coco_equals_pycocotools():
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    found, truth = random_results(1)
+    predictions, ground_truth = random_results(1)
 
     def as_coco(rows):
         boxes = [[v * 1000 for v in (r[3], r[4], r[5] - r[3], r[6] - r[4])] for r in rows.tolist()]
@@ -168,40 +168,40 @@ def test_coco_equals_pycocotools():
     dataset.dataset = {
         "images": [{"id": i} for i in range(12)],
         "categories": [{"id": i} for i in range(3)],
-        "annotations": as_coco(truth),
+        "annotations": as_coco(ground_truth),
     }
     dataset.createIndex()
-    evaluation = COCOeval(dataset, dataset.loadRes([d | {"iscrowd": 0} for d in as_coco(found)]), "bbox")
+    evaluation = COCOeval(dataset, dataset.loadRes([d | {"iscrowd": 0} for d in as_coco(predictions)]), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    values = coco_average_precision(found, truth)
+    values = coco_average_precision(predictions, ground_truth)
     assert values["COCO AP@.5:.95"] == pytest.approx(evaluation.stats[0], abs=1e-4)
     assert values["COCO AP@.5"] == pytest.approx(evaluation.stats[1], abs=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")  # asked for nothing on purpose
-def test_store_keeps_what_slow_nms_keeps():
-    store, rows = DetectionAccumulator(), []
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")  # compute() is called without update() on purpose
+def test_accumulator_equals_slow_nms():
+    accumulator, rows = DetectionAccumulator(), []
     for batch in range(2):
         logits = [torch.randn(2, 3, g, g, 8, generator=torch.Generator().manual_seed(batch)) for g in (1, 2, 4)]
         targets = random_targets(4, images=2, classes=3, seed=batch)
-        store.update(logits, targets, torch.tensor([True, False, False, True]), ANCHOR)
+        accumulator.update(logits, targets, torch.tensor([True, False, False, True]), ANCHOR)
         boxes, scores = decode(logits, ANCHOR)
         for image in range(2):
             kept = slow_nms(boxes[image].tolist(), scores[image].tolist(), 0.01, 0.45)[:100]
             rows += [[2 * batch + image, label, scores[image, k, label].item()] for k, label in kept]
-    found, truth = store.compute()
-    np.testing.assert_allclose(found[:, :3], rows, rtol=1e-6)
-    assert truth[:, 0].tolist() == sorted(truth[:, 0]) and truth[:, 2].tolist() == [1, 0, 0, 1] * 2
-    store.reset()
-    assert [len(part) for part in store.compute()] == [0, 0]
+    predictions, ground_truth = accumulator.compute()
+    np.testing.assert_allclose(predictions[:, :3], rows, rtol=1e-6)
+    assert ground_truth[:, 0].tolist() == sorted(ground_truth[:, 0]) and ground_truth[:, 2].tolist() == [1, 0, 0, 1] * 2
+    accumulator.reset()
+    assert [len(part) for part in accumulator.compute()] == [0, 0]
 
 
-def test_confusion_counts_every_object_and_detection_once():
-    found, truth = random_results(2)
-    counts = confusion(found, truth, 3, confidence=0.25)
-    assert counts[:3].sum() <= len(truth) and counts[:3].sum() >= (truth[:, 2] == 0).sum()
-    assert counts[:, :3].sum() == (found[:, 2] > 0.25).sum()
-    perfect = np.c_[truth[:, :2], np.full(len(truth), 0.9), truth[:, 3:]].astype(np.float32)
-    assert confusion(perfect, truth, 3)[:3, :3].trace() == len(truth) == confusion(perfect, truth, 3).sum()
+def test_confusion_matrix_counts_every_object_and_detection_once():
+    predictions, ground_truth = random_results(2)
+    counts = confusion(predictions, ground_truth, 3, confidence=0.25)
+    assert counts[:3].sum() <= len(ground_truth) and counts[:3].sum() >= (ground_truth[:, 2] == 0).sum()
+    assert counts[:, :3].sum() == (predictions[:, 2] > 0.25).sum()
+    perfect = np.c_[ground_truth[:, :2], np.full(len(ground_truth), 0.9), ground_truth[:, 3:]].astype(np.float32)
+    assert confusion(perfect, ground_truth, 3)[:3, :3].trace() == len(ground_truth) == confusion(perfect, ground_truth, 3).sum()
