@@ -1,6 +1,6 @@
 """Train on VOC at one resolution or at several, and measure at each image size.
 
-python -m benchmarks.train_voc single|multi [--epochs 80] [--backbone FOLDER] [--splits both|2012]
+python -m benchmarks.train_voc single|multi [--epochs 80] [--backbone FOLDER] [--splits both|2012] [--max-lr 6e-3]
 A second call with the same options resumes. The environment variable VOC_ROOT names the folder that holds VOCdevkit.
 """
 
@@ -15,12 +15,12 @@ SIZES = (160, 192, 224, 256, 288)  # sampled in multi-resolution training
 VAL_SPLITS = {"2007/val and 2012/val": ("2007/val", "2012/val"), "2007/val": ("2007/val",), "2012/val": ("2012/val",)}
 
 
-def settings(run: str, epochs: int, backbone: str, splits: str) -> Config:
+def settings(run: str, epochs: int, backbone: str, splits: str, max_lr: float = 6e-3, warmup_fraction: float = 0.1) -> Config:
     """Settings of the run "single" or "multi"."""
     name = f"{run}-{splits}-{epochs}" + ("-backbone" if backbone else "")
     return base_config(epochs, 224, splits).replace(
         close_mosaic_epochs=epochs // 10, multiscale_sizes=SIZES if run == "multi" else (), pretrained_weights=backbone,
-        num_workers=1, run_dir=f"runs/train_voc/{name}",
+        max_lr=max_lr, warmup_fraction=warmup_fraction, num_workers=1, run_dir=f"runs/train_voc/{name}",
     )  # fmt: skip
 
 
@@ -45,8 +45,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--backbone", default="", help="folder of pretrained weights to start from")
     parser.add_argument("--splits", choices=SPLITS, default="both", help="years of VOC to train on")
+    parser.add_argument("--max-lr", type=float, default=6e-3, help="peak of OneCycle")
+    parser.add_argument("--warmup-fraction", type=float, default=0.1)
     arguments = parser.parse_args()
-    config = settings(arguments.run, arguments.epochs, arguments.backbone, arguments.splits)
+    config = settings(**vars(arguments))
     fit(config, ckpt_path="auto")
     print(by_size(config.run_dir))
 

@@ -99,17 +99,18 @@ def plot_detections(
     detections: Sequence[Detections],
     classes: Sequence[str],
     ground_truth: Sequence = (),
+    titles: Sequence[str] = (),
     columns: int = 4,
 ) -> NotebookFigure:
     """Plot images uint8 [H, W, 3] with their detections.
 
-    ground_truth: the records of the images. Each is then shown to the left of the detections.
+    ground_truth: the records of the images. Each is then shown to the left of the detections, under titles of its own.
     """
     columns = min(columns, len(images) * (2 if ground_truth else 1))
     size = _tile_size(columns)
     tiles = [_draw_detections(image, found, classes, size) for image, found in zip(images, detections, strict=True)]
     if not ground_truth:
-        return _grid(tiles, columns)
+        return _grid(tiles, columns, titles)
     annotated = [_draw_record(record, classes, size, dashed=True) for record in ground_truth]
     pairs = [tile for pair in zip(annotated, tiles, strict=True) for tile in pair]
     return _grid(pairs, columns, ["ground truth", "predictions"] * len(images))

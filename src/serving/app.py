@@ -15,7 +15,7 @@ from gradio_client.utils import is_file_obj
 from starlette.middleware import Middleware
 
 from src.serving.drawing import class_colours, draw_detections, draw_heatmap
-from src.serving.gradcam import METHODS, Explainer
+from src.serving.gradcam import METHOD_NAMES, Explainer
 from src.serving.guard import MAX_UPLOAD_BYTES, BoundedRequests, GuardedBlocks
 from src.serving.images import load_image, resize_long_side
 from src.serving.predictor import Detections, Predictor
@@ -29,9 +29,6 @@ LAYERS = [
     ("The detection's own scale", "own"), ("Mean of all scales", "all"),
     ("Stride 32 (large objects)", 0), ("Stride 16 (medium objects)", 1), ("Stride 8 (small objects)", 2),
 ]  # fmt: skip
-METHOD_NAMES = {
-    "hirescam": "HiResCAM", "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "eigencam": "EigenCAM (same for all objects)",
-}  # fmt: skip
 METADATA_NAMES = {"data": "Training data", "epochs": "Epochs", "mAP50": "mAP at IoU 0.5", "weights": "Weights"}
 SERIALIZED = {"concurrency_id": "model", "concurrency_limit": 1}  # one forward pass at a time, in order of arrival
 LATEST_ONLY = {"trigger_mode": "always_last", "api_visibility": "private"}
@@ -218,7 +215,7 @@ def _explanation_column() -> tuple[list, list]:
     with gr.Group():
         target = gr.Dropdown([ALL_DETECTIONS], value="all", label="Explain", elem_id="target")
         layer = gr.Dropdown(LAYERS, value="own", label="Target layer", elem_id="layer")
-        methods = [(METHOD_NAMES[method], method) for method in METHODS]
+        methods = [(name, method) for method, name in METHOD_NAMES.items()]
         method = gr.Dropdown(methods, value=methods[0][1], label="CAM method", elem_id="method")
         opacity = gr.Slider(0, 1, 0.7, step=0.05, label="Heatmap opacity", elem_id="opacity")
     return [image, message], [target, layer, method, opacity]

@@ -14,6 +14,7 @@ from src.serving.images import load_image
 from src.serving.predictor import Detections, Predictor
 
 METHODS = {"hirescam": HiResCAM, "gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
+METHOD_NAMES = {"hirescam": "HiResCAM", "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "eigencam": "EigenCAM"}
 MAX_EXPLAINED = 24  # detections per heatmap; the best are taken
 BATCH_SIZE = 4  # detections per backward pass
 
