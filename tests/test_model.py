@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from src.config import Config
+from src.model.boxes import decode
+from src.model.darknet import PUBLISHED
 from src.model.network import ConvBlock, Residual, YOLOv3
+from src.training.module import build_model
 
 
 def random_net(**settings) -> YOLOv3:
@@ -178,3 +182,92 @@ def test_truncated_and_other_files_are_refused(tmp_path):
     path.write_bytes(whole[:-4])
     with pytest.raises(ValueError, match=f"{len(whole):,}"):
         network.load_darknet(path)
+
+
+CFG_ANCHORS = torch.tensor(  # of yolov3.cfg, in pixels; masks 6-8 (stride 32), 3-5, 0-2
+    [[116, 90], [156, 198], [373, 326], [30, 61], [62, 45], [59, 119], [10, 13], [16, 30], [33, 23]]
+).view(3, 3, 2)
+
+
+@pytest.mark.parametrize("num_classes", [80, 2])
+@pytest.mark.parametrize("size", [320, 416, 608])
+def test_darknet_anchors_are_pixels_at_any_image_size(tmp_path, num_classes, size):
+    write_darknet(random_net(num_classes=80, width=0.125), tmp_path / "yolov3.weights")
+    network = YOLOv3(num_classes, 0.125, image_size=size)
+    network.load_darknet(tmp_path / "yolov3.weights")
+    network.save_pretrained(tmp_path / "saved")
+    for model in (network, YOLOv3.from_pretrained(tmp_path / "saved")):
+        torch.testing.assert_close(model.anchors_at(size) * size, CFG_ANCHORS.float())
+        logits = [torch.zeros(1, 3, size // stride, size // stride, 5 + num_classes) for stride in (32, 16, 8)]
+        boxes = decode(logits, model.anchors_at(size))[0][0] * size
+        sizes = [level[:, 2:] - level[:, :2] for level in boxes.split([3 * level.shape[2] ** 2 for level in logits])]
+        for level, expected in zip(sizes, CFG_ANCHORS, strict=True):
+            torch.testing.assert_close(level.unflatten(0, (3, -1))[:, 0], expected.float(), rtol=0, atol=1e-3)
+
+
+def test_darknet_anchors_through_config(tmp_path):
+    path = tmp_path / "yolov3.weights"
+    write_darknet(random_net(num_classes=80, width=0.125), path)
+    model = build_model(Config(width=0.125, image_size=608, pretrained_weights=str(path)))
+    torch.testing.assert_close(model.anchors_at(608) * 608, CFG_ANCHORS.float())
+
+
+def test_darknet_backbone_keeps_the_anchors(tmp_path):
+    write_darknet(random_net(num_classes=80, width=0.125), tmp_path / "darknet53.conv.74", backbone_only=True)
+    network = YOLOv3(2, 0.125, image_size=608)
+    network.load_darknet(tmp_path / "darknet53.conv.74")
+    assert torch.equal(network.anchors, YOLOv3(2, 0.125).anchors)
+
+
+def count_values(*convolutions: tuple[int, int, int]) -> int:
+    """Values in a Darknet file: (channels in, channels out, kernel) each with batch norm; kernel 0: 1x1 with a bias."""
+    return sum(i * o * k**2 + 4 * o if k else i * o + o for i, o, k in convolutions)
+
+
+BACKBONE = [(3, 32, 3)]
+for channels, repeats in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
+    BACKBONE += [(channels // 2, channels, 3), *[(channels, channels // 2, 1), (channels // 2, channels, 3)] * repeats]
+HEADS = [
+    (1024, 512, 1), (512, 1024, 3), (1024, 512, 1), (512, 1024, 3), (1024, 512, 1), (512, 1024, 3), (1024, 255, 0),
+    (512, 256, 1), (768, 256, 1), (256, 512, 3), (512, 256, 1), (256, 512, 3), (512, 256, 1), (256, 512, 3), (512, 255, 0),
+    (256, 128, 1), (384, 128, 1), (128, 256, 3), (256, 128, 1), (128, 256, 3), (256, 128, 1), (128, 256, 3), (256, 255, 0),
+]  # fmt: skip
+TINY = [
+    (3, 16, 3), (16, 32, 3), (32, 64, 3), (64, 128, 3), (128, 256, 3), (256, 512, 3), (512, 1024, 3), (1024, 256, 1),
+    (256, 512, 3), (512, 255, 0), (256, 128, 1), (384, 256, 3), (256, 255, 0),
+]  # fmt: skip
+FILES = {
+    "yolov3.weights": BACKBONE + HEADS,
+    "darknet53.conv.74": BACKBONE,
+    "darknet53.weights": [*BACKBONE, (1024, 1000, 0)],
+    "yolov3-spp.weights": [*BACKBONE, *HEADS, (2048, 512, 1)],
+    "yolov3-tiny.weights": TINY,
+}
+
+
+def sparse_darknet_file(path, convolutions) -> None:
+    """Write a file of zeros with a Darknet header; it takes no disk space."""
+    with open(path, "wb") as file:
+        file.write(struct.pack("<3iq", 0, 2, 5, 0))
+        file.truncate(20 + 4 * count_values(*convolutions))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_darknet_files_are_recognized(tmp_path, name):
+    assert len(BACKBONE) == 52 and len(BACKBONE + HEADS) == 75 and len(TINY) == 13
+    sparse_darknet_file(tmp_path / "file", FILES[name])
+    with torch.device("meta"):
+        full, narrow = YOLOv3(80), YOLOv3(80, 0.25)
+    with pytest.raises(ValueError, match=f"file is {name}.*Published weights fit width 1 only; this network has width 0.25"):
+        narrow.load_darknet(tmp_path / "file")
+    if name in ("yolov3.weights", "darknet53.conv.74"):
+        assert PUBLISHED[count_values(*FILES[name])] == name
+    else:
+        with pytest.raises(ValueError, match=f"file is {name}, .*Use yolov3.weights or darknet53.conv.74"):
+            full.load_darknet(tmp_path / "file")
+
+
+def test_a_truncated_darknet_file_of_width_1_is_downloaded_again(tmp_path):
+    sparse_darknet_file(tmp_path / "file", [*BACKBONE, *HEADS[:-1]])
+    with torch.device("meta"), pytest.raises(ValueError, match="248,007,048.* Download it again"):
+        YOLOv3(80).load_darknet(tmp_path / "file")

@@ -163,6 +163,11 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
             logits.append(level)
         return necks[1:], logits
 
+    def set_anchors(self, anchors: Tensor) -> None:
+        """Use other anchors [3, 3, 2] (width, height), relative to an image of `image_size` pixels."""
+        self.anchor_sizes = anchors.tolist()
+        self.anchors.copy_(anchors)
+
     def anchors_at(self, image_size: int) -> Tensor:
         """Return the anchors [3, 3, 2] in 0..1 of an image of `image_size` pixels; in pixels they don't depend on it."""
         return self.anchors * (self.image_size / image_size)
@@ -204,5 +209,11 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         return model.to(map_location).eval()
 
     def load_darknet(self, path: str | Path) -> str:
-        """Load a weight file published for Darknet; see `src.model.darknet.load_darknet`."""
-        return load_darknet(self, path)
+        """Load a weight file published for Darknet; see `src.model.darknet.load_darknet`.
+
+        If it contains the detection heads, the anchors become Darknet's: the same pixels at any image size.
+        """
+        part = load_darknet(self, path)
+        if part != "backbone":
+            self.set_anchors(torch.tensor(ANCHORS, dtype=torch.float64) * (416 / self.image_size))
+        return part
