@@ -6,41 +6,41 @@ BIN = $(VENV)/bin/python
 
 .PHONY: help run multi app test evaluate bench images space-test clean
 
-help: ## this list
+help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/installed: requirements.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.12 found: install one, or name it with make PYTHON=/path/to/python3.12"; exit 1; }
-	@echo "Building $(VENV) with $(PYTHON): downloads about 3 GB, takes some minutes"
-	$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing: on Debian or Ubuntu, apt install python3-venv"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.12 found. Install one, or run make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Creating $(VENV) with $(PYTHON): downloads about 3 GB and takes 2 to 5 minutes"
+	$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing. On Debian or Ubuntu, run apt install python3-venv"; exit 1; }
 	$(BIN) -m pip install --quiet --upgrade pip
 	$(BIN) -m pip install --quiet --progress-bar on -r requirements.txt
 	@touch $@
 
-run: $(VENV)/installed ## train on the built-in data set: 5 to 8 minutes on 2 cores, ends with the table
+run: $(VENV)/installed ## train on the synthetic data set and print the results: 5 to 8 minutes on 2 cores
 	$(BIN) -m tools.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
 
-multi: $(VENV)/installed ## the multi-resolution notebook, after make run
+multi: $(VENV)/installed ## train at several resolutions and compare, after make run: about 8 minutes
 	$(BIN) -m tools.notebook run multi_scale_s13_assignment.ipynb runs/shapes-multi/multi_scale_s13_assignment.ipynb
 
-app: $(VENV)/installed ## the app of the last run (before any run: of the shipped weights) on localhost
+app: $(VENV)/installed ## serve the app with the last run's weights, or the shipped weights, on localhost
 	GRADIO_ANALYTICS_ENABLED=False $(BIN) $(if $(wildcard space/app.py),space/app.py,-m src.serving.app weights)
 
-test: $(VENV)/installed ## the tests
+test: $(VENV)/installed ## run the tests: about 5 minutes on 2 cores
 	$(BIN) -m pytest
 
-images: $(VENV)/installed ## draw the README's figures again, from the last runs (the app's with Chromium)
+images: $(VENV)/installed ## update the README's images from the last runs (app screenshots need Chromium)
 	$(BIN) -m tools.notebook images
-	$(if $(wildcard space/app.py),$(BIN) tools/screenshots.py space)
+	$(if $(wildcard space/app.py),$(BIN) -m tools.screenshots space)
 
-space-test: $(VENV)/installed ## the exported Space alone, in a new environment with its own requirements only
+space-test: $(VENV)/installed ## run the exported Space in a new environment with only its own requirements
 	$(BIN) tests/space_alone.py
 
-evaluate: $(VENV)/installed ## measure the shipped weights again; VOC_ROOT names the folder that holds VOCdevkit
+evaluate: $(VENV)/installed ## measure the shipped weights; needs PASCAL VOC (VOC_ROOT: the folder that contains VOCdevkit)
 	$(BIN) -m src.training.model_card check weights
 
-bench: $(VENV)/installed ## speed, as ratios against the obvious way
+bench: $(VENV)/installed ## measure speed, as ratios to straightforward implementations
 	$(BIN) -m benchmarks
 
-clean: ## remove what running made, not the environment
+clean: ## delete runs, the exported Space and caches, but not the environment
 	rm -rf runs space data/cache

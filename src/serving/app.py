@@ -1,6 +1,7 @@
 """The Gradio app: upload an image, see its detections and their Grad-CAM heatmaps. Used by the notebook and the Space."""
 
 import html
+import logging
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.sky, neutral_hue=gr.themes.colors.slate, radius_size="md",
     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
 ).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600")  # fmt: skip
+logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's requests to its own server
 
 
 @dataclass
