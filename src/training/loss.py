@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import softplus
 
 from src.config import Config
-from src.model.boxes import cell_boxes, cxcywh_to_xyxy, decode_boxes
+from src.model.boxes import MAX_LOG_SCALE, cxcywh_to_xyxy, decode_boxes
 
 IGNORE_IOU = 0.5
 EPSILON = 1e-7
@@ -72,15 +72,45 @@ def ignore_mask(level: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
     """Mark the predictions of one scale whose box has IoU above 0.5 with an object of their image: bool [B, 3, G, G].
 
     Darknet's rule (yolo_layer.c, ignore_thresh). level [B, 3, G, G, 5 + C]; targets as in `assign_targets`; anchors [3, 2].
+    On a CPU only the pairs of `_ignore_candidates` are compared; on a GPU all, because their number would make it wait.
     """
-    image, boxes = targets[:, 0].long(), cxcywh_to_xyxy(targets[:, 2:6])
-    left, top, right, bottom = cell_boxes(level, anchors).flatten(1, 3).unbind(dim=2)  # [B, K]; indexed by image: [N, K]
-    inter_w = torch.minimum(right[image], boxes[:, 2:3]) - torch.maximum(left[image], boxes[:, 0:1])
-    inter_h = torch.minimum(bottom[image], boxes[:, 3:4]) - torch.maximum(top[image], boxes[:, 1:2])
-    intersection = inter_w.clamp(min=0) * inter_h.clamp(min=0)
-    areas = ((right - left) * (bottom - top))[image] + targets[:, 4:5] * targets[:, 5:6]
+    grid = level.shape[2]
+    if level.is_cpu:
+        pairs = _ignore_candidates(level, targets, anchors)  # [P]
+    else:
+        sizes = len(targets), 3, grid, grid
+        pairs = torch.meshgrid([torch.arange(size, device=level.device) for size in sizes], indexing="ij")  # [N, 3, G, G]
+    number, anchor, row, column = pairs
+    image, objects = targets[number, 0].long(), cxcywh_to_xyxy(targets[number, 2:6])
+    boxes = decode_boxes(level[image, anchor, row, column, 1:5], column, row, anchors[anchor], grid)
+    boxes = cxcywh_to_xyxy(boxes)
+    low, high = torch.maximum(boxes[..., :2], objects[..., :2]), torch.minimum(boxes[..., 2:], objects[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(dim=-1)
+    areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) + targets[number, 4] * targets[number, 5]
     above = intersection > IGNORE_IOU * (areas - intersection)
-    return torch.zeros_like(left).index_add(0, image, above.float()).view(level.shape[:-1]) > 0
+    cell = ((image * 3 + anchor) * grid + row) * grid + column
+    mask = torch.zeros(level[..., 0].numel() + 1, dtype=torch.bool, device=level.device)  # the last: no cell
+    mask.scatter_(0, torch.where(above, cell, len(mask) - 1).flatten(), True)
+    return mask[:-1].view(level.shape[:4])
+
+
+def _ignore_candidates(level: Tensor, targets: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
+    """Pairs of an object and a prediction that can have IoU above 0.5: target, anchor, row and column, int64 [P] each.
+
+    IoU > 0.5 requires |dx| / w + |dy| / h < 0.5 for the distance of the centres and the object's w and h, and ratios of
+    the widths and of the heights between 0.5 and 2. The bounds here are slightly wider, for rounding.
+    """
+    grid = level.shape[2]
+    cells, centre = torch.arange(grid), targets[:, 2:4, None] * grid
+    distance = torch.maximum(cells - centre, centre - cells - 1).clamp(min=0) - 0.01  # of the nearest point in a column, row
+    distance = distance / (targets[:, 4:6, None] * grid)  # [N, 2, G]
+    number, row, column = (distance[:, 0, None] + distance[:, 1, :, None] < 0.5).nonzero(as_tuple=True)
+    cell = (targets[:, 0].long()[number] * grid + row) * grid + column
+    log_scale = level[..., 3:5].permute(0, 2, 3, 1, 4).reshape(-1, 6).index_select(0, cell).float().clamp(max=MAX_LOG_SCALE)
+    log_ratio = log_scale + (anchors / targets[:, None, 4:6]).log().flatten(1).index_select(0, number)
+    fits = (log_ratio.abs() < math.log(2) + 1e-3).unflatten(1, (3, 2))
+    pair, anchor = (fits[..., 0] & fits[..., 1]).nonzero(as_tuple=True)
+    return number[pair], anchor, row[pair], column[pair]
 
 
 def complete_iou_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
