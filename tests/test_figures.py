@@ -15,6 +15,7 @@ from src.data.mosaic import MosaicDataset
 from src.data.shapes import draw_shapes
 from src.figures import curves
 from src.figures import images as image_figures
+from src.figures.style import TARGET, TRAIN, VAL
 from src.model.network import ANCHORS
 from src.serving.drawing import class_colours
 from src.serving.predictor import Detections
@@ -170,7 +171,7 @@ def test_class_loss_and_class_accuracy_have_their_own_panels(tmp_path):
     write_metrics(tmp_path / "m.csv", list(rows_of(range(2))))
     axes = {axis.get_title(loc="left"): axis for axis in curves.plot_training_curves(tmp_path / "m.csv", TARGETS).axes}
     assert list(axes["Class accuracy"].lines[0].get_ydata()) == [0.5, 0.5]
-    assert list(axes["Loss: class"].lines[1].get_ydata()) == [2.0, 2.0]
+    assert list(axes["Class loss"].lines[1].get_ydata()) == [2.0, 2.0]
 
 
 def test_a_resumed_run_has_one_value_per_epoch(tmp_path):
@@ -190,7 +191,10 @@ def test_curves_of_a_run_in_progress(tmp_path):
         assert list(curves.read_curve(path, "train/loss")[0]) == [0, 1]
         curves.plot_training_curves(path, TARGETS)
     path.write_text(lines[0])  # only the header
-    curves.plot_training_curves(path, TARGETS)
+    figure = curves.plot_training_curves(path, TARGETS)
+    pixels = np.asarray(Image.open(io.BytesIO(figure.encoded())).convert("RGB"))
+    for colour in (TRAIN, VAL, TARGET):  # in the legends
+        assert has_colour(pixels, np.round(np.array(to_rgb(colour)) * 255))
     assert len(curves.read_curve(path, "val/mAP50")[0]) == 0
 
 

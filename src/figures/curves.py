@@ -16,9 +16,9 @@ from src.training.callbacks import read_metrics
 from src.training.metrics import THRESHOLDS, match, precision_recall
 from src.training.report import NAMES
 
-TERMS = {
-    "box_loss": "box", "object_loss": "objectness, positives", "no_object_loss": "objectness, background",
-    "class_loss": "class",
+LOSSES = {
+    "loss": "Total loss", "box_loss": "Box loss", "object_loss": "Object loss", "no_object_loss": "No-object loss",
+    "class_loss": "Class loss",
 }  # fmt: skip
 
 
@@ -116,24 +116,24 @@ def plot_training_curves(path: str | Path, targets: dict[str, float]) -> Figure:
     targets: the course targets of "class", "no_object" and "object" accuracy, in 0..1.
     """
     figure = NotebookFigure(7.6)
-    layout = [["loss", "loss", "rate", "rate"], [*TERMS], ["a class", "a no_object", "a object", "map"]]
+    layout = [["loss", "loss", "lr", "lr"], [*LOSSES][1:], [*NAMES, "map"]]
     axes = figure.subplot_mosaic(layout)
-    for key, title in {"loss": "Total loss", **{term: f"Loss: {name}" for term, name in TERMS.items()}}.items():
+    for key, title in LOSSES.items():
         _curve(axes[key], path, f"train/{key}", color=TRAIN, linestyle=(0, (4, 1.2)), label="training (mosaics)")
         _curve(axes[key], path, f"val/{key}", color=VAL, label="validation")
         axes[key].set_title(title)
         _from_zero(axes[key])
     axes["loss"].legend()
     for key, name in NAMES.items():
-        _accuracy(axes[f"a {key}"], path, key, targets[key])
-        axes[f"a {key}"].set_title(name.capitalize())
+        _accuracy(axes[key], path, key, targets[key])
+        axes[key].set_title(name.capitalize())
     _curve(axes["map"], path, "val/mAP50", color=VAL)
     axes["map"].set(title="mAP at IoU 0.5", ylim=(0, 1))
-    axes["rate"].plot(*read_curve(path, "lr", "step"), color=INK)
-    axes["rate"].set(title="Learning rate (OneCycle)", xlabel="step")
-    _from_zero(axes["rate"])
+    axes["lr"].plot(*read_curve(path, "lr", "step"), color=INK)
+    axes["lr"].set(title="Learning rate (OneCycle)", xlabel="step")
+    _from_zero(axes["lr"])
     for key, axis in axes.items():
-        if key != "rate":
+        if key != "lr":
             axis.set_xlabel("epoch")
             axis.set_xlim(0, None if axis.get_xlim()[1] > 1 else 1)
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -260,7 +260,7 @@ def plot_size_comparison(sizes: Sequence[int], map50: dict[str, Sequence[float]]
     right.plot(sizes, latencies, color=INK, marker="o", **style)
     low, high = min(map(min, map50.values())), max(map(max, map50.values()))
     margin = max(0.01, 0.25 * (high - low))
-    limits = max(0, low - margin), min(1, high + margin)
+    limits = max(0, np.floor(100 * (low - margin)) / 100), min(1, np.ceil(100 * (high + margin)) / 100)
     left.set(title="Accuracy", ylabel=f"mAP at IoU 0.5 (axis from {limits[0]:.2f} to {limits[1]:.2f})", ylim=limits)
     right.set(title="Latency of one image", ylabel="milliseconds", ylim=(0, None))
     for axis in (left, right):

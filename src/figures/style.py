@@ -53,7 +53,7 @@ class NotebookFigure(Figure):
         if self.jpeg:
             image.save(file, "jpeg", quality=80)
         else:
-            image.quantize(128).save(file, "png", optimize=True)
+            image.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(file, "png", optimize=True)  # keeps rare colours
         return file.getvalue()
 
 
