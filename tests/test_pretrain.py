@@ -38,10 +38,11 @@ def folder(tmp_path_factory):
 
 
 def tiny(folder, run_dir, **changes):
-    return PretrainConfig(
-        str(folder), **{"width": 0.125, "image_size": 32, "final_size": 64, "final_epochs": 1, "epochs": 4, "batch_size": 4,
-        "max_lr": 3e-3, "ema_decay": 0.5, "num_workers": 0, "cache_gb": 0, "precision": "32-true", "run_dir": str(run_dir)} | changes
+    config = PretrainConfig(
+        str(folder), width=0.125, image_size=32, final_size=64, final_epochs=1, epochs=4, batch_size=4, max_lr=3e-3,
+        ema_decay=0.5, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(run_dir),
     )  # fmt: skip
+    return config.replace(**changes)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def run(folder, tmp_path_factory):
 
 def test_both_layouts_are_read_alike(folder, tmp_path):
     classes, train, val = read_image_folder(folder)
-    assert classes == ["blue", "green", "red"] and len(train) == 24 and [label for _, label in val] == [0] * 4 + [1] * 4 + [2] * 4
+    assert classes == ["blue", "green", "red"]
+    assert len(train) == 24 and [label for _, label in val] == [0] * 4 + [1] * 4 + [2] * 4
     for split in ("train", "val"):
         for label, name in enumerate(("blue", "green", "red")):
             write_image(tmp_path / split / name / "deeper/still/1.jpg", label, 0)

@@ -29,6 +29,11 @@ def is_backbone(folder: str | Path) -> bool:
     return (Path(folder) / WEIGHTS).is_file()
 
 
+def read_metadata(folder: str | Path) -> dict:
+    """Return the metadata that was given to `save_backbone`."""
+    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["metadata"]
+
+
 def load_backbone(model: nn.Module, folder: str | Path) -> dict:
     """Copy a pretrained backbone into a `YOLOv3` of the same width. Returns the backbone's metadata.
 

@@ -6,15 +6,19 @@ python -m src.training.model_card check weights            measure exported weig
 
 import argparse
 import dataclasses
+import shutil
+import sys
 from pathlib import Path
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
+from src.data.voc import list_images
 from src.model.network import YOLOv3
+from src.model.pretrained import is_backbone, read_metadata
 from src.training.fit import evaluate, load_detector
 from src.training.metrics import Evaluation
 from src.training.module import YOLOv3Module
-from src.training.report import COURSE_THRESHOLD, STRICT_THRESHOLD, result_rows, results_table, training_metadata
+from src.training.report import COURSE_THRESHOLD, STRICT_THRESHOLD, ResultsTable, markdown_table, result_rows, training_metadata
 
 CARD = """---
 license: mit
@@ -35,7 +39,7 @@ exponential moving average (EMA) of the training weights, at the epoch of the be
 | batches | {batch_size} images per batch; {mosaic_prob:.0%} of the training samples are mosaics |
 | image size | {sizes} |
 | optimizer | AdamW, OneCycle to {max_lr:g}, weight decay {weight_decay:g} |
-| settings | `run.json` beside this file: `Config.load("run.json")` |
+| settings and log | `run.json` beside this file: `Config.load("run.json")`; `metrics.csv` |
 
 ## Results on the validation split
 
@@ -43,7 +47,7 @@ exponential moving average (EMA) of the training weights, at the epoch of the be
 
 {precisions}
 
-Average precision at IoU 0.5 (VOC area under the curve; `difficult` objects count neither as hits nor as errors):
+{splits}Average precision at IoU 0.5 (VOC area under the curve; `difficult` objects count neither as hits nor as errors):
 
 {per_class}
 
@@ -71,24 +75,50 @@ def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
     config = Config.load(run / "config.json")
     model = load_detector(run).model.half()
     model.save_pretrained(folder)
-    config.replace(voc_root="data").save(folder / "run.json")
+    config.replace(data_root="data").save(folder / "run.json")
     evaluation, data = measure(folder)
     epochs = model.metadata["epochs"]
     model.metadata = training_metadata(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, epochs)
     model.save_pretrained(folder)
-    (folder / "README.md").write_text(card(model, config, evaluation, data, limits), encoding="utf-8")
+    shutil.copyfile(run / "metrics.csv", folder / "metrics.csv")
+    text = card(model, config, evaluation, data, limits, results_by_split(folder))
+    (folder / "README.md").write_text(text, encoding="utf-8")
     return evaluation
 
 
-def measure(folder: Path) -> tuple[Evaluation, DetectionDataModule]:
-    """Evaluate weights exported by `write`, in float32, on the data that their run.json names."""
+def results_by_split(folder: Path) -> str:
+    """Evaluate exported weights on each validation split alone, if there are several; return Markdown."""
+    config, rows = Config.load(folder / "run.json"), []
+    for split in config.val_splits if len(config.val_splits) > 1 else ():
+        evaluation, data = measure(folder, val_splits=(split,))
+        accuracies = [f"{row['value']:.1%}" for row in result_rows(evaluation.accuracies, config)]
+        rows.append((split, len(data.val_records), *accuracies, f"{evaluation.precisions['VOC AP@.5, area']:.3f}"))
+    header = ("split", "images", "class accuracy", "no-object accuracy", "object accuracy", "VOC AP@.5, area")
+    return f"Each validation split alone:\n\n{markdown_table(header, rows)}\n\n" if rows else ""
+
+
+def measure(folder: Path, **changes) -> tuple[Evaluation, DetectionDataModule]:
+    """Evaluate weights exported by `write`, in float32, on the data that their run.json names. changes: of the config."""
     config = Config.load(folder / "run.json").replace(pretrained_weights=str(folder), precision="32-true")
-    config = config.replace(voc_root=Config().voc_root)
+    config = config.replace(data_root=Config().data_root, **changes)
     data = DetectionDataModule(config)
     return evaluate(YOLOv3Module(config), data), data
 
 
-def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionDataModule, limits: str) -> str:
+def require_voc(config: Config) -> None:
+    """Exit with a message if the splits of `config` are missing, before measuring would download 2.9 GB."""
+    root = Config().data_root
+    try:
+        if config.dataset == "voc":
+            list_images(root, config.train_splits + config.val_splits)
+    except FileNotFoundError:
+        splits = ", ".join(config.train_splits + config.val_splits)
+        sys.exit(f"These weights are measured on PASCAL VOC ({splits}), which is not in the folder {root!r}.\n"
+                 "Download it from http://host.robots.ox.ac.uk/pascal/VOC/ and set the environment variable VOC_ROOT to the "
+                 "folder that contains VOCdevkit.")  # fmt: skip
+
+
+def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionDataModule, limits: str, splits: str) -> str:
     """Return the model card as Markdown, with the Hub's header."""
     rows = result_rows(evaluation.accuracies, config)
     accuracies = [(row["name"], f"{row['value']:.1%}", f"{row['strict']:.1%}") for row in rows]
@@ -100,7 +130,8 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
         "val_data": f"{len(data.val_records):,} images: {val_data}",
         "trained_epochs": model.metadata["epochs"],
         "sizes": describe_sizes(config),
-        "start": Path(config.pretrained_weights).name if config.pretrained_weights else "scratch (no ImageNet weights)",
+        "start": describe_start(config),
+        "splits": splits,
         "tag": "pascal-voc" if config.dataset == "voc" else "synthetic",
         "accuracies": markdown_table(("", f"objectness > {COURSE_THRESHOLD}", f"> {STRICT_THRESHOLD}"), accuracies),
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
@@ -119,9 +150,14 @@ def describe_sizes(config: Config) -> str:
     return f"one of {sizes} pixels for {interval} steps each; {config.image_size} pixels in the last {last} epochs"
 
 
-def markdown_table(header: tuple, rows: list[tuple]) -> str:
-    """Format a table in Markdown."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ("---",) * len(header), *rows))
+def describe_start(config: Config) -> str:
+    """Describe the weights that the training started from, for the card."""
+    source = config.pretrained_weights
+    if source and is_backbone(source):
+        facts = read_metadata(source)
+        return (f"a Darknet-53 backbone, which was pretrained to classify {facts['data']} ({facts['images']:,} images, "
+                f"{facts['classes']} classes, top-1 accuracy {facts['top1']:.1%})")  # fmt: skip
+    return Path(source).name if source else "scratch (no pretrained weights)"
 
 
 def main() -> None:
@@ -137,8 +173,9 @@ def main() -> None:
     if arguments.command == "write":
         evaluation = write(arguments.run, arguments.folder, arguments.limits)
     else:
+        require_voc(Config.load(arguments.folder / "run.json"))
         evaluation, _ = measure(arguments.folder)
-    print(results_table(evaluation, Config.load(arguments.folder / "run.json").replace(run_dir=str(arguments.folder))))
+    print(ResultsTable(evaluation, Config.load(arguments.folder / "run.json").replace(run_dir=str(arguments.folder))))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from src.training.trainer import make_trainer
 
 CARD = """# Darknet-53, width {width:g}, pretrained to classify
 
-The backbone of a YOLOv3: {parameters:.1f} million parameters in half precision, exponential moving average (EMA) of the weights.
-Trained on {images:,} images of {classes:,} classes ({data}), {epochs} epochs at {image_size} pixels and the last {final_epochs} of them at {final_size}.
+The backbone of a YOLOv3: {parameters:.1f} million parameters in half precision, the exponential moving average (EMA) of the
+weights. Trained on {images:,} images of {classes:,} classes ({data}) for {epochs} epochs at {image_size} pixels, of which the
+last {final_epochs} at {final_size} pixels.
 
 | validation ({val_images:,} images, {final_size} pixels) | |
 | --- | --- |

@@ -1,9 +1,13 @@
 """The course's results table, and the metadata of weights."""
 
+from dataclasses import dataclass
+
 from src.config import Config
 from src.training.metrics import THRESHOLDS, Evaluation
 
 COURSE_THRESHOLD, STRICT_THRESHOLD = THRESHOLDS
+HEADER = ("validation split", "course target", f"at {COURSE_THRESHOLD}", f"at {STRICT_THRESHOLD}", "")
+NOTE = f"Objectness thresholds {COURSE_THRESHOLD} and {STRICT_THRESHOLD}; the course target applies at {COURSE_THRESHOLD}."
 NAMES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
 
 
@@ -25,23 +29,33 @@ def result_rows(accuracies: dict[str, float], config: Config) -> list[dict]:
     return rows
 
 
-def results_table(evaluation: Evaluation, config: Config) -> str:
-    """Format the three accuracies with the course targets, and the average precisions, for a terminal."""
-    head = f"{'validation split':<22}{'course target':>14}{f'at {COURSE_THRESHOLD}':>10}{f'at {STRICT_THRESHOLD}':>10}"
-    rule = "-" * (len(head) + 9)
-    lines = [head, rule]
-    for row in result_rows(evaluation.accuracies, config):
-        values = f"{row['target']:>14.2%}{row['value']:>10.2%}{row['strict']:>10.2%}"
-        lines.append(f"{row['name']:<22}{values}  {'pass' if row['passed'] else 'not yet'}")
-    lines.append(rule)
-    lines += [f"{name:<22}{'':>14}{value:>10.4f}" for name, value in evaluation.precisions.items()]
-    lines += [
-        "",
-        f"at {COURSE_THRESHOLD}, at {STRICT_THRESHOLD}: objectness threshold. The course target applies at {COURSE_THRESHOLD}.",
-        "",
-        f"Weights, metrics.csv and settings of this run: {config.run_dir}/",
-    ]
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class ResultsTable:
+    """The three accuracies with the course targets, and the average precisions: text in a terminal, a table in a notebook."""
+
+    evaluation: Evaluation
+    config: Config
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Cells of the rows: name, course target, value at both thresholds, verdict."""
+        rows = []
+        for row in result_rows(self.evaluation.accuracies, self.config):
+            values = (f"{row[key]:.2%}" for key in ("target", "value", "strict"))
+            rows.append((row["name"], *values, "pass" if row["passed"] else "not yet"))
+        return rows + [(name, "", f"{value:.4f}", "", "") for name, value in self.evaluation.precisions.items()]
+
+    def _repr_markdown_(self) -> str:
+        return markdown_table(HEADER, self._rows()) + f"\n\n{NOTE}"
+
+    def __repr__(self) -> str:
+        lines = [f"{cells[0]:<22}{cells[1]:>14}{cells[2]:>10}{cells[3]:>10}  {cells[4]}" for cells in (HEADER, *self._rows())]
+        lines.insert(1, "-" * 65)
+        return "\n".join([*lines, "", NOTE, f"Weights, metrics.csv and settings of this run: {self.config.run_dir}/"])
+
+
+def markdown_table(header: tuple, rows: list[tuple]) -> str:
+    """Format a table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ("---",) * len(header), *rows))
 
 
 def training_metadata(accuracies: dict[str, float], map50: float, config: Config, epochs: str) -> dict:
