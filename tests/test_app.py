@@ -99,10 +99,13 @@ def test_the_heatmap_covers_the_image_only_where_it_is_high():
 def test_one_forward_pass_is_enough_for_all_thresholds(predictor, image_path):
     session = analyze_image(predictor, image_path)
     calls = []
-    hook = predictor.model.register_forward_hook(lambda *_: calls.append(1))
+    networks = predictor.model, predictor.fused, session.explainer.model
+    hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in networks]
+    hooks.append(session.explainer.model.backbone.register_forward_hook(lambda *_: calls.append(1)))
     tables = {limit: render_detections(session, limit, 0.45)[2] for limit in (0.2, 0.4, 0.99)}
     render_heatmap(session, "all", "own", "gradcam", 0.5, 0.2, 0.45)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert not calls
     assert len(tables[0.2]) > len(tables[0.4]) > len(tables[0.99]) == 0
 

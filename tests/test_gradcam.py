@@ -80,7 +80,8 @@ def test_target_selects_rows(predictor, image):
     for label, name in enumerate(predictor.classes):
         result = explain(predictor, image, target=name, confidence=0.3)
         assert result.explained.tolist() == np.flatnonzero(detections.labels == label).tolist() != []
-    assert np.array_equal(result.detections.boxes, detections.boxes)
+    assert np.array_equal(result.detections.index, detections.index)
+    assert result.detections.boxes == pytest.approx(detections.boxes, abs=1e-3)  # the predictor's batch norms are fused
 
 
 def test_several_detections_give_the_maximum_of_their_heatmaps(predictor, image):

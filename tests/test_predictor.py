@@ -1,17 +1,22 @@
 """Reading of any image file, boxes in its pixels, and thresholds after the forward pass."""
 
+import copy
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from src.model.boxes import decode, nms
+from src.serving.gradcam import Explainer
 from src.serving.images import letterbox, load_image
 from src.serving.predictor import MIN_SCORE, Predictor
 from tests.planted import planted_model
 
+ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT = 48, 32
 # EXIF orientation -> what a viewer does to the pixels
 ORIENTATIONS = {
@@ -167,11 +172,12 @@ def test_boxes_are_in_pixels_of_the_image(size, predictor):
 
 def test_thresholds_need_no_further_forward_pass(predictor):
     calls = []
-    hook = predictor.model.register_forward_hook(lambda *_: calls.append(1))
+    hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in (predictor.model, predictor.fused)]
     candidates = predictor.candidates(quarters())
     counts = [len(candidates.detections(confidence, 0.45)) for confidence in (0.01, 0.3, 0.4, 0.5, 0.99)]
     kept = [len(candidates.detections(0.3, iou_threshold)) for iou_threshold in (0.1, 0.45, 0.9)]
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert len(calls) == 1
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 0
     assert kept == sorted(kept) and kept[0] < kept[-1]
@@ -218,3 +224,47 @@ def test_saved_weights_give_the_same_detections(predictor, tmp_path):
     again = Predictor.load(tmp_path, device="cpu")
     assert again.classes == predictor.classes and again.image_size == predictor.image_size
     assert np.array_equal(again(quarters(), 0.3).boxes, predictor(quarters(), 0.3).boxes)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Predictor.load(ROOT / "weights", device="cpu")
+
+
+def test_fused_batch_norms_change_scores_by_rounding_only(shipped):
+    """On the shipped weights, whose batch norms are trained; float64 is the reference."""
+    images = [load_image(path) for path in sorted((ROOT / "weights/samples").glob("*.jpg"))]
+    inputs = torch.cat([shipped.preprocess(image)[0] for image in images])
+    exact = copy.deepcopy(shipped.model).double()
+    anchors = shipped.model.anchors_at(shipped.image_size)
+    with torch.no_grad():
+        boxes, scores = decode(exact(inputs.double()), anchors)
+        for network in (shipped.model, shipped.fused):
+            its_boxes, its_scores = decode(network(inputs), anchors)
+            difference = (its_scores - scores).abs().max().item()
+            print(f"largest score difference {difference:.1e}")
+            assert difference < 1e-5
+            confident = scores.amax(dim=2) > MIN_SCORE
+            assert (its_boxes - boxes)[confident].abs().max() * shipped.image_size < 0.01  # pixels
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in shipped.fused.modules())
+
+
+def test_fusing_does_not_change_the_model(tmp_path):
+    model = planted_model()
+    before = copy.deepcopy(model.state_dict())
+    training = [parameter.requires_grad for parameter in model.parameters()]
+    predictor = Predictor(model, device="cpu")
+    assert len(predictor(quarters(), 0.3)) and "fused" in vars(predictor)
+    assert predictor.model is model and model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == training
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == before.keys()
+    assert Explainer(predictor, quarters()).model.state_dict().keys() == before.keys()
+
+
+def test_explainer_and_predictor_agree(shipped):
+    for path in sorted((ROOT / "weights/samples").glob("*.jpg")):
+        exact, fused = Explainer(shipped, path).candidates.detections(), shipped(path)
+        assert exact.index.tolist() == fused.index.tolist() and exact.labels.tolist() == fused.labels.tolist()
+        assert exact.scores == pytest.approx(fused.scores, abs=1e-5) and exact.boxes == pytest.approx(fused.boxes, abs=0.05)

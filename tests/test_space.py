@@ -81,6 +81,13 @@ def test_titles_may_contain_any_character(model, tmp_path):
     assert title in [node.value for node in ast.walk(script) if isinstance(node, ast.Constant)]
 
 
+def test_a_predictors_model_is_exported_unfused(tmp_path):
+    predictor = Predictor(planted_model(), device="cpu")
+    predictor(blurred_noise(96, 96))
+    folder = export_space(predictor.model, tmp_path / "space")
+    assert load_file(folder / "weights" / "model.safetensors").keys() == planted_model().state_dict().keys()
+
+
 def test_requirements_are_pinned_to_the_installed_versions(folder):
     lines = (folder / "requirements.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith(("#", "-")))

