@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 from src.model.network import ANCHORS
@@ -45,16 +45,20 @@ class Settings:
         return cls(**{name: _tuples(value) for name, value in values.items()})
 
 
+DATASETS = {"voc": "PASCAL VOC", "yolo": "YOLO data set", "coco": "COCO data set", "shapes": "synthetic"}
+
+
 @dataclass(frozen=True)
 class Config(Settings):
     """Settings of one run, written as JSON into its folder; `Config.load` reads them back."""
 
     # data
-    dataset: str = "voc"  # "voc": a VOCdevkit tree; "shapes": the synthetic data set, no download
-    voc_root: str = field(default_factory=lambda: os.environ.get("VOC_ROOT", "data"))  # folder that contains VOCdevkit
+    dataset: str = "voc"  # "voc": files in data_root, also recognized as "yolo" or "coco"; "shapes": synthetic data set
+    data_root: str = field(default_factory=lambda: os.environ.get("VOC_ROOT", "data"))  # of VOCdevkit, data.yaml or COCO files
     train_splits: tuple[str, ...] = ("2007/trainval", "2012/trainval")
-    val_splits: tuple[str, ...] = ("2007/test",)
-    classes: tuple[str, ...] = VOC_CLASSES
+    val_splits: tuple[str, ...] = ("2007/test",)  # empty: val_fraction of the training images, at random
+    val_fraction: float = 0.2
+    classes: tuple[str, ...] = VOC_CLASSES  # YOLO and COCO: the default stands for the data set's own classes
     skip_bad_files: bool = False  # leave out unusable images instead of raising an error
     shapes_train: int = 1200  # training images of the synthetic data set
     shapes_val: int = 300
@@ -95,18 +99,21 @@ class Config(Settings):
     devices: int = 1
     seed: int = 0
     run_dir: str = "runs/voc"
+    voc_root: InitVar[str] = ""  # former name of data_root
 
-    def __post_init__(self):
+    def __post_init__(self, voc_root: str):
+        if voc_root:
+            object.__setattr__(self, "data_root", voc_root)
         for size in (self.image_size, *self.multiscale_sizes):
             if size < 32 or size % 32:
                 raise ValueError(
                     f"Config: image size {size} is not a positive multiple of 32. Use e.g. {max(32, size // 32 * 32)}."
                 )
-        if self.dataset not in ("voc", "shapes"):
-            raise ValueError(f'Config.dataset is {self.dataset!r}. Use "voc" or "shapes".')
+        if self.dataset not in DATASETS:
+            raise ValueError(f"Config.dataset is {self.dataset!r}. Use one of {', '.join(DATASETS)}.")
         if len(set(self.classes)) != len(self.classes) or not self.classes:
             raise ValueError(f"Config.classes is {self.classes}. Name at least one class, each only once.")
-        for name in ("mosaic_prob", "min_visibility", "warmup_fraction", "ema_decay"):
+        for name in ("val_fraction", "mosaic_prob", "min_visibility", "warmup_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Config.{name} is {getattr(self, name)}. Use a value from 0 to 1.")
         for name in ("epochs", "batch_size", "multiscale_interval", "devices"):
@@ -125,7 +132,8 @@ class Config(Settings):
 
 
 FORMER_NAMES = {  # names in config.json of older runs
-    "data": "dataset", "sizes": "multiscale_sizes", "size_steps": "multiscale_interval", "mosaic": "mosaic_prob",
+    "data": "dataset", "voc_root": "data_root",
+    "sizes": "multiscale_sizes", "size_steps": "multiscale_interval", "mosaic": "mosaic_prob",
     "mosaic_off_epochs": "close_mosaic_epochs", "single_scale": "image_scale", "min_visible": "min_visibility",
     "clip": "gradient_clip_val", "warmup": "warmup_fraction", "workers": "num_workers", "weights": "pretrained_weights",
 }  # fmt: skip

@@ -235,7 +235,7 @@ def test_an_image_damaged_during_training_is_named(tree, tmp_path, workers):
     folder = root / "VOCdevkit" / "VOC2007"
     (folder / "ImageSets" / "Main" / "train.txt").write_text("valid\n")
     data = DetectionDataModule(CONFIG.replace(
-        voc_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",), num_workers=workers, batch_size=1
+        data_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",), num_workers=workers, batch_size=1
     ))  # fmt: skip
     data.setup()
     with open(folder / "JPEGImages" / "valid.jpg", "r+b") as file:
@@ -250,7 +250,9 @@ def test_unusual_paths(tree, tmp_path):
     for name in ("with spaces", "Bücher é 猫", b"bytes \xff".decode("utf-8", "surrogateescape")):
         root = shutil.copytree(tree.parents[1], tmp_path / name)
         (root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt").write_text("valid\n")
-        data = DetectionDataModule(CONFIG.replace(voc_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",)))
+        data = DetectionDataModule(
+            CONFIG.replace(data_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",))
+        )
         data.setup()
         assert len(next(iter(data.val_dataloader()))["targets"]) == 3
         assert len(read_voc(root, ("2007/train",), CLASSES)) == 1

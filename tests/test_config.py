@@ -18,9 +18,9 @@ def test_saved_settings_load_unchanged(tmp_path):
 def test_every_former_name_loads(tmp_path):
     """The settings of an older run, written under all former names."""
     config = Config(
-        dataset="shapes", multiscale_sizes=(64, 96), multiscale_interval=3, mosaic_prob=0.5, close_mosaic_epochs=7,
-        image_scale=(0.5, 0.9), min_visibility=0.1, gradient_clip_val=1.0, warmup_fraction=0.2, num_workers=5,
-        pretrained_weights="darknet53.conv.74",
+        dataset="shapes", data_root="/somewhere", multiscale_sizes=(64, 96), multiscale_interval=3, mosaic_prob=0.5,
+        close_mosaic_epochs=7, image_scale=(0.5, 0.9), min_visibility=0.1, gradient_clip_val=1.0, warmup_fraction=0.2,
+        num_workers=5, pretrained_weights="darknet53.conv.74",
     )  # fmt: skip
     values = dataclasses.asdict(config)
     for former, name in FORMER_NAMES.items():
@@ -45,7 +45,7 @@ def test_unknown_settings_and_broken_files_are_named(tmp_path):
     [
         ({"image_size": 100}, "image size 100 is not a positive multiple of 32. Use e.g. 96"),
         ({"multiscale_sizes": (256, 300)}, "image size 300"),
-        ({"dataset": "coco"}, "Config.dataset is 'coco'"),
+        ({"dataset": "imagenet"}, "Config.dataset is 'imagenet'"),
         ({"classes": ("a", "a")}, "Config.classes"),
         ({"mosaic_prob": 1.5}, "Config.mosaic_prob is 1.5"),
         ({"epochs": 0}, "Config.epochs is 0"),
@@ -61,9 +61,15 @@ def test_settings_are_frozen():
         Config().width = 2
 
 
-def test_voc_root_comes_from_the_environment(monkeypatch):
+def test_data_root_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("VOC_ROOT", "/somewhere")
-    assert Config().voc_root == "/somewhere"
+    assert Config().data_root == "/somewhere"
+
+
+def test_voc_root_is_the_former_name_of_data_root():
+    config = Config(voc_root="/somewhere")
+    assert config == Config(data_root="/somewhere") and "voc_root" not in dataclasses.asdict(config)
+    assert config.replace(epochs=3).data_root == "/somewhere" and config.replace(voc_root="/other").data_root == "/other"
 
 
 def test_voc_classes_and_anchors():

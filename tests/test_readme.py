@@ -37,7 +37,7 @@ def test_snippets_train_small(snippet, tmp_path, monkeypatch):
     write_tree(tmp_path / "my_data", "2012", {"train": {"1": one_of_each, "2": one_of_each}, "val": {"3": one_of_each}})
     for year, splits in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
         write_tree(tmp_path / "data", year, {split: {f"{split}{n}": obj() for n in range(2)} for split in splits})
-    monkeypatch.setattr("src.config.PRESETS", {"voc": Config(voc_root=str(tmp_path / "data"))})
+    monkeypatch.setattr("src.config.PRESETS", {"voc": Config(data_root=str(tmp_path / "data"))})
     exec(compile(snippet, "README.md", "exec"), {})
     assert len(seen) == 1 and (Path(seen[0].run_dir) / "best.ckpt").exists()
     assert len(DetectionDataModule(seen[0]).config.classes) in (2, 20)

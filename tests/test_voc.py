@@ -134,13 +134,13 @@ def test_exit_status_of_the_command(tmp_path, monkeypatch, capsys):
             main()
         assert exit_info.value.code == status
     monkeypatch.setattr("sys.argv", ["check", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="list no images"):
+    with pytest.raises(SystemExit, match="no VOCdevkit folder, no data.yaml and no COCO file"):
         main()
 
 
 def test_training_refuses_a_bad_tree_or_leaves_out_bad_images(tmp_path, capsys):
     splits = {"train_splits": ("2007/trainval",), "val_splits": ("2007/test",)}
-    config = Config(voc_root=str(bad_tree(tmp_path)), cache_gb=0, **splits)
+    config = Config(data_root=str(bad_tree(tmp_path)), cache_gb=0, **splits)
     with pytest.raises(ValueError, match=r"(?s)1 of 2 images of 2007/test.*5\.xml.*src.data.check .*skip_bad_files=True"):
         DetectionDataModule(config).setup()
     with pytest.raises(ValueError, match=r"(?s)3 of 4 images of 2007/trainval.*2\.xml.*3\.jpg.*3\.xml.*4\.jpg"):
@@ -189,7 +189,9 @@ def test_no_download_into_a_tree_with_lists(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.VOCDetection", lambda root, **options: requests.append(options))
     write_tree(tmp_path, "2012", {"train": {"1": obj()}})
     download_voc(tmp_path, ("2012/train", "2012/val", "2012/trainval"))
-    own = Config(classes=("mask",), voc_root=str(tmp_path / "mistyped"), train_splits=("2012/train",), val_splits=("2012/val",))
+    own = Config(
+        classes=("mask",), data_root=str(tmp_path / "mistyped"), train_splits=("2012/train",), val_splits=("2012/val",)
+    )
     DetectionDataModule(own).prepare_data()
     assert not requests
     with pytest.raises(FileNotFoundError, match="mistyped"):

@@ -7,38 +7,44 @@ from pathlib import Path
 from tqdm import tqdm
 
 from src.config import VOC_CLASSES
+from src.data.formats import FORMATS, detect_format
 from src.data.records import Problem, count_kinds
-from src.data.voc import find_in_trees, list_images, read_image_record
 
 
-def check(root: str | Path, classes: tuple[str, ...]) -> list[Problem]:
-    """Decode every listed image of a tree, print all problems and their counts, and return the problems.
+def check(root: str | Path, classes: tuple[str, ...] = ()) -> list[Problem]:
+    """Decode every image of a VOC, YOLO or COCO data set, print all problems and their counts, and return the problems.
 
-    Lists of one class, such as cat_train.txt, are not read. Raises what `list_images` raises.
+    classes: default: those of data.yaml or of the COCO files, or VOC's. VOC's lists of one class, such as
+    cat_train.txt, are not read. Raises FileNotFoundError or ValueError if a file of the data set itself is not valid.
     """
-    names = {*classes, *VOC_CLASSES}
-    lists = [f for f in find_in_trees(root, "VOC*/ImageSets/Main/*.txt") if f.stem.rpartition("_")[0] not in names]
-    images = dict.fromkeys(list_images(root, [f"{f.parents[2].name[3:]}/{f.stem}" for f in lists]))
+    reader = FORMATS[detect_format(root)]
+    classes = classes or reader.class_names(root)
+    splits = [split for split in reader.list_splits(root) if split.partition("/")[2].rpartition("_")[0] not in
+              {*classes, *VOC_CLASSES}]  # fmt: skip
+    if not splits:
+        raise FileNotFoundError(f"{root} has no VOCdevkit folder, no data.yaml and no COCO file.")
+    items = {item[:2]: item for item in reader.list_images(root, splits)}  # an image may be in several splits
     problems, num_boxes, num_valid = [], 0, 0
-    for image in tqdm(images, unit="image", leave=False, disable=None):
-        record, image_problems = read_image_record(*image, classes, decode=True)
+    for item in tqdm(items.values(), unit="image", leave=False, disable=None):
+        record, image_problems = reader.read_image_record(*item, classes, decode=True)
         problems += image_problems
         num_valid, num_boxes = num_valid + (record is not None), num_boxes + (len(record.labels) if record else 0)
         for problem in image_problems:
             tqdm.write(problem.text, file=sys.stdout)
-    bad = f"{len(images) - num_valid:,} bad: {count_kinds(problems)}" if problems else "none bad"
-    print(f"{len(images):,} images in {len(lists)} splits: {num_valid:,} good, with {num_boxes:,} boxes; {bad}.")
+    bad = f"{len(items) - num_valid:,} bad: {count_kinds(problems)}" if problems else "none bad"
+    print(f"{len(items):,} images in {len(splits)} splits: {num_valid:,} good, with {num_boxes:,} boxes; {bad}.")
     return problems
 
 
 def main() -> None:
     """Run the command. The exit status is 1 if an image can't be used."""
     parser = argparse.ArgumentParser(prog="python -m src.data.check", description="List every problem of a data set.")
-    parser.add_argument("folder", help="the folder that contains VOCdevkit")
-    parser.add_argument("--classes", default=",".join(VOC_CLASSES), help="class names, separated by commas; default: VOC's")
+    parser.add_argument("folder", help="the folder that contains VOCdevkit, data.yaml or COCO files")
+    parser.add_argument("--classes", default="", help="class names, separated by commas; default: the data set's, or VOC's")
     args = parser.parse_args()
+    classes = tuple(name.strip() for name in args.classes.split(",") if name.strip())
     try:
-        sys.exit(bool(check(args.folder, tuple(name.strip() for name in args.classes.split(",")))))
+        sys.exit(bool(check(args.folder, classes)))
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 

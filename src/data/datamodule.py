@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from src.config import VOC_CLASSES, Config
 from src.data.cache import ImageCache, open_cache
+from src.data.formats import read_splits, resolve
 from src.data.mosaic import MosaicDataset, to_sample
 from src.data.records import ImageRecord
 from src.data.shapes import draw_shapes
-from src.data.voc import download_voc, read_voc
+from src.data.voc import download_voc
 from src.serving.images import get_image_size, letterbox, letterbox_placement, load_image
 
 SHARED_MEMORY = "/dev/shm"  # loader processes pass their batches through it; Docker's default size is 64 MB
@@ -76,48 +77,53 @@ def _world_and_rank() -> tuple[int, int]:
 
 
 DATA_FIELDS = (  # fields of Config that determine the batches
-    "dataset", "voc_root", "train_splits", "val_splits", "classes", "skip_bad_files", "shapes_train", "shapes_val",
-    "image_size", "multiscale_sizes", "mosaic_prob", "close_mosaic_epochs", "mosaic_scale", "image_scale", "min_visibility",
-    "epochs", "batch_size", "devices", "seed",
+    "dataset", "data_root", "train_splits", "val_splits", "val_fraction", "classes", "skip_bad_files", "shapes_train",
+    "shapes_val", "image_size", "multiscale_sizes", "mosaic_prob", "close_mosaic_epochs", "mosaic_scale", "image_scale",
+    "min_visibility", "epochs", "batch_size", "devices", "seed",
 )  # fmt: skip
 
 
 class DetectionDataModule(pl.LightningDataModule):
-    """Training and validation split of `config.dataset`, and their loaders. `prepare_data` downloads VOC if needed."""
+    """Training and validation split of a data set, and their loaders. `prepare_data` downloads VOC if needed.
+
+    config: `config` with the format, splits and classes of the data set, see `resolve`.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.given, self.config = config, resolve(config)
         self.train_records: list[ImageRecord] = []
         self.val_records: list[ImageRecord] = []
 
-    def check_matches(self, config: Config) -> None:
-        """Raise ValueError if `config` differs in a data setting from the one that this module was created with."""
+    def check_matches(self, config: Config) -> Config:
+        """Return `config` with the format, splits and classes of the data set.
+
+        Raises ValueError if it differs in a data setting from the config that this module was created with.
+        """
         for name in DATA_FIELDS:
-            own, given = getattr(self.config, name), getattr(config, name)
-            if own != given:
+            own, given = getattr(self.given, name), getattr(config, name)
+            if given not in (own, getattr(self.config, name)):
                 raise ValueError(
                     f"The data module was created with Config.{name} = {own!r}, but the config has {given!r}. "
                     "Create a new one with DetectionDataModule(config)."
                 )
+        return config.replace(**{name: getattr(self.config, name) for name in DATA_FIELDS})
 
     def prepare_data(self) -> None:
         """Download VOC's published splits if they are missing."""
         if self.config.dataset == "voc" and self.config.classes == VOC_CLASSES:
-            download_voc(self.config.voc_root, self.config.train_splits + self.config.val_splits)
+            download_voc(self.config.data_root, self.config.train_splits + self.config.val_splits)
 
     def setup(self, stage: str = "") -> None:
         """Read both splits on the first call. stage: passed by Lightning, not used."""
         if self.train_records:
             return
         config = self.config
-        if config.dataset == "voc":
-            args = config.classes, config.skip_bad_files
-            self.val_records = read_voc(config.voc_root, config.val_splits, *args)
-            self.train_records = read_voc(config.voc_root, config.train_splits, *args)  # last: it marks setup as done
-        else:
+        if config.dataset == "shapes":
             self.train_records = draw_shapes(config.shapes_train, seed=2 * config.seed)
             self.val_records = draw_shapes(config.shapes_val, seed=2 * config.seed + 1)
+        else:
+            self.train_records, self.val_records = read_splits(config)
         train_cache = open_cache(
             [record.image for record in self.train_records], "training", config.canvas_size, config.cache_gb
         )

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from src.config import VOC_CLASSES
-from src.serving.images import get_image_size, load_image
+from src.serving.images import FORMATS, get_image_size, load_image
 
+IMAGE_SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 MAX_OUTSIDE = 1.0  # pixels that a box may extend beyond its image; it is clipped
 MAX_SHOWN = 10  # problems listed in an error
 
@@ -37,6 +39,14 @@ def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: l
     """Convert lists to an ImageRecord; they may be empty."""
     boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
     return ImageRecord(image, boxes, np.asarray(labels, dtype=np.int64), np.asarray(difficult, dtype=bool))
+
+
+def make_result(image: Path, objects: list[tuple | Problem], problems: list[Problem]) -> Result:
+    """Return the record of an image with objects (box xyxy, label, difficult), or None and all problems."""
+    problems = problems + [item for item in objects if isinstance(item, Problem)]
+    if problems:
+        return None, problems
+    return make_record(str(image), *([item[column] for item in objects] for column in range(3))), []
 
 
 def read_size(path: Path, decode: bool = False) -> tuple[int, int]:

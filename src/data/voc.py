@@ -5,10 +5,12 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from src.data.records import ImageRecord, Problem, Result, check_image, clip_box, make_record, usable_records
+from src.config import VOC_CLASSES
+from src.data.records import IMAGE_SUFFIXES, ImageRecord, Problem, Result, check_image, clip_box, make_result, usable_records
 
 UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can't be read
 PUBLISHED_SPLITS = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)
+DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # each published archive may have its own VOCdevkit
 KAGGLE_INPUTS = Path("/kaggle/input")
 
 
@@ -96,27 +98,42 @@ def _number(parent: ElementTree.Element, field: str, where: str, problems: list[
 
 def read_image_record(folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False) -> Result:
     """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `read_size`."""
-    image = folder / "JPEGImages" / f"{stem}.jpg"
+    images = [folder / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", *IMAGE_SUFFIXES)]
+    image = next((path for path in images if path.exists()), images[0])
     size, problems = check_image(image, decode)
     objects, annotation_problems = read_annotation(folder / "Annotations" / f"{stem}.xml", classes, size or UNKNOWN_SIZE)
-    problems += annotation_problems
-    if problems:
-        return None, problems
-    return make_record(str(image), *([item[column] for item in objects] for column in range(3))), []
+    return make_result(image, objects, problems + annotation_problems)
 
 
 def find_in_trees(root: str | Path, pattern: str) -> Iterator[Path]:
     """Find files of VOCdevkit trees under `root` (up to three folders down) or among Kaggle's inputs."""
     for folder in (Path(root), KAGGLE_INPUTS):
-        for depth in ("", "*/", "*/*/", "*/*/*/"):  # each published archive may have its own VOCdevkit
+        for depth in DEPTHS:
             yield from sorted(folder.glob(f"{depth}VOCdevkit/{pattern}"))
+
+
+def has_tree(root: str | Path) -> bool:
+    """Return whether there is a VOCdevkit with a folder VOC... under `root`, up to three folders down."""
+    return any(next(Path(root).glob(f"{depth}VOCdevkit/VOC*"), None) for depth in DEPTHS)
+
+
+def class_names(root: str | Path) -> tuple[str, ...]:
+    """Return VOC's classes; a tree has no list of its own."""
+    return VOC_CLASSES
+
+
+def list_splits(root: str | Path) -> list[str]:
+    """Return each list of the trees as "year/name", or "year/*" (all annotations) if there are no lists."""
+    lists = [f"{path.parents[2].name[3:]}/{path.stem}" for path in find_in_trees(root, "VOC*/ImageSets/Main/*.txt")]
+    return lists or [f"{path.parent.name[3:]}/*" for path in find_in_trees(root, "VOC*/Annotations")]
 
 
 def split_folder(root: str | Path, split: str) -> Path:
     """Return the folder VOC2007 or VOC2012 that has the list of a split "year/name"."""
     year, _, name = split.partition("/")
-    for path in find_in_trees(root, f"VOC{year}/ImageSets/Main/{name}.txt"):
-        return path.parents[2]
+    pattern, level = ("Annotations", 0) if name == "*" else (f"ImageSets/Main/{name}.txt", 2)
+    for path in find_in_trees(root, f"VOC{year}/{pattern}"):
+        return path.parents[level]
     return Path(root) / "VOCdevkit" / f"VOC{year}"
 
 
@@ -128,11 +145,14 @@ def list_images(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str
     images = []
     for split in splits:
         folder = split_folder(root, split)
+        if split.endswith("/*"):
+            images += [(folder, path.stem) for path in sorted((folder / "Annotations").glob("*.xml"))]
+            continue
         path = folder / "ImageSets" / "Main" / f"{split.partition('/')[2]}.txt"
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} is missing. Set Config.voc_root or the environment variable VOC_ROOT to the folder that "
-                'contains VOCdevkit, or use Config(dataset="shapes"), which needs no download.'
+                f"{path} is missing. Set Config.data_root or the environment variable VOC_ROOT to the folder that "
+                'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes"), which needs no download.'
             )
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -173,6 +193,6 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
             VOCDetection(root, year=year, image_set=name, download=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise RuntimeError(
-                f"VOC {split} is not under {Path(root).resolve()} and can't be downloaded ({error}). Set Config.voc_root or "
+                f"VOC {split} is not under {Path(root).resolve()} and can't be downloaded ({error}). Set Config.data_root or "
                 'VOC_ROOT to the folder that contains VOCdevkit, or use Config(dataset="shapes").'
             ) from error

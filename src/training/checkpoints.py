@@ -22,7 +22,7 @@ except ImportError:  # Windows
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 RESUME_CANDIDATES = (LAST, PREVIOUS, "last-1.ckpt")  # best first; older runs wrote "last-1.ckpt"
 RESUMABLE_FIELDS = (  # may differ when a run is resumed
-    "voc_root", "skip_bad_files", "cache_gb", "num_workers", "precision", "compile", "run_dir", "max_lr", "pretrained_weights",
+    "data_root", "skip_bad_files", "cache_gb", "num_workers", "precision", "compile", "run_dir", "max_lr", "pretrained_weights",
 )  # fmt: skip
 DIGEST_MARK, DIGEST_SIZE = b"blake2b:", 32
 

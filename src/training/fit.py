@@ -30,7 +30,7 @@ def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str 
     Raises ValueError if `data` or the run to resume was made with another config.
     """
     data = data or DetectionDataModule(config)
-    data.check_matches(config)
+    config = data.check_matches(config)
     return train(YOLOv3Module, config, data, ckpt_path)
 
 

@@ -36,7 +36,7 @@ def find_lr(
     peaks are compared in benchmarks/RECIPE.md. Lightning's finder is not used: it suggests the rate of steepest descent,
     which is lower, and its smoothing (2 % per step) is too slow for 100 steps. Raises RuntimeError if the loss never falls.
     """
-    data.check_matches(config)
+    config = data.check_matches(config)
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
     options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
     trainer = make_trainer(config.replace(devices=1), callbacks=[test], **options)

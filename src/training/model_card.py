@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from src.config import Config
+from src.config import DATASETS, Config
 from src.data.datamodule import DetectionDataModule
 from src.data.voc import list_images
 from src.model.network import YOLOv3
@@ -123,7 +123,8 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
     rows = result_rows(evaluation.accuracies, config)
     accuracies = [(row["name"], f"{row['value']:.1%}", f"{row['strict']:.1%}") for row in rows]
     classes = [(row["class"], row["num_gt"], f"{row['ap']:.3f}") for row in evaluation.per_class]
-    val_data = "PASCAL VOC " + ", ".join(config.val_splits) if config.dataset == "voc" else "synthetic, another seed"
+    val_data = ", ".join(config.val_splits) or f"random {config.val_fraction:.0%} of the training images"
+    val_data = f"{DATASETS[config.dataset]} {val_data}" if config.dataset != "shapes" else "synthetic, another seed"
     settings = dataclasses.asdict(config) | {
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "train_data": f"{len(data.train_records):,} images: {model.metadata['data']}",
@@ -132,7 +133,7 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
         "sizes": describe_sizes(config),
         "start": describe_start(config),
         "splits": splits,
-        "tag": "pascal-voc" if config.dataset == "voc" else "synthetic",
+        "tag": {"voc": "pascal-voc", "shapes": "synthetic"}.get(config.dataset, "custom-data"),
         "accuracies": markdown_table(("", f"objectness > {COURSE_THRESHOLD}", f"> {STRICT_THRESHOLD}"), accuracies),
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
         "per_class": markdown_table(("class", "objects", "AP"), classes),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from src.config import Config
+from src.config import DATASETS, Config
 from src.training.metrics import THRESHOLDS, Evaluation
 
 COURSE_THRESHOLD, STRICT_THRESHOLD = THRESHOLDS
@@ -61,8 +61,8 @@ def markdown_table(header: tuple, rows: list[tuple]) -> str:
 def training_metadata(accuracies: dict[str, float], map50: float, config: Config, epochs: str) -> dict:
     """Describe weights: training data, epochs (such as "3 of 40") and metrics on the validation split."""
     data = f"{config.shapes_train:,} synthetic images of {len(config.classes)} shapes"
-    if config.dataset == "voc":
-        data = "PASCAL VOC " + ", ".join(config.train_splits)
+    if config.dataset != "shapes":
+        data = f"{DATASETS[config.dataset]} {', '.join(config.train_splits)}"
     values = {row["name"]: row["value"] for row in result_rows(accuracies, config)}
     metrics = {"mAP50": map50, **values, "objectness threshold": COURSE_THRESHOLD}
     return {"data": data, "epochs": epochs, "weights": "averaged over the steps (EMA)", "metrics": metrics}

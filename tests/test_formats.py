@@ -1,0 +1,327 @@
+"""YOLO and COCO data sets: layouts, edge cases, problems, random validation split, one epoch of training per format."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.config import VOC_CLASSES, Config
+from src.data import coco
+from src.data.check import check, main
+from src.data.datamodule import DetectionDataModule
+from src.data.formats import detect_format, read_splits, resolve
+from src.training.fit import evaluate, fit
+from tests.test_voc import obj, write_tree
+
+DATA_YAML = "path: .\ntrain: images/train\nval: images/val\nnames: [dog, 'no']\n"
+LINE = "0 0.3 0.5 0.4 0.5\n"  # [10, 20, 50, 60] of 100 x 80 pixels
+CATEGORIES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "no"}]
+
+
+def save_image(path: Path, size=(100, 80)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+
+
+def write_yolo(root: Path, labels: dict[str, str | None], data: str = DATA_YAML) -> Path:
+    """Write a YOLO data set of {image path: content of its label file}. None writes no label file."""
+    for name, text in labels.items():
+        save_image(root / name)
+        label = Path(*("labels" if part == "images" else part for part in Path(name).parts)).with_suffix(".txt")
+        (root / label).parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            (root / label).write_text(text)
+    (root / "data.yaml").write_text(data)
+    return root
+
+
+def coco_data(num_images: int = 2, **changes) -> dict:
+    """COCO content with one box [10, 20, 50, 60] in the first image. changes: to its annotation."""
+    images = [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 80} for i in range(1, num_images + 1)]
+    annotation = {"id": 5, "image_id": 1, "category_id": 7, "bbox": [10, 20, 40, 40], "iscrowd": 0} | changes
+    return {"images": images, "annotations": [annotation], "categories": CATEGORIES}
+
+
+def write_coco(path: Path, data: dict, images: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+    for entry in data["images"]:
+        save_image(images / entry["file_name"])
+
+
+def splits_of(root: Path, **changes) -> tuple[Config, list, list]:
+    config = resolve(Config(data_root=str(root), **changes))
+    return config, *read_splits(config)
+
+
+YOLO_LAYOUTS = {  # data.yaml, images
+    "ultralytics": (DATA_YAML, ("images/train/a.jpg", "images/val/b.png")),
+    "roboflow": (
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 2\nnames: ['dog', 'no']\n",
+        ("train/images/a.jpg", "valid/images/b.JPEG")),
+    "mapping": (
+        "path: /content/elsewhere\ntrain: images/train\nval: images/val\nnames:\n  0: dog\n  1: no\n",
+        ("images/train/a.bmp", "images/val/sub/b.webp")),
+    "lists": ("train: train.txt\nval: [val.txt]\nnames: [dog, no]\n", ("images/a.jpg", "images/b.tif")),
+    "beside": ("train: train\nval: val\nnames: [dog, no]\n", ("train/a.jpg", "val/b.jpg")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", YOLO_LAYOUTS)
+def test_yolo_layouts(tmp_path, layout):
+    data, (train_image, val_image) = YOLO_LAYOUTS[layout]
+    write_yolo(tmp_path, {train_image: LINE, val_image: "1 0.5 0.5 1 1\n"}, data)
+    (tmp_path / "train.txt").write_text(f"./{train_image}\n\n")
+    (tmp_path / "val.txt").write_text(f"\ufeff{tmp_path / val_image}\r\n", encoding="utf-8")
+    config, (train,), (val,) = splits_of(tmp_path)
+    assert (config.dataset, config.classes) == ("yolo", ("dog", "no"))
+    assert (config.train_splits, config.val_splits) == (("train",), ("val",))
+    assert Path(train.image).resolve() == tmp_path / train_image and Path(val.image).resolve() == tmp_path / val_image
+    np.testing.assert_allclose(train.boxes, [[10, 20, 50, 60]], atol=1e-4)
+    np.testing.assert_allclose(val.boxes, [[0, 0, 100, 80]], atol=1e-4)
+    assert train.labels.tolist() == [0] and val.labels.tolist() == [1] and train.difficult.tolist() == [False]
+    assert resolve(config) == config and splits_of(tmp_path / "data.yaml")[0].classes == config.classes
+
+
+def test_yolo_images_without_objects_and_polygons(tmp_path):
+    polygon = "1 0.1 0.25 0.5 0.3 0.4 0.75\n"
+    write_yolo(tmp_path, {"images/train/a.jpg": "", "images/train/b.jpg": None, "images/train/c.jpg": polygon + "\n" + LINE,
+                          "images/val/d.jpg": LINE})  # fmt: skip
+    _, train, _ = splits_of(tmp_path)
+    assert [len(record.boxes) for record in train] == [0, 0, 2]
+    np.testing.assert_allclose(train[2].boxes, [[10, 20, 50, 60]] * 2, atol=1e-4)  # the box around the polygon
+
+
+def test_yolo_own_class_order(tmp_path):
+    write_yolo(tmp_path, {"images/train/a.jpg": LINE, "images/val/b.jpg": LINE})
+    config, (train,), _ = splits_of(tmp_path, classes=("no", "dog"))
+    assert config.classes == ("no", "dog") and train.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0 0.5 0.5 0.5", "has 4 values"),
+        ("0 0.5 0.5 0.5 0.5 0.9", "has 6 values"),
+        ("0 0.5 0.5 0.5 x", "needs numbers only"),
+        ("2 0.5 0.5 0.5 0.5", "has class 2, which is not an index of `names`"),
+        ("-1 0.5 0.5 0.5 0.5", "has class -1"),
+        ("0.5 0.5 0.5 0.5 0.5", "has class 0.5"),
+        ("nan 0.5 0.5 0.5 0.5", "has class nan"),
+        ("0 0.5 0.5 0 0.5", "is empty or outside the image"),
+        ("0 0.5 0.5 -0.5 0.5", "is empty or outside the image"),
+        ("0 0.5 0.5 1.2 0.5", "is empty or outside the image"),
+        ("0 50 40 40 40", "is empty or outside the image"),
+        ("0 nan 0.5 0.5 0.5", "is empty or outside the image"),
+        ("0 0.5 inf 0.5 0.5", "is empty or outside the image"),
+        ("0 0.1 0.1 nan 0.2 0.3 0.3", "is empty or outside the image"),
+    ],
+)
+def test_yolo_problems_name_file_and_line(tmp_path, line, message):
+    write_yolo(tmp_path, {"images/train/a.jpg": LINE + line, "images/train/b.jpg": LINE, "images/val/c.jpg": LINE})
+    with pytest.raises(ValueError, match=rf"(?s)1 of 2 images of train.*a\.txt: line 2.*{message}.*skip_bad_files=True"):
+        splits_of(tmp_path)
+    assert len(splits_of(tmp_path, skip_bad_files=True)[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("[", r"data\.yaml is not a YAML file"),
+        ("", "`names` must be a list"),
+        ("train: images/train\nval: images/val\nnc: 2\n", "`names` must be a list"),
+        ("names: dog\n", "`names` must be a list"),
+        ("names: {a: dog}\n", "`names` must be a list"),
+        ("names: [[dog]]\n", "`names` must be a list"),
+        ("names: 3\n", "`names` must be a list"),
+        ("nc: 3\nnames: [dog, no]\n", "`nc` is 3, but `names` has 2 classes"),
+        (DATA_YAML + "kpt_shape: [17, 3]\n", "keypoint labels are not supported"),
+        ("names: [dog, no]\ntrain: images/nowhere\nval: images/val\n", "`train` is images/nowhere, but .* is missing"),
+        ("names: [dog, no]\nval: images/val\n", "no split 'train'|no label files"),
+        ("names: [dog, no]\ntrain: images/empty\nval: images/val\n", "`train` has no images"),
+        ("names: [dog, no]\ntrain: {a: b}\nval: images/val\n", "`train` is .*is missing"),
+        ("names: [dog, no]\ntrain: noise.txt\nval: images/val\n", r"noise\.txt is not a list of images in UTF-8"),
+    ],
+)
+def test_invalid_data_yaml(tmp_path, data, message):
+    write_yolo(tmp_path, {"images/train/a.jpg": LINE, "images/val/b.jpg": LINE}, data)
+    (tmp_path / "images/empty").mkdir()
+    (tmp_path / "noise.txt").write_bytes(b"\xff\xfe1\x00")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        splits_of(tmp_path)
+
+
+def test_yolo_without_any_label_file(tmp_path):
+    write_yolo(tmp_path, {"images/train/a.jpg": None, "images/val/b.jpg": LINE})
+    with pytest.raises(FileNotFoundError, match=r"\('train',\) have no label files, such as .*labels.train.a\.txt"):
+        splits_of(tmp_path)
+
+
+COCO_LAYOUTS = {  # JSON files and image folders of training and validation
+    "coco": (("annotations/instances_train2017.json", "train2017"), ("annotations/instances_val2017.json", "val2017")),
+    "coco images": (("annotations/instances_train.json", "images/train"), ("annotations/instances_val.json", "images/val")),
+    "roboflow": (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
+    "fiftyone": (("train/labels.json", "train/data"), ("validation/labels.json", "validation/data")),
+    "root": (("train.json", "images"), ("val.json", "images")),
+}
+
+
+@pytest.mark.parametrize("layout", COCO_LAYOUTS)
+def test_coco_layouts(tmp_path, layout):
+    for (file, images), changes in zip(COCO_LAYOUTS[layout], ({}, {"iscrowd": 1, "category_id": 3}), strict=True):
+        write_coco(tmp_path / file, coco_data(**changes), tmp_path / images)
+    (tmp_path / "annotations").mkdir(exist_ok=True)
+    (tmp_path / "annotations" / "captions_train2017.json").write_text(json.dumps(coco_data()))
+    (tmp_path / "package.json").write_text('{"name": "something else"}')
+    config, train, val = splits_of(tmp_path)
+    assert (config.dataset, config.classes) == ("coco", ("dog", "no"))
+    assert [record.boxes.tolist() for record in train] == [[[10, 20, 50, 60]], []]  # without annotations: kept
+    assert train[0].labels.tolist() == [1] and val[0].labels.tolist() == [0]
+    assert not train[0].difficult.any() and val[0].difficult.all()
+    assert resolve(config) == config
+
+
+def test_coco_random_validation_split(tmp_path, capsys):
+    """A single file, as CVAT writes it, for data_root as folder and as file."""
+    write_coco(tmp_path / "annotations/instances_default.json", coco_data(num_images=10), tmp_path / "images")
+    config, train, val = splits_of(tmp_path, val_fraction=0.3)
+    assert config.val_splits == () and (len(train), len(val)) == (7, 3)
+    assert not {r.image for r in train} & {r.image for r in val}
+    assert capsys.readouterr().out.count("has no validation split. 3 of 10 images are used for validation") == 1
+    file = tmp_path / "annotations/instances_default.json"
+    same, other = splits_of(file, val_fraction=0.3)[2], splits_of(file, val_fraction=0.3, seed=1)[2]
+    assert [r.image for r in same] == [r.image for r in val] != [r.image for r in other]
+    with pytest.raises(ValueError, match="too few"):
+        splits_of(tmp_path, val_fraction=1.0)
+
+
+def test_roboflows_root_category_is_left_out(tmp_path):
+    categories = [{"id": 0, "name": "animals", "supercategory": "none"},
+                  *({**category, "supercategory": "animals"} for category in CATEGORIES)]  # fmt: skip
+    write_coco(tmp_path / "train/_annotations.coco.json", coco_data() | {"categories": categories}, tmp_path / "train")
+    assert coco.class_names(tmp_path) == ("dog", "no")
+    own = [{**category, "supercategory": "none"} for category in CATEGORIES]
+    write_coco(tmp_path / "train/_annotations.coco.json", coco_data() | {"categories": own}, tmp_path / "train")
+    assert coco.class_names(tmp_path) == ("dog", "no")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bbox": [10, 20, 0, 40]}, "is empty or outside the image of 100 x 80 pixels"),
+        ({"bbox": [10, 20, 40, -4]}, "is empty or outside"),
+        ({"bbox": [10, 20, 95, 40]}, "is empty or outside"),
+        ({"bbox": [float("nan"), 20, 40, 40]}, "is empty or outside"),
+        ({"bbox": [10, 20, 40, float("inf")]}, "is empty or outside"),
+        ({"bbox": [10, 20, 40]}, "`bbox` is .* not x, y, width, height"),
+        ({"bbox": [10, 20, 40, "wide"]}, "`bbox` is .* not x, y, width, height"),
+        ({"bbox": [10, 20, 40, 10**400]}, "`bbox` is .* not x, y, width, height"),
+        ({"bbox": None}, "`bbox` is None"),
+        ({"category_id": 4}, "`category_id` 4 is not in `categories`"),
+        ({"category_id": [3]}, "`category_id`"),
+        ({"image_id": 99}, "has no `file_name` in `images`"),
+    ],
+)
+def test_coco_problems_name_file_and_annotation(tmp_path, changes, message):
+    write_coco(tmp_path / "train.json", coco_data(num_images=3, **changes), tmp_path)
+    with pytest.raises(ValueError, match=rf"(?s)1 of [34] images of train can't be used.*train\.json: image .*{message}"):
+        splits_of(tmp_path)
+    assert len(splits_of(tmp_path, skip_bad_files=True, val_fraction=0.5)[1]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("categories") and data.update(x="categories"), "`categories` must be a list of objects"),
+        (lambda data: data.update(images={}), "`images` must be a list"),
+        (lambda data: data.update(annotations=[1]), "`annotations` must be a list of objects"),
+        (lambda data: data.update(categories=[], annotations=[]), "has no COCO file with categories"),
+        (lambda data: data.update(categories=[{"id": 1}]), "needs an `id` and a `name`"),
+        (lambda data: data.update(categories=[{"id": [1], "name": "a"}]), "needs an `id` and a `name`"),
+        (lambda data: data.update(images=data["images"] * 2), "needs its own `id`"),
+        (lambda data: data.update(images=[], annotations=[]), "list no images"),
+        (lambda data: data["images"][0].update(width=80, height=100), "is 80 x 100, but .* has 100 x 80 pixels"),
+        (lambda data: data["images"][0].update(file_name="elsewhere.jpg"), r"elsewhere\.jpg is missing"),
+    ],
+)
+def test_invalid_coco_files(tmp_path, change, message):
+    data = coco_data()
+    write_coco(tmp_path / "train.json", data, tmp_path)
+    change(data)
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message):
+        splits_of(tmp_path)
+
+
+def test_broken_json(tmp_path):
+    write_coco(tmp_path / "train.json", coco_data(), tmp_path)
+    (tmp_path / "train.json").write_text((tmp_path / "train.json").read_text()[:-5])
+    with pytest.raises(ValueError, match=r"train\.json is not a JSON file"):
+        resolve(Config(data_root=str(tmp_path)))
+
+
+def test_detection_of_the_format(tmp_path):
+    write_tree(tmp_path / "voc", "2007", {"train": {"1": obj()}})
+    write_yolo(tmp_path / "yolo", {"images/train/a.jpg": LINE})
+    write_coco(tmp_path / "coco/train.json", coco_data(), tmp_path / "coco")
+    assert [detect_format(tmp_path / name) for name in ("voc", "yolo", "coco", "none")] == ["voc", "yolo", "coco", "voc"]
+    for dataset in ("yolo", "coco"):
+        with pytest.raises((FileNotFoundError, ValueError), match=r"has no data\.yaml|has no COCO file"):
+            DetectionDataModule(Config(data_root=str(tmp_path / "none"), dataset=dataset)).setup()
+
+
+def test_voc_tree_without_lists_and_with_png(tmp_path):
+    root = write_tree(tmp_path, "2012", {"all": {str(number): obj() for number in range(5)}})
+    folder = root / "VOCdevkit/VOC2012"
+    (folder / "ImageSets/Main/all.txt").unlink()
+    (folder / "JPEGImages/0.jpg").unlink()
+    save_image(folder / "JPEGImages/0.png")
+    config, train, val = splits_of(root)
+    assert config.train_splits == ("2012/*",) and config.classes == VOC_CLASSES and (len(train), len(val)) == (4, 1)
+    assert sum(record.image.endswith("0.png") for record in train + val) == 1
+    assert not check(root)
+
+
+def test_check_command(tmp_path, capsys, monkeypatch):
+    write_yolo(tmp_path / "a", {"images/train/a.jpg": LINE, "images/val/b.jpg": "9 0.5 0.5 1 1\n"})
+    write_coco(tmp_path / "b/train.json", coco_data(), tmp_path / "b")
+    assert len(check(tmp_path / "a")) == 1
+    assert "2 images in 2 splits: 1 good, with 1 boxes; 1 bad: 1 class." in capsys.readouterr().out
+    for folder, options, status in (("a", (), 1), ("b", (), 0), ("b", ("--classes", "dog"), 1)):
+        monkeypatch.setattr("sys.argv", ["check", str(tmp_path / folder), *options])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        assert exit_info.value.code == status
+
+
+def write_dataset(root: Path, dataset: str) -> Config:
+    """Write five images of one box each in a format, without validation split, and return its config."""
+    if dataset == "voc":
+        write_tree(root, "2012", {"train": {str(number): obj("dog") for number in range(5)}})
+        return Config(data_root=str(root), classes=("dog", "no"), train_splits=("2012/train",), val_splits=())
+    if dataset == "yolo":
+        write_yolo(root, {f"images/{number}.jpg": LINE for number in range(5)}, "train: images\nnames: [dog, no]\n")
+    else:
+        data = coco_data(num_images=5)
+        data["annotations"] = [coco_data(image_id=i, category_id=3)["annotations"][0] for i in range(1, 6)]
+        write_coco(root / "coco.json", data, root)
+    return Config(data_root=str(root))
+
+
+@pytest.mark.parametrize("dataset", ["voc", "yolo", "coco"])
+def test_one_epoch_on_each_format(tmp_path, dataset):
+    config = write_dataset(tmp_path / "data", dataset).replace(
+        image_size=64, width=0.0625, epochs=1, batch_size=2, max_lr=1e-3, close_mosaic_epochs=0, num_workers=0, cache_gb=0,
+        precision="32-true", run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    data = DetectionDataModule(config)
+    module = fit(config, data)
+    for record in data.train_records + data.val_records:
+        np.testing.assert_allclose(record.boxes, [[10, 20, 50, 60]], atol=1e-4)
+        assert record.labels.tolist() == [0]
+    saved = Config.load(tmp_path / "run" / "config.json")
+    assert saved.dataset == dataset and saved.classes == tuple(module.model.classes) == ("dog", "no")
+    assert evaluate(module, data).ground_truth.shape[0] == len(data.val_records) == 1
+    assert fit(config, ckpt_path="last").config.classes == fit(saved, ckpt_path="auto").config.classes
