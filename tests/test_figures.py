@@ -147,6 +147,20 @@ def test_an_image_explained_several_times_is_shown_once():
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["detections", "a", "detections", "b"]
 
 
+def test_images_may_be_files(tmp_path):
+    path, record = tmp_path / "image.png", RECORDS[0]
+    Image.fromarray(record.image).save(path)
+    for figure, expected in (
+        (image_figures.plot_detections([path], [detections_of(record)], SHAPE_CLASSES),
+         image_figures.plot_detections([record.image], [detections_of(record)], SHAPE_CLASSES)),
+        (image_figures.plot_gradcam(path, [explanation_of(record)], SHAPE_CLASSES),
+         image_figures.plot_gradcam(record.image, [explanation_of(record)], SHAPE_CLASSES)),
+    ):  # fmt: skip
+        assert len(figure.axes) == len(expected.axes)
+        for number in range(len(figure.axes)):
+            np.testing.assert_array_equal(tile(figure, number), tile(expected, number))
+
+
 def test_the_anchor_assignment_figure_has_ground_truth_and_a_legend():
     record = RECORDS[0]
     centres, sizes = (record.boxes[:, :2] + record.boxes[:, 2:]) / 192, (record.boxes[:, 2:] - record.boxes[:, :2]) / 96

@@ -153,13 +153,16 @@ def set_address(url: str) -> list[str]:
     lines = "".join(f"- `{name}` {line}\n" for name, line in badges.items())
     texts = {"README.md": re.sub(MARKER + r"(- .*colab-badge\.svg.*\n)*", MARKER + lines, text)}
     for name in NOTEBOOKS:
-        book = nbformat.read(ROOT / name, as_version=4)
-        title, _, body = re.sub(r"\n\n.*colab-badge\.svg.*", "", book.cells[0].source).partition("\n")
-        book.cells[0].source = f"{title}\n\n{badges[name]}\n{body}"
-        for cell in book.cells:
-            if cell.cell_type == "code":
-                cell.source = re.sub(r'^REPOSITORY = ".*"', f'REPOSITORY = "{url}"', cell.source, flags=re.MULTILINE)
-        texts[name] = nbformat.writes(book) + "\n"
+        book = json.loads((ROOT / name).read_text(encoding="utf-8"))
+        for number, cell in enumerate(book["cells"]):
+            source = "".join(cell["source"])
+            if number == 0:
+                title, _, body = re.sub(r"\n\n.*colab-badge\.svg.*", "", source).partition("\n")
+                source = f"{title}\n\n{badges[name]}\n{body}"
+            elif cell["cell_type"] == "code":
+                source = re.sub(r'^REPOSITORY = ".*"', f'REPOSITORY = "{url}"', source, flags=re.MULTILINE)
+            cell["source"] = source.splitlines(keepends=True)
+        texts[name] = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
     changed = [name for name, text in texts.items() if text != (ROOT / name).read_text(encoding="utf-8")]
     for name in changed:
         (ROOT / name).write_text(texts[name], encoding="utf-8")

@@ -64,9 +64,9 @@ def _draw_record(record, classes: Sequence[str], size: int, dashed: bool = False
     return draw_boxes(image, boxes, _colours(record.labels, classes), names, dashed, FONT_SIZE)
 
 
-def _draw_detections(image: np.ndarray, detections: Detections, classes: Sequence[str], size: int) -> np.ndarray:
+def _draw_detections(image, detections: Detections, classes: Sequence[str], size: int) -> np.ndarray:
     """Draw the boxes, classes and confidences of detections."""
-    image, boxes = _resize(image, detections.boxes, size)
+    image, boxes = _resize(load_image(image), detections.boxes, size)
     return draw_detections(image, replace(detections, boxes=boxes), classes, font_size=FONT_SIZE)
 
 
@@ -95,14 +95,14 @@ def plot_samples(
 
 
 def plot_detections(
-    images: Sequence[np.ndarray],
+    images: Sequence,
     detections: Sequence[Detections],
     classes: Sequence[str],
     ground_truth: Sequence = (),
     titles: Sequence[str] = (),
     columns: int = 4,
 ) -> NotebookFigure:
-    """Plot images uint8 [H, W, 3] with their detections.
+    """Plot images (anything that `load_image` reads) with their detections.
 
     ground_truth: the records of the images. Each is then shown to the left of the detections, under titles of its own.
     """
@@ -116,15 +116,14 @@ def plot_detections(
     return _grid(pairs, columns, ["ground truth", "predictions"] * len(images))
 
 
-def plot_gradcam(
-    images: np.ndarray | Sequence[np.ndarray], explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()
-) -> NotebookFigure:
+def plot_gradcam(images, explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()) -> NotebookFigure:
     """Plot detections and, to the right, the heatmaps of `Explanation`s with the explained boxes.
 
-    images: one image uint8 [H, W, 3] for all explanations (it is shown once), or one image per explanation.
+    images: one image for all explanations (it is shown once), or a list with one image per explanation. `load_image` reads
+        them.
     titles: one per heatmap. By default the explained detections, or the explanation's message if it has one.
     """
-    shared = isinstance(images, np.ndarray)
+    shared = not isinstance(images, list | tuple)
     count = len(explanations) + 1 if shared else 2 * len(explanations)
     columns = 3 if shared and count > 4 else min(4, count)
     size, tiles, tile_titles = _tile_size(columns), [], []
@@ -138,10 +137,10 @@ def plot_gradcam(
     return _grid(tiles, columns, tile_titles)
 
 
-def _draw_explanation(image: np.ndarray, explanation, classes: Sequence[str], size: int) -> np.ndarray:
+def _draw_explanation(image, explanation, classes: Sequence[str], size: int) -> np.ndarray:
     """Draw the heatmap of an explanation and the boxes of the explained detections."""
     rows, detections = explanation.explained, explanation.detections
-    image, boxes = _resize(image, detections.boxes[rows], size)
+    image, boxes = _resize(load_image(image), detections.boxes[rows], size)
     image = draw_heatmap(image, resize_long_side(explanation.heatmap, size), 0.75)
     return draw_boxes(image, boxes, _colours(detections.labels[rows], classes), font_size=FONT_SIZE)
 
