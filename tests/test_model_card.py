@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from src.config import PRESETS
+from src.config import PRESETS, SHAPE_CLASSES, Config
+from src.model.network import YOLOv3
+from src.model.pretrained import save_backbone
+from src.training.fit import fit
+from src.training.model_card import describe_start, measure, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,3 +28,26 @@ def test_measuring_without_voc_says_what_is_missing_and_downloads_nothing(tmp_pa
     assert str(tmp_path / "empty") in lines[0] and "2007/test" in lines[0]
     assert "host.robots.ox.ac.uk" in lines[1] and "VOC_ROOT" in lines[1]
     assert not (tmp_path / "empty").exists()
+
+
+def test_exported_weights_have_card_log_and_settings(tmp_path):
+    config = Config(
+        dataset="shapes", classes=SHAPE_CLASSES, image_size=64, width=0.125, epochs=1, batch_size=4, shapes_train=8,
+        shapes_val=6, close_mosaic_epochs=0, max_lr=1e-3, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    fit(config)
+    evaluation = write(tmp_path / "run", tmp_path / "weights", limits="Bad at everything.")
+    card = (tmp_path / "weights/README.md").read_text()
+    assert f"| class accuracy | {evaluation.accuracies['class']:.1%} |" in card and "Bad at everything." in card
+    assert "scratch (no pretrained weights)" in card and "6 images: synthetic" in card
+    assert (tmp_path / "weights/metrics.csv").read_text() == (tmp_path / "run/metrics.csv").read_text()
+    again, _ = measure(tmp_path / "weights")
+    assert again.accuracies == evaluation.accuracies and again.precisions == evaluation.precisions
+    assert Config.load(tmp_path / "weights/run.json").replace(run_dir=config.run_dir, data_root=config.data_root) == config
+
+
+def test_a_pretrained_backbone_is_named_on_the_card(tmp_path):
+    facts = {"data": "Some ImageNet", "images": 1000, "classes": 10, "top1": 0.5}
+    save_backbone(YOLOv3(1, 0.125).backbone, tmp_path, 0.125, facts)
+    text = describe_start(Config(width=0.125, pretrained_weights=str(tmp_path)))
+    assert "Some ImageNet (1,000 images, 10 classes, top-1 accuracy 50.0%)" in text
