@@ -33,7 +33,8 @@ def test_measuring_without_voc_says_what_is_missing_and_downloads_nothing(tmp_pa
 def test_exported_weights_have_card_log_and_settings(tmp_path):
     config = Config(
         dataset="shapes", classes=SHAPE_CLASSES, image_size=64, width=0.125, epochs=1, batch_size=4, shapes_train=8,
-        shapes_val=6, close_mosaic_epochs=0, max_lr=1e-3, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(tmp_path / "run"),
+        shapes_val=6, close_mosaic_epochs=0, max_lr=1e-3, num_workers=0, cache_gb=0, precision="32-true",
+        run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     fit(config)
     evaluation = write(tmp_path / "run", tmp_path / "weights", limits="Bad at everything.")
