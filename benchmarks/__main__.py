@@ -1,4 +1,7 @@
-"""`python -m benchmarks [names]`: one table; every row is a ratio to a baseline that is timed in the same run."""
+"""`python -m benchmarks [names]`: one table; every row is a ratio to a baseline that is timed in the same run.
+
+`python -m benchmarks peers [options]`: comparison with other implementations, see `benchmarks.peers.compare`.
+"""
 
 import os
 
@@ -29,4 +32,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["peers"]:
+        importlib.import_module("benchmarks.peers.compare").main(sys.argv[2:])
+    else:
+        main(sys.argv[1:])
