@@ -98,8 +98,8 @@ def _number(parent: ElementTree.Element, field: str, where: str, problems: list[
 
 def read_image_record(folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False) -> Result:
     """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `read_size`."""
-    images = [folder / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", *IMAGE_SUFFIXES)]
-    image = next((path for path in images if path.exists()), images[0])
+    candidates = (folder / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", *IMAGE_SUFFIXES))
+    image = next((path for path in candidates if path.exists()), folder / "JPEGImages" / f"{stem}.jpg")
     size, problems = check_image(image, decode)
     objects, annotation_problems = read_annotation(folder / "Annotations" / f"{stem}.xml", classes, size or UNKNOWN_SIZE)
     return make_result(image, objects, problems + annotation_problems)
