@@ -8,6 +8,7 @@ from pathlib import Path
 
 from src.model.network import ANCHORS
 
+REPOSITORY = Path(__file__).parents[1]
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -121,6 +122,13 @@ class Config(Settings):
                 raise ValueError(f"Config.{name} is {getattr(self, name)}. Use at least 1.")
 
     @property
+    def pretrained_path(self) -> str:
+        """`pretrained_weights`. A path that only exists in the repository's folder is completed to an absolute path."""
+        shipped = REPOSITORY / self.pretrained_weights
+        is_shipped = self.pretrained_weights and shipped.exists() and not Path(self.pretrained_weights).exists()
+        return str(shipped) if is_shipped else self.pretrained_weights
+
+    @property
     def canvas_size(self) -> int:
         """Size of the training samples: the largest of all image sizes, so that batches are only ever downscaled."""
         return max((self.image_size, *self.multiscale_sizes))
@@ -146,6 +154,9 @@ def _tuples(value):
 
 PRESETS = {
     "voc": Config(),  # the assignment: full width, 416 pixels, 07+12 trainval to 07 test; needs a GPU
+    "small": Config(  # your own data on a CPU or a small GPU, from the backbone in weights/
+        image_size=224, width=0.25, pretrained_weights="weights/backbone", batch_size=16, max_lr=2e-3, run_dir="runs/small",
+    ),
     "shapes": Config(  # synthetic data set; minutes on 2 CPU cores
         dataset="shapes", classes=SHAPE_CLASSES, image_size=160, width=0.25, epochs=24, batch_size=16, close_mosaic_epochs=4,
         run_dir="runs/shapes",

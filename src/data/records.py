@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from src.config import VOC_CLASSES
-from src.serving.images import FORMATS, get_image_size, load_image
+from src.serving.images import get_image_size, load_image
 
-IMAGE_SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 MAX_OUTSIDE = 1.0  # pixels that a box may extend beyond its image; it is clipped
 MAX_SHOWN = 10  # problems listed in an error
 

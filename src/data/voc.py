@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from src.config import VOC_CLASSES
-from src.data.records import IMAGE_SUFFIXES, ImageRecord, Problem, Result, check_image, clip_box, make_result, usable_records
+from src.data.records import ImageRecord, Problem, Result, check_image, clip_box, make_result, usable_records
+from src.serving.images import IMAGE_SUFFIXES
 
 UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can't be read
 PUBLISHED_SPLITS = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from src.data.records import IMAGE_SUFFIXES, Problem, Result, check_image, clip_box, make_result
+from src.data.records import Problem, Result, check_image, clip_box, make_result
+from src.serving.images import IMAGE_SUFFIXES
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
 

@@ -19,6 +19,7 @@ from src.serving.drawing import class_colours, draw_detections, draw_heatmap
 from src.serving.gradcam import METHOD_NAMES, Explainer
 from src.serving.guard import MAX_UPLOAD_BYTES, BoundedRequests, GuardedBlocks
 from src.serving.images import load_image, resize_long_side
+from src.serving.predict import detections_to_dicts
 from src.serving.predictor import Detections, Predictor
 
 MAX_PIXELS = 50_000_000
@@ -91,10 +92,7 @@ def detect(predictor: Predictor, path: str | os.PathLike, confidence: float, iou
     session = analyze_image(predictor, path)
     detections = session.detections(confidence, iou_threshold)
     width, height = session.explainer.size
-    rows = [
-        {"class": predictor.classes[label], "confidence": round(float(score), 4), "box": box.round(1).tolist()}
-        for label, score, box in zip(detections.labels, detections.scores, detections.boxes, strict=True)
-    ]
+    rows = detections_to_dicts(detections, predictor.classes)
     return {"width": width, "height": height, "seconds": round(session.seconds, 3), "detections": rows}
 
 
@@ -140,7 +138,7 @@ def model_facts_html(predictor: Predictor, links: dict[str, str]) -> str:
     metadata = {**predictor.model.metadata}
     metadata.update(metadata.pop("metrics", {}))
     facts = {METADATA_NAMES.get(k, k): f"{v:.3g}" if isinstance(v, float) else v for k, v in metadata.items()}
-    facts["Parameters"] = f"{sum(p.numel() for p in predictor.model.parameters()) / 1e6:.1f} million"
+    facts["Parameters"] = f"{predictor.model.num_parameters / 1e6:.1f} million"
     facts["Input"] = f"{predictor.image_size} x {predictor.image_size} pixels"
     rows = "".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd></div>" for key, value in facts.items())
     chips = "".join(
@@ -265,7 +263,12 @@ def _connect(
         return drawn, summary, table, gr.Dropdown(options, value=selected)
 
     def explain(session: ImageSession | None, *settings):
-        return render_heatmap(session, *settings) if session else (gr.skip(), NO_IMAGE)
+        if session is None:
+            return gr.skip(), NO_IMAGE
+        try:
+            return render_heatmap(session, *settings)
+        except ValueError as error:  # an .onnx file has no Grad-CAM
+            return None, html.escape(str(error))
 
     def on_row_select(event: gr.SelectData):
         return int(event.row_value[0]) - 1

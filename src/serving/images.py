@@ -12,6 +12,7 @@ PAD = 114  # grey value of the letterbox's bars
 
 Image.init()
 FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys())  # EPS runs a program
+IMAGE_SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 UNREADABLE = (  # what PIL raises for files and objects that are not images
     UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError, AttributeError,
 )  # fmt: skip

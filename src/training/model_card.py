@@ -126,7 +126,7 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
     val_data = ", ".join(config.val_splits) or f"random {config.val_fraction:.0%} of the training images"
     val_data = f"{DATASETS[config.dataset]} {val_data}" if config.dataset != "shapes" else "synthetic, another seed"
     settings = dataclasses.asdict(config) | {
-        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+        "parameters": model.num_parameters / 1e6,
         "train_data": f"{len(data.train_records):,} images: {model.metadata['data']}",
         "val_data": f"{len(data.val_records):,} images: {val_data}",
         "trained_epochs": model.metadata["epochs"],
@@ -153,7 +153,7 @@ def describe_sizes(config: Config) -> str:
 
 def describe_start(config: Config) -> str:
     """Describe the weights that the training started from, for the card."""
-    source = config.pretrained_weights
+    source = config.pretrained_path
     if source and is_backbone(source):
         facts = read_metadata(source)
         return (f"a Darknet-53 backbone, which was pretrained to classify {facts['data']} ({facts['images']:,} images, "

@@ -1,0 +1,245 @@
+"""Prediction from the command line and from Python; the preset for small data sets; the time estimate of training."""
+
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from src.config import PRESETS, REPOSITORY, Config
+from src.data.yolo import read_image_record
+from src.serving import predict as cli
+from src.serving.drawing import draw_detections, draw_heatmap
+from src.serving.gradcam import explain
+from src.serving.images import load_image
+from src.serving.predict import predict
+from src.serving.predictor import Detections, Predictor
+from src.training.module import build_model
+from tests.planted import CLASSES, blurred_noise, planted_model
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(planted_model())
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    planted_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two images, and files that are not images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size, seed in (("a.png", (96, 96), 3), ("b.JPG", (120, 80), 4)):
+        Image.fromarray(blurred_noise(*size, seed)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "._a.png").write_bytes(b"written by macOS")
+    return folder
+
+
+def run_command(monkeypatch, *arguments) -> int | str:
+    """Run the command and return its exit status, or the message that it exits with."""
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+def write_video(path, count: int = 7, size=(96, 64), fps: float = 12.0) -> None:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+    for seed in range(count):
+        writer.write(blurred_noise(*size, seed))
+    writer.release()
+
+
+def read_video(path) -> tuple[list[np.ndarray], float]:
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while (frame := capture.read()[1]) is not None:
+        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    return frames, capture.get(cv2.CAP_PROP_FPS)
+
+
+def assert_same_detections(entry: dict, detections: Detections) -> None:
+    assert [row["class"] for row in entry["detections"]] == [CLASSES[label] for label in detections.labels]
+    np.testing.assert_allclose([row["confidence"] for row in entry["detections"]], detections.scores, atol=1e-4)
+    np.testing.assert_allclose([row["box"] for row in entry["detections"]], detections.boxes, atol=0.06)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The mean difference of two images of one size. It is not 0 after JPEG or MPEG-4."""
+    assert a.shape == b.shape
+    return np.abs(a.astype(int) - b).mean()
+
+
+def test_folder_of_images(photos, weights, predictor, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results"
+    options = ("--weights", weights, "--save", folder, "--confidence", 0.3, "--iou-threshold", 0.6)
+    assert run_command(monkeypatch, photos, *options) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["a.jpg", "b.jpg", "predictions.json"]
+    entries = json.loads((folder / "predictions.json").read_text())
+    assert [(entry["image"], entry["width"], entry["height"]) for entry in entries] == [("a.png", 96, 96), ("b.JPG", 120, 80)]
+    for entry in entries:
+        image = load_image(photos / entry["image"])
+        detections = predictor(image, 0.3, 0.6)
+        assert len(detections)
+        assert_same_detections(entry, detections)
+        drawn = draw_detections(image, detections, CLASSES)
+        saved = load_image((folder / entry["image"]).with_suffix(".jpg"))
+        assert difference(saved, drawn) < difference(saved, image) / 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 of 2: a.png: ") and lines[1].startswith("2 of 2: b.JPG: ") and len(lines) == 3
+    total = sum(len(entry["detections"]) for entry in entries)
+    assert lines[2].startswith(f"2 images, {total} detections, ") and "images per second" in lines[2]
+
+
+def test_yolo_labels_are_read_by_the_yolo_data_set(photos, predictor, tmp_path):
+    entries = predict(photos, predictor, tmp_path / "results", format="yolo")
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["a.jpg", "a.txt", "b.jpg", "b.txt"]
+    for entry, stem in zip(entries, "ab", strict=True):
+        label_file = tmp_path / "results" / f"{stem}.txt"
+        record, problems = read_image_record(photos / entry["image"], label_file, dict(enumerate(CLASSES)), tuple(CLASSES))
+        assert not problems
+        np.testing.assert_allclose(record.boxes, [row["box"] for row in entry["detections"]], atol=0.06)
+        assert [CLASSES[label] for label in record.labels] == [row["class"] for row in entry["detections"]]
+
+
+def test_heatmap_of_one_image(photos, predictor, tmp_path):
+    predict(str(photos / "b.JPG"), predictor, tmp_path / "results", heatmap=True)
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["b.jpg", "b_heatmap.jpg", "predictions.json"]
+    image = load_image(photos / "b.JPG")
+    result = explain(predictor, image)
+    overlay = draw_heatmap(image, result.heatmap)
+    expected = draw_detections(overlay, result.detections, CLASSES, labels=False, rows=result.explained)
+    saved = load_image(tmp_path / "results" / "b_heatmap.jpg")
+    assert difference(saved, expected) < min(difference(saved, overlay), difference(saved, image)) / 2
+
+
+def test_unreadable_images_are_named_and_skipped(photos, weights, tmp_path, monkeypatch, capsys):
+    (photos / "aa.jpg").write_bytes(b"no image")
+    assert run_command(monkeypatch, photos, "--weights", weights, "--save", tmp_path / "results") == 1
+    output = capsys.readouterr().out
+    assert f"{photos / 'aa.jpg'} can't be read as an image" in output
+    assert "3 of 3: b.JPG" in output and output.endswith("1 of 3 images can't be read.\n")
+    entries = json.loads((tmp_path / "results" / "predictions.json").read_text())
+    assert [entry["image"] for entry in entries] == ["a.png", "aa.jpg", "b.JPG"]
+    assert "aa.jpg can't be read" in entries[1]["error"] and "detections" not in entries[1]
+
+
+def test_results_of_images_with_the_same_stem_do_not_collide(photos, predictor, tmp_path):
+    Image.fromarray(blurred_noise(seed=5)).save(photos / "a.bmp")
+    predict(photos, predictor, tmp_path / "results")
+    assert {path.name for path in (tmp_path / "results").glob("*.jpg")} == {"a.bmp.jpg", "a.png.jpg", "b.JPG.jpg"}
+    assert cli.output_stems([tmp_path / "a.jpg", tmp_path / "a_heatmap.jpg"]) == ["a.jpg", "a_heatmap.jpg"]
+
+
+def test_video(predictor, tmp_path, monkeypatch, capsys):
+    write_video(tmp_path / "clip.mp4")
+    monkeypatch.setattr(cli, "PROGRESS_INTERVAL", 0)
+    entries = predict(tmp_path / "clip.mp4", predictor, tmp_path / "results")
+    frames, _ = read_video(tmp_path / "clip.mp4")
+    annotated, fps = read_video(tmp_path / "results" / "clip.mp4")
+    assert len(frames) == len(annotated) == len(entries) == 7 and fps == 12
+    assert json.loads((tmp_path / "results" / "predictions.json").read_text()) == entries
+    for number, (entry, frame, drawn) in enumerate(zip(entries, frames, annotated, strict=True)):
+        assert (entry["image"], entry["frame"], entry["width"], entry["height"]) == ("clip.mp4", number, 96, 64)
+        detections = predictor(frame)
+        assert_same_detections(entry, detections)
+        expected = draw_detections(frame, detections, CLASSES)
+        assert difference(drawn, expected) < difference(drawn, frame) / 2
+    output = capsys.readouterr().out
+    assert "clip.mp4: frame 7 of 7: " in output and "\n7 frames, " in output and "frames per second" in output
+
+
+def test_yolo_labels_of_a_video(predictor, tmp_path):
+    write_video(tmp_path / "clip.avi", count=2)
+    predict(tmp_path / "clip.avi", predictor, tmp_path / "results", format="yolo")
+    names = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert names == ["clip.mp4", "clip_000000.txt", "clip_000001.txt"]
+
+
+class Camera:
+    """An OpenCV camera without a frame rate, interrupted by Ctrl-C at its fourth frame."""
+
+    def __init__(self, source):
+        assert source == 0
+        self.frames = [*(blurred_noise(96, 64, seed) for seed in range(3)), None]
+
+    def isOpened(self) -> bool:
+        return True
+
+    def get(self, _) -> float:
+        return 0.0
+
+    def read(self) -> tuple[bool, np.ndarray]:
+        if (frame := self.frames.pop(0)) is None:
+            raise KeyboardInterrupt
+        return True, frame
+
+    def release(self) -> None:
+        self.frames = []
+
+
+def test_camera_until_ctrl_c(predictor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(cv2, "VideoCapture", Camera)
+        entries = predict("0", predictor, "results")
+    assert [(entry["image"], entry["frame"]) for entry in entries] == [("camera 0", 0), ("camera 0", 1), ("camera 0", 2)]
+    frames, fps = read_video("results/camera_0.mp4")
+    assert len(frames) == 3 and fps == cli.DEFAULT_FPS
+    assert json.loads((tmp_path / "results" / "predictions.json").read_text()) == entries
+
+
+def test_errors_say_what_to_do(photos, weights, predictor, tmp_path, monkeypatch):
+    def message(*arguments) -> str:
+        return run_command(monkeypatch, *arguments, "--weights", weights, "--save", tmp_path / "results")
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    assert "missing.jpg does not exist. Give an image" in message(tmp_path / "missing.jpg")
+    assert "empty has no images. Supported files: " in message(tmp_path / "empty")
+    assert "broken.mp4 can't be read as a video" in message(tmp_path / "broken.mp4")
+    assert "Camera 93 can't be opened" in message(93)
+    assert "Heatmaps are computed for images only" in message(tmp_path / "broken.mp4", "--heatmap")
+    assert "confidence must be a number in 0..1" in message(photos, "--confidence", 2)
+    assert "model.safetensors is missing" in run_command(monkeypatch, photos, "--weights", tmp_path / "empty")
+    with pytest.raises(ValueError, match="Unknown format 'xml'. Choose one of json, yolo"):
+        predict(photos, predictor, tmp_path / "results", format="xml")
+
+
+def test_source_is_not_overwritten(photos, predictor):
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+    for source in (photos, photos / "a.png"):
+        with pytest.raises(ValueError, match="contains the source"):
+            predict(source, predictor, photos)
+    assert {path: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_small_preset_starts_from_the_shipped_backbone_in_any_folder(tmp_path, monkeypatch):
+    config = PRESETS["small"]
+    assert (config.width, config.image_size, config.batch_size, config.epochs) == (0.25, 224, 16, 40)
+    monkeypatch.chdir(tmp_path)
+    model = build_model(config.replace(classes=("mask", "no mask")))
+    weights = load_file(REPOSITORY / "weights/backbone/backbone.safetensors")
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, weights[name].to(value.dtype)), name
+    config.save(tmp_path / "config.json")
+    assert str(REPOSITORY) not in (tmp_path / "config.json").read_text()
+
+
+def test_pretrained_path_prefers_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(pretrained_weights="weights/backbone")
+    assert config.pretrained_path == str(REPOSITORY / "weights/backbone")
+    (tmp_path / "weights/backbone").mkdir(parents=True)
+    assert config.pretrained_path == "weights/backbone"
+    assert [Config(pretrained_weights=name).pretrained_path for name in ("", "name/model")] == ["", "name/model"]
