@@ -28,8 +28,12 @@ def rows() -> Iterator[Row]:
     def forward_pass() -> None:
         predictor.model(inputs)
 
-    predict, forward = seconds(lambda: predictor(image), forward_pass, rounds=5)
-    baseline = f"forward pass alone, {milliseconds(forward)}"
+    @torch.inference_mode()
+    def fused_forward_pass() -> None:
+        predictor.fused(inputs)
+
+    predict, forward = seconds(lambda: predictor(image), fused_forward_pass, rounds=5)
+    baseline = f"forward pass alone, fused batch norm, {milliseconds(forward)}"
     yield Row("Predictor, one 500 x 375 image", milliseconds(predict), baseline, predict / forward, 1.1, True)
     yield from _gradcam(predictor, image, forward_pass)
     bf16 = Predictor(copy.deepcopy(predictor.model).bfloat16(), IMAGE_SIZE, device="cpu")

@@ -16,7 +16,7 @@ from benchmarks.synthetic_inputs import write_jpegs
 from benchmarks.timing import Row, threads
 from src.config import Config
 from src.data.cache import ImageCache
-from src.data.datamodule import _single_thread_worker, collate
+from src.data.datamodule import collate, single_thread_worker
 from src.data.mosaic import MosaicDataset
 from src.data.records import ImageRecord
 from src.model.network import ANCHORS
@@ -65,7 +65,7 @@ def milliseconds_per_sample(datasets: list[Dataset], sample_ids: range) -> list[
 def _workers(dataset: MosaicDataset, config: Config, batches: int = 24, rounds: int = 3) -> Row:
     """Samples per second of the real loader with two processes against one: the best of several rounds, in turns."""
     sample_ids = range(10 * IMAGES, 10 * IMAGES + (batches + 8) * config.batch_size)
-    options = {"collate_fn": collate, "worker_init_fn": _single_thread_worker}
+    options = {"collate_fn": collate, "worker_init_fn": single_thread_worker}
     rates = [0.0, 0.0]
     for _ in range(rounds):
         for number, count in enumerate((1, WORKERS)):

@@ -1,5 +1,6 @@
 """The benchmarks' baselines return what src returns, so that their times can be compared."""
 
+import importlib
 import json
 from contextlib import ExitStack
 from unittest import mock
@@ -10,6 +11,7 @@ import torch
 from torchvision.ops import complete_box_iou_loss
 
 from benchmarks import ablations, baselines, evaluation, run_ablations, train_voc
+from benchmarks.__main__ import PARTS
 from benchmarks.synthetic_inputs import background_logits, plant, random_objects, write_jpegs
 from benchmarks.timing import Row, seconds, table
 from src.config import Config
@@ -104,6 +106,15 @@ def test_batch_prediction_equals_single_images():
         single = predictor(image)
         np.testing.assert_array_equal(detections.labels, single.labels)
         np.testing.assert_allclose(detections.boxes, single.boxes, atol=0.05)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_each_part_imports_and_has_rows(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").rows)
+
+
+def test_peers_job_of_this_project_imports():
+    assert callable(importlib.import_module("benchmarks.peers.ours").start)
 
 
 def test_table_compares_ratios_with_their_targets():

@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks peers", description=__doc__.splitlines()[0])
     parser.add_argument("--reference", default="", help="folder of a checkout of the reference solution")
     parser.add_argument("--size", type=int, default=224, help="image size of training, validation and prediction")
-    parser.add_argument("--loader_size", type=int, default=416, help="image size of training samples")
+    parser.add_argument("--loader-size", type=int, default=416, help="image size of training samples")
     parser.add_argument("--width", type=float, default=0.25, help="width multiplier of all networks")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=400, help="validation images")
