@@ -16,7 +16,7 @@ from benchmarks.timing import Row, milliseconds, seconds, threads
 from src.config import Config
 from src.model.network import ANCHORS, YOLOv3
 from src.serving.images import to_network_input
-from src.training.callbacks import StopIfNotFinite, ema
+from src.training.callbacks import EMA, StopIfNotFinite
 from src.training.loss import YOLOLoss, assign_targets
 from src.training.module import YOLOv3Module
 from src.training.trainer import make_trainer, resolve_precision
@@ -90,7 +90,7 @@ def _outside_the_network(steps: int = 3) -> Row:
     clock = NetworkClock(detector.model)
     images = torch.randint(256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     batches = [{"images": images, "targets": random_objects(BATCH, 6)}] * (steps + 1)
-    trainer = make_trainer(config, max_epochs=1, log_every_n_steps=10, callbacks=[StopIfNotFinite(), ema(0.998), clock])
+    trainer = make_trainer(config, max_epochs=1, log_every_n_steps=10, callbacks=[StopIfNotFinite(), EMA(0.998), clock])
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         trainer.fit(detector, torch.utils.data.DataLoader(batches, batch_size=None))

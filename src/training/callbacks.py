@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -64,13 +65,34 @@ class ResumableCSVLogger(Logger):
         """Do nothing: config.json has them."""
 
 
-def ema(decay: float) -> WeightAveraging:
-    """Build Lightning's weight averaging with a decay that rises to `decay`, so that short runs forget their first weights."""
+class EMA(WeightAveraging):
+    """Exponential moving average of weights and buffers. Its decay rises to `decay`: short runs forget their first weights.
 
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
+    Lightning's own update reads a counter from the GPU, for which every step would wait.
+    """
 
-    return WeightAveraging(multi_avg_fn=update)
+    state_key = "WeightAveraging"  # in older checkpoints
+
+    def __init__(self, decay: float):
+        super().__init__()
+        self.decay = decay
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        count = self._latest_update_step
+        if trainer.global_step == count:  # gradients are accumulated
+            return
+        update = get_ema_multi_avg_fn(min(self.decay, (1 + count) / (10 + count)) if count else 0.0)
+        pairs = [*zip(self._tensors(self._average_model.module), self._tensors(module), strict=True)]
+        for is_float in (True, False):
+            group = [pair for pair in pairs if pair[0].is_floating_point() == is_float]
+            if group:
+                update(*zip(*group, strict=True), None)
+        self._average_model.n_averaged += 1
+        self._latest_update_step = trainer.global_step
+
+    @staticmethod
+    def _tensors(module: pl.LightningModule) -> Iterator[Tensor]:
+        return chain(module.parameters(), module.buffers())
 
 
 class StopIfNotFinite(pl.Callback):
@@ -114,7 +136,7 @@ class Progress(pl.callbacks.ProgressBar):
 
     def on_train_epoch_end(self, trainer, module) -> None:
         columns, metrics = module.progress_columns, trainer.callback_metrics
-        values = (f"{factor * metrics.get(name, math.nan):.{digits}f}" for name, factor, digits in columns.values())
+        values = (f"{factor * float(metrics.get(name, math.nan)):.{digits}f}" for name, factor, digits in columns.values())
         minutes = (time.monotonic() - self.start) / 60
         self.write_row(trainer.current_epoch + 1, *values, f"{minutes:.1f}", titles=columns)
 

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training import checkpoints
-from src.training.callbacks import Progress, ResumableCSVLogger, StopIfNotFinite, ema
+from src.training.callbacks import EMA, Progress, ResumableCSVLogger, StopIfNotFinite
 from src.training.lr_finder import find_lr
 from src.training.metrics import Evaluation, coco_average_precision, mean_average_precision
 from src.training.module import YOLOv3Module
@@ -60,7 +60,7 @@ def run_trainer(config, module: OneCycleModule, data: pl.LightningDataModule, ch
         plugins=checkpoints.AtomicCheckpointIO(), enable_checkpointing=True, enable_progress_bar=True,
         logger=ResumableCSVLogger(folder / "metrics.csv", before=step),
         callbacks=[
-            Progress(), StopIfNotFinite(), ema(config.ema_decay),
+            Progress(), StopIfNotFinite(), EMA(config.ema_decay),
             ModelCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options),
             ModelCheckpoint(folder, "last", **options),  # save_last would save only when the best improves
         ],

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from src.config import Config
-from src.model.pretrained import is_backbone, load_backbone, transfer_weights
 from src.model.network import YOLOv3
+from src.model.pretrained import is_backbone, load_backbone, transfer_weights
 from src.serving.images import to_network_input
 from src.training.loss import YOLOLoss
 from src.training.metrics import CellAccuracy, DetectionAccumulator, mean_average_precision, per_class_table
@@ -22,7 +22,7 @@ def build_model(config: Config) -> YOLOv3:
     """Build the network: initialized by `config.seed`, or from `config.pretrained_weights` (folder, Hub id or Darknet file)."""
     torch.manual_seed(config.seed)
     settings = {"classes": config.classes, "anchors": config.anchors, "image_size": config.image_size}
-    model, source = YOLOv3(len(config.classes), config.width, **settings), config.pretrained_weights
+    model, source = YOLOv3(len(config.classes), config.width, **settings), config.pretrained_path
     if not source:
         return model
     if Path(source).is_file():
@@ -74,7 +74,6 @@ class YOLOv3Module(OneCycleModule):
         terms = self.loss(self.network(images), batch["targets"], self.model.anchors_at(size))
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images))
-        self.log("lr", self.optimizers().param_groups[0]["lr"], on_step=True, on_epoch=False)
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:

@@ -1,6 +1,7 @@
 """AdamW under OneCycle, with gradient clipping that works with a fused optimizer."""
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
@@ -37,6 +38,10 @@ class OneCycleModule(pl.LightningModule):
     def configure_optimizers(self) -> dict:
         config, total_steps = self.config, self.trainer.estimated_stepping_batches
         return onecycle_adamw(self, config.max_lr or 1e-3, config.weight_decay, config.warmup_fraction, total_steps)
+
+    def on_train_batch_start(self, *_) -> None:
+        lr = torch.tensor(self.optimizers().param_groups[0]["lr"])  # on the CPU: no step waits for it
+        self.log("lr", lr, on_step=True, on_epoch=False)
 
     def configure_gradient_clipping(self, optimizer, *_, **__) -> None:
         """Clip by L2 norm. Lightning's own clipping refuses a fused optimizer, which could unscale float16 gradients itself."""

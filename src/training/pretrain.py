@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from src.config import Settings
 from src.data.datamodule import SampleIdSampler, single_thread_worker
 from src.data.imagefolder import ClassificationDataset, collate_classification, read_image_folder
-from src.model.pretrained import save_backbone
 from src.model.network import YOLOv3
+from src.model.pretrained import save_backbone
 from src.serving.images import to_network_input
 from src.training.fit import train
 from src.training.optimizer import OneCycleModule
@@ -117,7 +117,6 @@ class Darknet53Classifier(OneCycleModule):
         images, labels = batch
         loss = cross_entropy(self(to_network_input(images)), labels, label_smoothing=self.config.label_smoothing)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images))
-        self.log("lr", self.optimizers().param_groups[0]["lr"], on_step=True, on_epoch=False)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:

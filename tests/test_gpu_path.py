@@ -1,0 +1,174 @@
+"""What a GPU would do, on the CPU: float16 with a gradient scaler, tensors on two devices, steps that never wait."""
+
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from src.data.datamodule import DetectionDataModule
+from src.model.network import ANCHORS
+from src.serving.predictor import Predictor
+from src.training.callbacks import EMA, StopIfNotFinite
+from src.training.fit import fit
+from src.training.loss import YOLOLoss
+from src.training.metrics import CellAccuracy
+from src.training.module import YOLOv3Module, build_model
+from src.training.trainer import make_trainer
+from tests.simulated_gpu import GPU, simulate_gpu
+from tests.test_training import fail_in, metrics_rows, tiny
+
+MULTISCALE = {"multiscale_sizes": (32, 64), "multiscale_interval": 1}
+
+
+def use_float16(monkeypatch, scale: float) -> None:
+    """Let the Trainer compute in float16 on the CPU, with a gradient scaler that starts at `scale`."""
+    make = pl.Trainer
+
+    def make_half(**options) -> pl.Trainer:
+        half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+        return make(**options | {"precision": None, "plugins": [options["plugins"], half]})
+
+    monkeypatch.setattr(pl, "Trainer", make_half)
+
+
+def losses(folder) -> list[float]:
+    """Training and validation loss of each epoch."""
+    return [float(row[name]) for row in metrics_rows(folder) for name in ("train/loss", "val/loss") if row[name]]
+
+
+def scaler_state(folder) -> dict:
+    return torch.load(folder / "last.ckpt", weights_only=True)["MixedPrecision"]
+
+
+def test_float16_gives_the_loss_curve_of_float32(tmp_path, monkeypatch):
+    """Within 1 %. A scale of 2**10 does not overflow, so no step is skipped."""
+    fit(tiny(tmp_path / "float32", **MULTISCALE))
+    use_float16(monkeypatch, 2.0**10)
+    fit(tiny(tmp_path / "float16", **MULTISCALE))
+    assert scaler_state(tmp_path / "float16")["scale"] == 2.0**10
+    assert losses(tmp_path / "float16") == pytest.approx(losses(tmp_path / "float32"), rel=0.01)
+    assert losses(tmp_path / "float16") != losses(tmp_path / "float32")
+
+
+def test_overflowing_steps_are_skipped(tmp_path, monkeypatch):
+    """The first steps overflow at a scale of 2**22: no warnings, no change of the weights, valid checkpoints."""
+    config, overflows, start = tiny(tmp_path), [], {}
+    use_float16(monkeypatch, 2.0**22)
+    update = torch.amp.GradScaler.update
+
+    def record(self, *args):
+        before = self.get_scale()
+        update(self, *args)
+        overflows.append(self.get_scale() < before)
+
+    def on_train_batch_end(self, trainer, module, *_):
+        weights = {name: value.clone() for name, value in module.named_parameters()}
+        if start and overflows[-1]:
+            assert all(torch.equal(start[name], value) for name, value in weights.items())
+        start.update(weights)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "update", record)
+    monkeypatch.setattr(StopIfNotFinite, "on_train_batch_end", on_train_batch_end)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lr_scheduler.step.*")
+        fit(config)
+    assert overflows[0] and not overflows[-1] and len(overflows) == 12
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for part in ("state_dict", "current_model_state"):
+        assert all(value.isfinite().all() for value in checkpoint[part].values())
+    assert checkpoint["MixedPrecision"]["scale"] == 2.0 ** (22 - sum(overflows))
+
+
+def test_resuming_restores_the_gradient_scaler(tmp_path, monkeypatch):
+    use_float16(monkeypatch, 2.0**20)
+    uninterrupted = fit(tiny(tmp_path / "uninterrupted"))
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        fail_in(patch, epoch=1)
+        fit(tiny(tmp_path / "resumed"))
+    assert scaler_state(tmp_path / "resumed")["scale"] < 2.0**20
+    resumed = fit(tiny(tmp_path / "resumed"), ckpt_path="last")
+    assert scaler_state(tmp_path / "resumed") == scaler_state(tmp_path / "uninterrupted")
+    for name, value in uninterrupted.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+class TrainingWaits(pl.Callback):
+    """Collect what the GPU waits for between the start of a training epoch and the validation."""
+
+    def __init__(self, waits: Counter):
+        self.waits, self.training = waits, Counter()
+
+    def on_train_epoch_start(self, *_) -> None:
+        self.before = self.waits.copy()
+
+    def on_validation_start(self, *_) -> None:
+        self.training = self.waits - self.before
+
+
+def train_one_epoch(config, waits: Counter) -> tuple[YOLOv3Module, Counter, dict]:
+    """Train one epoch with fit's callbacks. Returns the module, the waits of its steps, and the logged metrics."""
+    recorder, module = TrainingWaits(waits), YOLOv3Module(config)
+    trainer = make_trainer(config, max_epochs=1, callbacks=[recorder, StopIfNotFinite(), EMA(config.ema_decay)])
+    trainer.fit(module, datamodule=DetectionDataModule(config))
+    return module, recorder.training, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_training_steps_never_wait_for_the_gpu(tmp_path, monkeypatch):
+    """Except to check the loss, at the first and the last of 3 steps. All results equal the CPU's."""
+    monkeypatch.setattr("src.training.metrics.MIN_SCORE", 1e-5)  # an untrained network scores about 1e-4
+    config = tiny(tmp_path, width=0.0625, shapes_train=12, shapes_val=2, epochs=2, **MULTISCALE)
+    on_cpu, _, expected = train_one_epoch(config, Counter())
+    with simulate_gpu() as waits:
+        module, training, metrics = train_one_epoch(config, waits)
+    assert training == {"callbacks.on_train_batch_end": 2}
+    assert metrics == pytest.approx(expected, rel=1e-4) and "train/loss" in metrics and "val/mAP50" in metrics
+    assert waits["boxes.decode_above"] and waits["boxes.nms"]  # the validation may wait
+    np.testing.assert_allclose(module.ground_truth, on_cpu.ground_truth)
+    assert len(module.predictions) == len(on_cpu.predictions) > 0
+
+
+def test_simulated_gpu_counts_waits_and_refuses_mixed_devices():
+    with simulate_gpu() as waits:
+        values = torch.arange(4.0).to(GPU, non_blocking=True)
+        assert not waits and (values * 2).exp().device == GPU
+        for number, wait in enumerate((
+            values[0].item, values.tolist, values.cpu, values.nonzero, lambda: values[values > 1], lambda: bool(values[0]),
+            lambda: torch.tensor(1.0, device=GPU), lambda: values.copy_(torch.ones(4)),
+        ), start=1):  # fmt: skip
+            wait()
+            assert waits.total() == number
+        for mixed in (lambda: values + torch.ones(4), lambda: values[torch.arange(2)], lambda: torch.ones(4).add_(values)):
+            with pytest.raises(RuntimeError, match="a tensor on the CPU meets one on the GPU"):
+                mixed()
+
+
+def test_predictor_on_the_gpu(tmp_path):
+    model = build_model(tiny(tmp_path, width=0.0625)).eval()
+    image = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    expected = Predictor(model, device="cpu")(image, confidence=0)
+    with simulate_gpu():
+        candidates = Predictor(model, device=GPU).candidates(image)
+        detections = candidates.detections(0)
+    assert candidates.boxes.is_cpu and candidates.scores.is_cpu
+    np.testing.assert_allclose(detections.boxes, expected.boxes, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(detections.labels, expected.labels)
+
+
+def test_training_step_on_fake_cuda_tensors(tmp_path):
+    """FakeTensorMode raises if devices are mixed, or if a shape or a Python number depends on data."""
+    config = tiny(tmp_path, width=0.0625)
+    with FakeTensorMode(), torch.device("cuda"):
+        model, metric = build_model(config), CellAccuracy()
+        anchors, images, targets = torch.tensor(ANCHORS), torch.rand(2, 3, 64, 64), torch.rand(5, 6)
+        logits = model(images)
+        loss = YOLOLoss(config)(logits, targets, anchors)["loss"]
+        metric.update(logits, targets, anchors)
+        assert {tensor.device.type for tensor in (*logits, loss, *metric.compute().values())} == {"cuda"}
+        for wait in (lambda: loss.item(), lambda: images[images > 0], lambda: images.nonzero()):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                wait()
