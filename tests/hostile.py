@@ -98,7 +98,7 @@ class Client:
         text = ""
         with self.http.stream("GET", f"http://{self.address.netloc}/gradio_api/call/detect/{event}") as lines:
             for line in lines.iter_lines():  # gradio's heartbeats keep a lost request open for ever
-                text += line + "\n"
+                text = (text + line + "\n").removesuffix("event: heartbeat\ndata: null\n\n")
                 if text.endswith("\n\n") or time.monotonic() > start + TIMEOUT_S:
                     break
         silent = '"error": null' in text or "data: null" in text
