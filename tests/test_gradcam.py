@@ -29,8 +29,8 @@ def image():
 @pytest.fixture(scope="module")
 def trained():
     """A network trained on the synthetic data set: from weights/, or from the Space of the last run."""
-    for config in (*ROOT.glob("weights/**/config.json"), *ROOT.glob("space/weights/config.json")):
-        predictor = Predictor.load(config.parent, device="cpu")
+    for weights in (*ROOT.glob("weights/**/model.safetensors"), *ROOT.glob("space/weights/model.safetensors")):
+        predictor = Predictor.load(weights.parent, device="cpu")
         if predictor.classes == list(SHAPE_CLASSES):
             return predictor
     pytest.skip("No network trained on the synthetic data set in weights/ or space/. Run `make run` first.")
