@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,8 +19,11 @@ from src.serving.gradcam import explain
 from src.serving.images import load_image
 from src.serving.predict import predict
 from src.serving.predictor import Detections, Predictor
-from src.training.module import build_model
+from src.training import callbacks
+from src.training.fit import fit
+from src.training.module import build_model, sample_image_size
 from tests.planted import CLASSES, blurred_noise, planted_model
+from tests.test_training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +247,53 @@ def test_pretrained_path_prefers_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "weights/backbone").mkdir(parents=True)
     assert config.pretrained_path == "weights/backbone"
     assert [Config(pretrained_weights=name).pretrained_path for name in ("", "name/model")] == ["", "name/model"]
+
+
+def run_clock(monkeypatch, config: Config, steps: int, seconds_per_step) -> list[str]:
+    """Return what Progress prints in two epochs of `steps` steps. The first step takes 1000 s more."""
+    progress, lines, clock = callbacks.Progress(), [], [0.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "write", lines.append)
+    trainer = SimpleNamespace(num_training_batches=steps, max_epochs=config.epochs, global_step=0, current_epoch=0)
+    for trainer.current_epoch in range(2):
+        for batch in range(steps):
+            progress.on_train_batch_start(trainer, SimpleNamespace(config=config), None, batch)
+            clock[0] += seconds_per_step(trainer.global_step) + 1000 * (trainer.global_step == 0)
+            trainer.global_step += 1
+    return lines
+
+
+def test_time_estimate(monkeypatch):
+    config = Config(epochs=40)
+    assert run_clock(monkeypatch, config, 100, lambda step: 3) == [
+        "Estimated time: 5.0 minutes per epoch, 3.3 hours for the remaining 40, plus validation."
+    ]
+    estimate, warning = run_clock(monkeypatch, config, 1000, lambda step: 30)
+    assert estimate == "Estimated time: 8.3 hours per epoch, 13.9 days for the remaining 40, plus validation."
+    assert warning.startswith("Warning: that is more than a day.") and 'PRESETS["small"]' in warning
+    assert run_clock(monkeypatch, config, 11, lambda step: 30) == []  # the first line of metrics comes as soon
+
+
+def test_time_estimate_of_multi_resolution_training(monkeypatch):
+    """The first steps have only one or two of the image sizes."""
+    config = Config(epochs=40, multiscale_sizes=(64, 448))
+
+    def seconds(step: int) -> float:
+        return sample_image_size(config, step, 0) ** 2 / 1e5
+
+    steps = 2000
+    epoch = sum(map(seconds, range(steps)))
+    (line,) = run_clock(monkeypatch, config, steps, seconds)
+    assert callbacks.remaining_size_factor(config, 0, 0) > 0 and callbacks.remaining_size_factor(config, 500, 39) == 1
+    assert float(line.split()[2]) == pytest.approx(epoch / 60, rel=0.1) and line.split()[3] == "minutes"
+
+
+def test_started_and_resumed_training_print_one_estimate(tmp_path, capsys, monkeypatch):
+    config = tiny(tmp_path, shapes_train=26, batch_size=2, image_size=32, width=0.05, epochs=2)
+    fit(config)
+    output = capsys.readouterr().out
+    assert output.count("Estimated time: ") == 1 and "for the remaining 2," in output and "Warning" not in output
+    monkeypatch.setattr(callbacks, "DURATIONS", ((1e-6, "days"),))
+    fit(config, ckpt_path=str(tmp_path / "previous.ckpt"))
+    output = capsys.readouterr().out
+    assert output.count("for the remaining 1,") == output.count("Warning: that is more than a day") == 1

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import Logger
@@ -17,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from src.training.checkpoints import atomic_write
+from src.training.module import sample_image_size
 
 LOSS_TERMS = ("box", "object", "no_object", "class")
 FORMER_COLUMNS = {  # of metrics.csv as older runs wrote it
@@ -24,6 +26,8 @@ FORMER_COLUMNS = {  # of metrics.csv as older runs wrote it
     "val/map50": "val/mAP50",
     "lr-AdamW/pg1": "lr",
 }
+TIMED_STEPS = 10  # from which the time of an epoch is estimated
+DURATIONS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"))  # seconds and unit
 FINITE_CHECK_INTERVAL = 10  # steps between two checks of the loss: each makes the GPU wait
 
 
@@ -113,12 +117,30 @@ class StopIfNotFinite(pl.Callback):
             self.finite = None
 
 
+def format_duration(seconds: float) -> str:
+    """Format a duration in the largest unit of which it has at least 1.5."""
+    return next((f"{seconds / length:.1f} {unit}" for length, unit in DURATIONS if seconds >= 1.5 * length), f"{seconds:.0f} s")
+
+
+def remaining_size_factor(config, step: int, epoch: int) -> float:
+    """Return the mean number of pixels per image in multi-resolution training, relative to the TIMED_STEPS before `step`."""
+    if not getattr(config, "multiscale_sizes", ()) or epoch >= config.close_mosaic_epoch:
+        return 1.0
+    steps = range(max(0, step - TIMED_STEPS), step) or [0]  # fewer if gradients are accumulated
+    timed = [sample_image_size(config, earlier, epoch) for earlier in steps]
+    return float(np.square(config.multiscale_sizes).mean() / np.square(timed).mean())
+
+
 class Progress(pl.callbacks.ProgressBar):
-    """One bar for the whole training, and one line of metrics per epoch: the module's `progress_columns`."""
+    """One bar for the whole training, an estimate of its time after ten steps, and one line of metrics per epoch.
+
+    The metrics are the module's `progress_columns`.
+    """
 
     def __init__(self):
         super().__init__()
         self.bar, self.enabled = None, True
+        self.timed_from, self.estimated = 0.0, False
 
     def disable(self) -> None:
         """Lightning calls this in every process except the first."""
@@ -130,6 +152,25 @@ class Progress(pl.callbacks.ProgressBar):
                         mininterval=2, dynamic_ncols=False, ncols=90, disable=not self.enabled)  # fmt: skip
         self.start = time.monotonic()
         self.write_row("epoch", *module.progress_columns, "minutes", titles=module.progress_columns)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        """Time the steps after the first, which is slower. At both ends a GPU has just been waited for (StopIfNotFinite)."""
+        if batch_idx == 1 and not self.estimated:
+            self.timed_from = time.monotonic()
+        elif batch_idx == 1 + TIMED_STEPS and not self.estimated:
+            self.estimated = True
+            step_seconds = (time.monotonic() - self.timed_from) / TIMED_STEPS
+            step_seconds *= remaining_size_factor(module.config, trainer.global_step, trainer.current_epoch)
+            self.write_estimate(step_seconds * trainer.num_training_batches, trainer.max_epochs - trainer.current_epoch)
+
+    def write_estimate(self, seconds: float, epochs: int) -> None:
+        """Print the time of an epoch and of the remaining epochs, and a warning if that is more than a day."""
+        total = seconds * epochs
+        self.write(f"Estimated time: {format_duration(seconds)} per epoch, {format_duration(total)} for the remaining "
+                   f"{epochs}, plus validation.")  # fmt: skip
+        if total > DURATIONS[0][0]:
+            self.write('Warning: that is more than a day. Use a GPU, or reduce Config.width, image_size or epochs. '
+                       'PRESETS["small"] suits a CPU.')  # fmt: skip
 
     def on_train_batch_end(self, trainer, *_) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
