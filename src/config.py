@@ -85,6 +85,7 @@ class Config(Settings):
     # training
     epochs: int = 40
     batch_size: int = 32
+    accumulate_grad_batches: int = 1  # batches per optimizer step; the effective batch size is batch_size times this
     max_lr: float = 0.0  # peak of OneCycle; 0: find it with the learning-rate range test
     warmup_fraction: float = 0.1  # fraction of the steps in which the learning rate rises
     weight_decay: float = 0.05  # of kernels only, not of biases and batch norm
@@ -117,7 +118,7 @@ class Config(Settings):
         for name in ("val_fraction", "mosaic_prob", "min_visibility", "warmup_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Config.{name} is {getattr(self, name)}. Use a value from 0 to 1.")
-        for name in ("epochs", "batch_size", "multiscale_interval", "devices"):
+        for name in ("epochs", "batch_size", "accumulate_grad_batches", "multiscale_interval", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Config.{name} is {getattr(self, name)}. Use at least 1.")
 

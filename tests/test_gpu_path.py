@@ -1,6 +1,7 @@
 """What a GPU would do, on the CPU: float16 with a gradient scaler, tensors on two devices, steps that never wait."""
 
 import warnings
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from src.config import Config
 from src.data.datamodule import DetectionDataModule
-from src.model.network import ANCHORS
+from src.model.network import ANCHORS, YOLOv3
 from src.serving.predictor import Predictor
 from src.training.callbacks import EMA, StopIfNotFinite
 from src.training.fit import fit
 from src.training.loss import YOLOLoss
+from src.training.lr_finder import find_lr
+from src.training.memory import out_of_memory_message, suggest_batch, training_gb
 from src.training.metrics import CellAccuracy
 from src.training.module import YOLOv3Module, build_model
 from src.training.trainer import make_trainer
@@ -172,3 +176,53 @@ def test_training_step_on_fake_cuda_tensors(tmp_path):
         for wait in (lambda: loss.item(), lambda: images[images > 0], lambda: images.nonzero()):
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
                 wait()
+
+
+def test_out_of_memory_names_what_fits_and_frees_the_memory(tmp_path, monkeypatch):
+    """The modules and tensors of the failed training are gone, although the error and the data module are still there."""
+    references, config = [], tiny(tmp_path, max_lr=0.0, width=0.0625)
+    data = DetectionDataModule(config)
+    original = YOLOLoss.forward
+
+    def out_of_memory(self, logits, targets, anchors):
+        references.extend((weakref.ref(self), weakref.ref(logits[0])))
+        if len(references) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, logits, targets, anchors)
+
+    monkeypatch.setattr(YOLOLoss, "forward", out_of_memory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(16e9)))
+    message = r"has 16.0 GB.*for batch_size 4, .* Use Config\(batch_size=2, accumulate_grad_batches=2\)"
+    for function, run_config in ((find_lr, config), (fit, config), (fit, config.replace(max_lr=1e-3))):
+        references.clear()
+        with pytest.raises(torch.OutOfMemoryError, match=message) as error:
+            function(run_config, data)
+        assert error.value.__context__ is None and len(references) == 6 and all(reference() is None for reference in references)
+    monkeypatch.undo()
+    halved = config.replace(batch_size=2, accumulate_grad_batches=2, max_lr=1e-3)
+    fit(halved)
+    assert sum(bool(row["val/mAP50"]) for row in metrics_rows(tmp_path)) == 3
+
+
+def test_memory_estimate():
+    """The activations are those that autograd keeps, within 5 %, and each suggestion fits."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    network = YOLOv3(20, width=0.25).train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _ = network(torch.rand(1, 3, 416, 416))
+    weights = {parameter.data_ptr() for parameter in network.parameters()}
+    activations = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    config = Config(width=0.25, precision="32-true")
+    assert training_gb(config, 1) - training_gb(config, 0) == pytest.approx(activations / 1e9, rel=0.05)
+    assert training_gb(config, 0) == pytest.approx(20 * sum(weight.numel() for weight in network.parameters()) / 1e9, rel=0.05)
+
+    config = Config(precision="16-mixed", batch_size=64, multiscale_sizes=(256, 448))
+    assert suggest_batch(config, 80) == (32, 2) and suggest_batch(config, 15) == (32, 2) and suggest_batch(config, 6) == (16, 4)
+    assert "image_size, multiscale_sizes or width" in out_of_memory_message(config, 6)
+    assert "A smaller batch is not enough" in out_of_memory_message(config, 1)
+    assert "A smaller batch is not enough" in out_of_memory_message(config.replace(batch_size=1), 80)

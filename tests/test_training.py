@@ -18,6 +18,7 @@ from src.training.fit import evaluate, fit, load_detector
 from src.training.loss import assign_targets
 from src.training.lr_finder import find_lr
 from src.training.module import YOLOv3Module, build_model, sample_image_size
+from src.training.optimizer import onecycle_adamw
 from src.training.report import course_targets, result_rows
 from src.training.trainer import make_trainer, resolve_precision, resolve_strategy
 
@@ -65,6 +66,34 @@ def test_onecycle_changes_the_learning_rate_every_step(run):
     assert len(rates) == len(set(rates)) == 12
     peak = rates.index(max(rates))
     assert max(rates) <= 1e-3 and rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:])[::-1]
+
+
+@pytest.mark.parametrize("total_steps", range(1, 31))
+def test_onecycle_of_short_runs(total_steps):
+    """10 steps have exactly one step of warm-up."""
+    optimized = onecycle_adamw(torch.nn.Linear(2, 2), 1e-3, 0.0, 0.1, total_steps)
+    scheduler, rates = optimized["lr_scheduler"]["scheduler"], []
+    for _ in range(total_steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimized["optimizer"].step()
+        if len(rates) < total_steps:
+            scheduler.step()
+    assert 0 < max(rates) <= 1e-3 and rates[-1] < 1e-5
+
+
+def test_accumulated_batches_make_one_step(run, tmp_path):
+    """Batches of 2, two per step: the steps and learning rates of batches of 4."""
+    folder, _ = run
+    accumulated = fit(tiny(tmp_path, batch_size=2, accumulate_grad_batches=2))
+    assert accumulated.trainer.global_step == 12 and accumulated.lr_schedulers().total_steps == 12
+    steps = [[(row["step"], row["lr"]) for row in metrics_rows(path)] for path in (folder, tmp_path)]
+    assert steps[0] == steps[1]
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["averaging_state"]["n_averaged"] == 12
+    result = find_lr(
+        tiny(tmp_path, batch_size=2, accumulate_grad_batches=2), DetectionDataModule(tiny(tmp_path, batch_size=2)), 10
+    )
+    assert result.rates == np.geomspace(1e-5, 0.1, 10)[: len(result.rates)].tolist()
 
 
 def test_checkpoints_contain_the_averaged_weights(run):

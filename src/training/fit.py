@@ -14,12 +14,14 @@ from src.data.datamodule import DetectionDataModule
 from src.training import checkpoints
 from src.training.callbacks import EMA, Progress, ResumableCSVLogger, StopIfNotFinite
 from src.training.lr_finder import find_lr
+from src.training.memory import explain_out_of_memory
 from src.training.metrics import Evaluation, coco_average_precision, mean_average_precision
 from src.training.module import YOLOv3Module
 from src.training.optimizer import OneCycleModule
 from src.training.trainer import make_trainer
 
 
+@explain_out_of_memory
 def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str | None = None) -> YOLOv3Module:
     """Train a detector and return it with the averaged (EMA) weights of the last epoch.
 
@@ -27,7 +29,8 @@ def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str 
     previous.ckpt (of the epoch before). No other process can train in that folder meanwhile.
     ckpt_path: "last" resumes after the last complete epoch; a path resumes from that checkpoint; "auto" resumes if there
     is a checkpoint and starts otherwise; None starts and deletes the folder's last checkpoints.
-    Raises ValueError if `data` or the run to resume was made with another config.
+    Raises ValueError if `data` or the run to resume was made with another config, torch.OutOfMemoryError that names
+    settings that fit if the GPU's memory is too small.
     """
     data = data or DetectionDataModule(config)
     config = data.check_matches(config)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
+from src.training.memory import explain_out_of_memory
 from src.training.module import YOLOv3Module
 from src.training.optimizer import OneCycleModule
 from src.training.trainer import make_trainer
@@ -27,10 +28,11 @@ class LRFinderResult:
     suggestion: float
 
 
+@explain_out_of_memory
 def find_lr(
     config: Config, data: DetectionDataModule, steps: int = 100, module_class: type[OneCycleModule] = YOLOv3Module
 ) -> LRFinderResult:
-    """Train a separate network for `steps` batches with a rate that rises from 1e-5 to 0.1, and suggest a peak for OneCycle.
+    """Train a separate network for `steps` steps with a rate that rises from 1e-5 to 0.1, and suggest a peak for OneCycle.
 
     The suggestion is the rate at which 90 % of the loss's fall has happened, shortly before divergence; lower and higher
     peaks are compared in benchmarks/RECIPE.md. Lightning's finder is not used: it suggests the rate of steepest descent,
@@ -67,19 +69,22 @@ def suggest_lr(losses: np.ndarray) -> int:
 
 
 class RangeTest(pl.Callback):
-    """Train each step at the next of `rates`, and collect its loss in `losses`."""
+    """Train each step at the next of `rates`, and collect its loss in `losses`: the mean over its batches."""
 
     def __init__(self, rates: np.ndarray):
-        self.rates, self.losses = rates, []
+        self.rates, self.losses, self.batch_losses = rates, [], []
         self.bar = tqdm(total=len(rates), desc="learning rates", unit="step", file=sys.stdout, mininterval=2, ncols=90)
 
     def on_train_batch_start(self, trainer, *_) -> None:
         for group in trainer.optimizers[0].param_groups:
-            group["lr"] = self.rates[len(self.losses)]
+            group["lr"] = self.rates[trainer.global_step]
 
     def on_train_batch_end(self, trainer, module, outputs, *_) -> None:
-        self.losses.append(float(outputs["loss"]))
-        self.bar.update()
+        self.batch_losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)  # Lightning has divided it
+        if trainer.global_step > len(self.losses):
+            self.losses.append(np.mean(self.batch_losses))
+            self.batch_losses = []
+            self.bar.update()
 
     def on_train_end(self, *_) -> None:
         self.bar.close()

@@ -17,6 +17,8 @@ def onecycle_adamw(module: nn.Module, max_lr: float, weight_decay: float, warmup
     others = [p for p in module.parameters() if p.dim() <= 1]
     groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = AdamW(groups, lr=max_lr, fused=True)
+    if warmup_fraction * total_steps == 1:  # OneCycleLR divides by zero
+        warmup_fraction = 1.001 / total_steps
     scheduler = OneCycleLR(optimizer, max_lr, total_steps, pct_start=warmup_fraction)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -54,6 +54,7 @@ class PretrainConfig(Settings):
     num_workers: int = 1
     epochs: int = 30
     batch_size: int = 256
+    accumulate_grad_batches: int = 1
     max_lr: float = 4e-3
     warmup_fraction: float = 0.1
     weight_decay: float = 0.05

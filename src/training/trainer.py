@@ -45,6 +45,7 @@ def make_trainer(config: Config, **options) -> pl.Trainer:
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=config.devices,
         precision=resolve_precision(config), strategy=resolve_strategy(config),
-        num_sanity_val_steps=0, enable_model_summary=False, use_distributed_sampler=False,
+        accumulate_grad_batches=config.accumulate_grad_batches, use_distributed_sampler=False,
+        num_sanity_val_steps=0, enable_model_summary=False,
         **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options,
     )  # fmt: skip
