@@ -18,7 +18,8 @@ ALLOWED = {  # package -> the packages it may import
 }
 LIBRARIES = {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "huggingface_hub"}
 GRADIO = {"gradio", "gradio_client", "starlette"}  # gradio installs the other two
-EXTRA = {"gradcam.py": {"pytorch_grad_cam"}, "app.py": GRADIO, "guard.py": GRADIO}
+ONNX = {"onnxscript", "onnxruntime"}  # in functions only: a Space runs without them
+EXTRA = {"gradcam.py": {"pytorch_grad_cam"}, "app.py": GRADIO, "guard.py": GRADIO, "onnx_model.py": ONNX}
 FILES = sorted(ROOT.glob("src/*/*.py")) + [ROOT / "src/config.py"]
 SERVED = sorted([*ROOT.glob("src/model/*.py"), *ROOT.glob("src/serving/*.py")])
 
@@ -60,6 +61,6 @@ def test_loaded_modules():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     predicting, serving = map(set, map(str.split, run.stdout.splitlines()))
     training = {"pytorch_lightning", "lightning", "albumentations", "torchmetrics", "skimage"}
-    assert not predicting & {*training, "matplotlib", "gradio", "pytorch_grad_cam"}
-    assert not serving & training
+    assert not predicting & {*training, *ONNX, "matplotlib", "gradio", "pytorch_grad_cam"}
+    assert not serving & {*training, *ONNX}
     assert {name.split(".")[1] for name in serving if name.startswith("src.")} == {"model", "serving"}

@@ -36,7 +36,7 @@ def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, g
 def cell_boxes(level: Tensor, anchors: Tensor) -> Tensor:
     """Decode the boxes of one scale: level [B, 3, G, G, 5 + C], anchors [3, 2] -> [B, 3, G, G, 4] xyxy in 0..1."""
     cells = torch.arange(level.shape[2], device=level.device)
-    boxes = decode_boxes(level[..., 1:5], cells, cells[:, None], anchors[:, None, None], len(cells))
+    boxes = decode_boxes(level[..., 1:5], cells, cells[:, None], anchors[:, None, None], level.shape[2])
     return cxcywh_to_xyxy(boxes)
 
 

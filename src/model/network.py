@@ -1,5 +1,6 @@
 """YOLOv3: Darknet-53 and its three heads (Redmon & Farhadi 2018, https://arxiv.org/abs/1804.02767)."""
 
+import copy
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from src.model.darknet import load_darknet
 
@@ -163,6 +165,11 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
             logits.append(level)
         return necks[1:], logits
 
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights and biases."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def set_anchors(self, anchors: Tensor) -> None:
         """Use other anchors [3, 3, 2] (width, height), relative to an image of `image_size` pixels."""
         self.anchor_sizes = anchors.tolist()
@@ -217,3 +224,12 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         if part != "backbone":
             self.set_anchors(torch.tensor(ANCHORS, dtype=torch.float64) * (416 / self.image_size))
         return part
+
+
+def fuse_batch_norms(model: YOLOv3) -> YOLOv3:
+    """Return a float32 copy of a model in evaluation mode, each batch norm fused into its convolution."""
+    fused = copy.deepcopy(model).float().eval()
+    for block in fused.modules():
+        if isinstance(block, ConvBlock):
+            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+    return fused

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from src.model.network import STRIDES, YOLOv3
 from src.serving.images import load_image
+from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import Detections, Predictor
 
 METHODS = {"hirescam": HiResCAM, "gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
 METHOD_NAMES = {"hirescam": "HiResCAM", "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "eigencam": "EigenCAM"}
 MAX_EXPLAINED = 24  # detections per heatmap; the best are taken
 BATCH_SIZE = 4  # detections per backward pass
+ONNX_MESSAGE = "Grad-CAM needs gradients, and an .onnx file has none. Load the PyTorch weights that it was exported from."
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,16 @@ class Explainer:
         image = load_image(image)
         self.predictor = predictor
         self.size = image.shape[1], image.shape[0]  # width, height
+        if isinstance(predictor.model, OnnxModel):
+            self.model, self.candidates = None, predictor.candidates(image)
+            return
         self.model = _frozen_copy(predictor.model)
         self.inputs, self.placement = predictor.preprocess(image)
         with torch.no_grad():
             self.features = self.model.backbone(self.inputs)
             self.necks, logits = self.model.forward_heads(self.features)
-            self.candidates = predictor.postprocess(logits, self.placement, *self.size)
+            boxes, scores = predictor.decode(logits)
+        self.candidates = predictor.postprocess(boxes[0].cpu(), scores[0].cpu(), self.placement, *self.size)
         self.scale_ends = np.cumsum([level[0, ..., 0].numel() for level in logits])  # end of each scale in the K predictions
 
     def explain(
@@ -58,6 +64,8 @@ class Explainer:
         iou_threshold: float = 0.45,
     ) -> Explanation:
         """Compute a heatmap; see the function `explain` for the arguments."""
+        if self.model is None:
+            raise ValueError(ONNX_MESSAGE)
         if method not in METHODS:
             raise ValueError(f"Unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
         if layer not in ("own", "all", *range(len(STRIDES))):
@@ -153,7 +161,7 @@ def explain(
             mass in own box          80%      43%        18%       18%
 
     confidence, iou_threshold: thresholds of the detections.
-    Raises ValueError with the choices if target, layer or method is unknown.
+    Raises ValueError with the choices if target, layer or method is unknown, and if the model is an OnnxModel.
     """
     return Explainer(predictor, image).explain(target, layer, method, confidence, iou_threshold)
 

@@ -1,6 +1,5 @@
 """Prediction: from an image of any size to detections in its own pixels."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
 from src.model.boxes import decode, nms
-from src.model.network import ConvBlock, YOLOv3
+from src.model.network import YOLOv3, fuse_batch_norms
 from src.serving.images import letterbox, load_image, to_network_input
+from src.serving.onnx_model import OnnxModel
 
 MIN_SCORE = 0.01  # predictions with a lower score are dropped
 
@@ -65,17 +64,25 @@ class Predictor:
     The first prediction makes a copy of the model with fused batch norms. Later changes of the model need a new Predictor.
     """
 
-    def __init__(self, model: YOLOv3, image_size: int = 0, device: str | torch.device = ""):
-        """image_size: the network's input, default model.image_size. device: default CUDA if available, else the CPU."""
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+    def __init__(self, model: YOLOv3 | OnnxModel, image_size: int = 0, device: str | torch.device = ""):
+        """image_size: the network's input, default model.image_size. device: default CUDA if available, else the CPU.
+
+        An OnnxModel gives the same detections on the CPU, but no Grad-CAM.
+        """
+        onnx = isinstance(model, OnnxModel)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu"))
+        if onnx and self.device.type != "cpu":
+            raise ValueError(f"An .onnx file runs on the CPU, not on {self.device}. Leave out device, or load PyTorch weights.")
+        self.model = model if onnx else model.to(self.device, memory_format=torch.channels_last).eval()
+        self.dtype = torch.float32 if onnx else next(model.parameters()).dtype
         self.image_size = image_size or model.image_size
         self.classes = model.classes
 
     @classmethod
     def load(cls, source: str | Path, **options) -> "Predictor":
-        """Load a model from a folder written by `YOLOv3.save_pretrained`, or from a Hub id."""
-        return cls(YOLOv3.from_pretrained(source), **options)
+        """Load a model from a folder written by `YOLOv3.save_pretrained`, a Hub id, or an .onnx file of `export_onnx`."""
+        model = OnnxModel(source) if Path(source).suffix == ".onnx" else YOLOv3.from_pretrained(source)
+        return cls(model, **options)
 
     def __call__(self, image, confidence: float = 0.25, iou_threshold: float = 0.45) -> Detections:
         """Detect objects. Boxes are in pixels of the upright image (EXIF applied)."""
@@ -96,32 +103,31 @@ class Predictor:
     @cached_property
     def fused(self) -> YOLOv3:
         """A copy of the model with each batch norm fused into its convolution: 3-10% faster, scores within 1e-5."""
-        fused = copy.deepcopy(self.model).float()  # half precision is fused in float32
-        for block in fused.modules():
-            if isinstance(block, ConvBlock):
-                block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
-        return fused.to(next(self.model.parameters()).dtype)
+        return fuse_batch_norms(self.model).to(self.dtype)
 
     @torch.inference_mode()
     def _forward(self, images: Sequence) -> list[Candidates]:
         images = [load_image(image) for image in images]
         inputs, placements = zip(*map(self.preprocess, images), strict=True)
-        logits = self.fused(torch.cat(inputs))
+        inputs = torch.cat(inputs)
+        boxes, scores = self.model(inputs) if isinstance(self.model, OnnxModel) else self.decode(self.fused(inputs))
         return [
-            self.postprocess([level[i : i + 1] for level in logits], placement, image.shape[1], image.shape[0])
-            for i, (placement, image) in enumerate(zip(placements, images, strict=True))
+            self.postprocess(*prediction, image.shape[1], image.shape[0])
+            for *prediction, image in zip(boxes.cpu(), scores.cpu(), placements, images, strict=True)
         ]
 
     def preprocess(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """uint8 [H, W, 3] -> network input [1, 3, S, S] on the device, and the letterbox's placement."""
         square, placement = letterbox(image, self.image_size)
         inputs = to_network_input(torch.from_numpy(square).permute(2, 0, 1)[None].to(self.device))
-        return inputs.to(next(self.model.parameters()).dtype), placement
+        return inputs.to(self.dtype), placement
 
-    def postprocess(self, logits: list[Tensor], placement: np.ndarray, width: int, height: int) -> Candidates:
-        """Decode the logits of one image of width x height pixels; `placement` is its letterbox's."""
-        boxes, scores = decode(logits, self.model.anchors_at(self.image_size))
-        boxes, scores = boxes[0].cpu(), scores[0].cpu()
+    def decode(self, logits: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """logits of the network -> boxes [B, K, 4] xyxy in 0..1 of its input, scores [B, K, C]."""
+        return decode(logits, self.model.anchors_at(self.image_size))
+
+    def postprocess(self, boxes: Tensor, scores: Tensor, placement: np.ndarray, width: int, height: int) -> Candidates:
+        """Convert boxes [K, 4] and scores [K, C] of one image of width x height pixels; `placement` is its letterbox's."""
         best = scores.amax(dim=1)
         kept = best > MIN_SCORE
         kept[best.argmax()] = True  # so that there is always a top candidate

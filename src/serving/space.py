@@ -128,7 +128,7 @@ def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
         gradio=version("gradio"),
         python=".".join(map(str, sys.version_info[:2])),
         models=f"models:\n- {hub_model}\n" if hub_model else "",
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        parameters=model.num_parameters / 1e6,
         classes=len(model.classes),
         data=model.metadata.get("data", "not stated"),
         links="".join(f"\n- [{name}]({address})" for name, address in links.items()),
