@@ -100,6 +100,7 @@ def test_checkpoints_contain_the_averaged_weights(run):
     folder, detector = run
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    assert checkpoint["callbacks"]["WeightAveraging"] == {"latest_update_step": 12}  # the key of older runs
     name = "model.backbone.stem.0.weight"
     assert not torch.equal(averaged[name], current[name])
     for model in (detector, load_detector(folder, "last")):
