@@ -1,24 +1,28 @@
 """Prediction and Grad-CAM, compared with the forward pass of the network alone."""
 
 import copy
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.timing import Row, milliseconds, seconds
+from benchmarks.timing import Row, milliseconds, seconds, threads
 from src.data.shapes import draw_shapes
 from src.model.network import YOLOv3
 from src.serving.gradcam import MAX_EXPLAINED, explain
+from src.serving.onnx_model import export_onnx
 from src.serving.predictor import Predictor
 
 IMAGE_SIZE, BATCH = 416, 8
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def rows() -> Iterator[Row]:
-    """Yield all rows of this file, at width 1 and 416 pixels, on all cores."""
+    """Yield all rows of this file, at width 1 and 416 pixels, on all cores; ONNX with the shipped weights on one thread."""
     images = [np.ascontiguousarray(record.image[:375]) for record in draw_shapes(BATCH, 500)]
     predictor = _responsive_predictor(images)
     image = images[0]
@@ -42,6 +46,7 @@ def rows() -> Iterator[Row]:
     baseline = f"one image at a time, {BATCH / single:.2f} images/s"
     yield Row(f"Predictor, batches of {BATCH}", f"{BATCH / batch:.2f} images/s", baseline, single / batch)
     yield Row(f"Predictor, batches of {BATCH}, bfloat16", f"{BATCH / bf16_batch:.2f} images/s", baseline, single / bf16_batch)
+    yield _onnx(image)
 
 
 def _responsive_predictor(images: list[np.ndarray]) -> Predictor:
@@ -73,3 +78,13 @@ def _gradcam(predictor: Predictor, image: np.ndarray, forward_pass: Callable[[],
     yield Row("Grad-CAM, best detection", milliseconds(best), baseline, best / forward, 3.5, True)
     name = f"Grad-CAM, {per_scale.total()} detections (the maximum) on {len(per_scale)} of 3 scales"
     yield Row(name, milliseconds(everything), baseline, everything / forward, 3.5, True)
+
+
+def _onnx(image: np.ndarray) -> Row:
+    """The shipped weights as an ONNX file, on one thread."""
+    with threads(1), tempfile.TemporaryDirectory() as folder:
+        pytorch = Predictor.load(WEIGHTS, device="cpu")
+        onnx = Predictor.load(export_onnx(pytorch.model, Path(folder) / "model.onnx"))
+        baseline, ours = seconds(lambda: pytorch(image), lambda: onnx(image), rounds=30)
+    name = f"Predictor with an ONNX file, shipped weights, {onnx.image_size} pixels, one thread"
+    return Row(name, milliseconds(ours), f"Predictor with PyTorch, {milliseconds(baseline)}", baseline / ours)
