@@ -20,7 +20,7 @@ from src.serving.gradcam import METHOD_NAMES, Explainer
 from src.serving.guard import MAX_UPLOAD_BYTES, BoundedRequests, GuardedBlocks
 from src.serving.images import load_image, resize_long_side
 from src.serving.predict import detections_to_dicts
-from src.serving.predictor import Detections, Predictor
+from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
 
 MAX_PIXELS = 50_000_000
 SESSION_TTL_S = 3600  # how long a visitor's image is kept
@@ -199,8 +199,8 @@ def _detections_column() -> tuple[list, list]:
     """Return [image, summary, table] and [confidence, iou_threshold]."""
     image, summary = _output_image("Detections", "detections"), gr.HTML(HINT, padding=False, elem_id="summary")
     with gr.Group():
-        confidence = gr.Slider(0.01, 0.95, 0.25, step=0.01, label="Confidence threshold", elem_id="confidence")
-        iou_threshold = gr.Slider(0.05, 0.95, 0.45, step=0.05, label="NMS IoU threshold", elem_id="iou_threshold")
+        confidence = gr.Slider(0.01, 0.95, CONFIDENCE, step=0.01, label="Confidence threshold", elem_id="confidence")
+        iou_threshold = gr.Slider(0.05, 0.95, IOU_THRESHOLD, step=0.05, label="NMS IoU threshold", elem_id="iou_threshold")
     table = gr.Dataframe(
         headers=["#", "Class", "Score", "x1, y1, x2, y2"], datatype=["number", "html", "str", "str"],
         column_widths=["11%", "28%", "18%", "43%"], wrap=True, max_height=260, interactive=False, buttons=[],
@@ -224,7 +224,7 @@ def _explanation_column() -> tuple[list, list]:
 def _endpoint(predictor: Predictor):
     """Return the function behind /detect; its docstring is part of the page's API documentation."""
 
-    def detect_file(image: gr.FileData, confidence: float = 0.25, iou_threshold: float = 0.45) -> dict:
+    def detect_file(image: gr.FileData, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD) -> dict:
         """Detect objects in an image: class, confidence and box (left, top, right, bottom in pixels), best first."""
         if not is_file_obj(image):
             raise gr.Error("image must be an uploaded file")

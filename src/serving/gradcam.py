@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from src.model.network import STRIDES, YOLOv3
 from src.serving.images import load_image
 from src.serving.onnx_model import OnnxModel
-from src.serving.predictor import Detections, Predictor
+from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
 
 METHODS = {"hirescam": HiResCAM, "gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
 METHOD_NAMES = {"hirescam": "HiResCAM", "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "eigencam": "EigenCAM"}
@@ -46,7 +46,7 @@ class Explainer:
         if isinstance(predictor.model, OnnxModel):
             self.model, self.candidates = None, predictor.candidates(image)
             return
-        self.model = _frozen_copy(predictor.model)
+        self.model = _frozen_copy(predictor.fused)
         self.inputs, self.placement = predictor.preprocess(image)
         with torch.no_grad():
             self.features = self.model.backbone(self.inputs)
@@ -60,8 +60,8 @@ class Explainer:
         target: str | int = "all",
         layer: str | int = "own",
         method: str = "hirescam",
-        confidence: float = 0.25,
-        iou_threshold: float = 0.45,
+        confidence: float = CONFIDENCE,
+        iou_threshold: float = IOU_THRESHOLD,
     ) -> Explanation:
         """Compute a heatmap; see the function `explain` for the arguments."""
         if self.model is None:
@@ -141,8 +141,8 @@ def explain(
     target: str | int = "all",
     layer: str | int = "own",
     method: str = "hirescam",
-    confidence: float = 0.25,
-    iou_threshold: float = 0.45,
+    confidence: float = CONFIDENCE,
+    iou_threshold: float = IOU_THRESHOLD,
 ) -> Explanation:
     """Compute where in an image (whatever `load_image` takes) the evidence for `target` is.
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from src.serving.drawing import draw_detections, draw_heatmap
 from src.serving.images import IMAGE_SUFFIXES, load_image
-from src.serving.predictor import Detections, Predictor
+from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
 FORMATS = ("json", "yolo")
@@ -31,8 +31,8 @@ def predict(
     source: str | Path | int,
     predictor: Predictor,
     folder: str | Path = "runs/predict",
-    confidence: float = 0.25,
-    iou_threshold: float = 0.45,
+    confidence: float = CONFIDENCE,
+    iou_threshold: float = IOU_THRESHOLD,
     format: str = "json",
     heatmap: bool = False,
 ) -> list[dict]:
@@ -227,8 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m src.serving.predict", description="Detect objects and save the results.")
     parser.add_argument("source", help="an image, a folder of images, a video file or a camera number")
     parser.add_argument("--weights", default=WEIGHTS, help="exported weights: a folder or Hub id; default: the shipped ones")
-    parser.add_argument("--confidence", type=float, default=0.25, help="confidence threshold (default: %(default)s)")
-    parser.add_argument("--iou-threshold", type=float, default=0.45, help="NMS IoU threshold (default: %(default)s)")
+    parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="confidence threshold (default: %(default)s)")
+    parser.add_argument("--iou-threshold", type=float, default=IOU_THRESHOLD, help="NMS IoU threshold (default: %(default)s)")
     parser.add_argument("--save", default="runs/predict", metavar="FOLDER", help="for the results (default: %(default)s)")
     parser.add_argument("--format", choices=FORMATS, default="json", help="of the detections (default: %(default)s)")
     parser.add_argument("--heatmap", action="store_true", help="also save a Grad-CAM heatmap per image")

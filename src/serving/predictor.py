@@ -16,6 +16,8 @@ from src.serving.images import letterbox, load_image, to_network_input
 from src.serving.onnx_model import OnnxModel
 
 MIN_SCORE = 0.01  # predictions with a lower score are dropped
+CONFIDENCE = 0.25  # default threshold of scores
+IOU_THRESHOLD = 0.45  # of NMS
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Candidates:
     index: Tensor  # int64 [k] index into the network's K predictions
     size: tuple[int, int]  # width and height of the image
 
-    def detections(self, confidence: float = 0.25, iou_threshold: float = 0.45) -> Detections:
+    def detections(self, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD) -> Detections:
         """Apply the confidence threshold and NMS. Raises ValueError if a threshold is not in 0..1."""
         for name, value in (("confidence", confidence), ("iou_threshold", iou_threshold)):
             if not (isinstance(value, Real) and 0 <= value <= 1):
@@ -84,15 +86,15 @@ class Predictor:
         model = OnnxModel(source) if Path(source).suffix == ".onnx" else YOLOv3.from_pretrained(source)
         return cls(model, **options)
 
-    def __call__(self, image, confidence: float = 0.25, iou_threshold: float = 0.45) -> Detections:
+    def __call__(self, image, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD) -> Detections:
         """Detect objects. Boxes are in pixels of the upright image (EXIF applied)."""
         return self.candidates(image).detections(confidence, iou_threshold)
 
-    def batch(self, images: Sequence, confidence: float = 0.25, iou_threshold: float = 0.45) -> list[Detections]:
+    def batch(self, images: Sequence, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD) -> list[Detections]:
         """Detect objects in several images with one forward pass, in the model's precision.
 
         bfloat16 is not the default: `Predictor(model.bfloat16())` is about twice as fast on CPUs that compute it, but on five
-        photographs its scores differed by up to 0.03, and one of 15 detections crossed the confidence threshold.
+        photographs its scores differed by up to 0.03, and one detection was added to 15.
         """
         return [candidates.detections(confidence, iou_threshold) for candidates in self._forward(images)]
 
@@ -101,6 +103,8 @@ class Predictor:
         return self._forward([image])[0]
 
     @cached_property
+    @torch.inference_mode(False)  # so that Grad-CAM can use it too
+    @torch.no_grad()
     def fused(self) -> YOLOv3:
         """A copy of the model with each batch norm fused into its convolution: 3-10% faster, scores within 1e-5."""
         return fuse_batch_norms(self.model).to(self.dtype)
