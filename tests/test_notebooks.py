@@ -14,7 +14,7 @@ from tools.notebook import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "epochs": 1, "close_mosaic_epochs": 0, "width": 0.125, "image_size": 64, "shapes_train": 8, "shapes_val": 6,
+    "epochs": 1, "close_mosaic_epochs": 0, "width": 0.125, "image_size": 64, "shapes_train": 8, "shapes_val": 8,
     "batch_size": 4, "num_workers": 0, "precision": "32-true",
 }  # fmt: skip
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|content|kaggle/working)/|[A-Z]:\\\\")
