@@ -155,7 +155,7 @@ def _accuracy(axis: Axes, path: str | Path, key: str, target: float) -> None:
             style = {"color": VAL, "linestyle": line, "label": f"threshold {threshold}"}
             _curve(axis, path, f"val/accuracy/{key}@{threshold}", **style)
     axis.axhline(target, color=TARGET, linestyle="--", linewidth=1.2, label=f"target: {100 * target:.0f}%")
-    axis.legend(loc="lower right")
+    axis.legend(loc="best")
     axis.set_ylim(0.9 if key == "no_object" else 0, 1.005)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
