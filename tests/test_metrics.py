@@ -16,6 +16,7 @@ from src.training.metrics import (
     average_precision,
     coco_average_precision,
     confusion,
+    match,
     mean_average_precision,
     per_class_table,
 )
@@ -205,3 +206,14 @@ def test_confusion_matrix_counts_every_object_and_detection_once():
     assert counts[:, :3].sum() == (predictions[:, 2] > 0.25).sum()
     perfect = np.c_[ground_truth[:, :2], np.full(len(ground_truth), 0.9), ground_truth[:, 3:]].astype(np.float32)
     assert confusion(perfect, ground_truth, 3)[:3, :3].trace() == len(ground_truth) == confusion(perfect, ground_truth, 3).sum()
+
+
+@pytest.mark.parametrize("size", [96, 300, 416, 500, 1000])
+def test_an_iou_of_exactly_half_is_kept_in_fractions(size):
+    """VOC counts an IoU of 0.5, the course does not."""
+    for left in range(0, 40, 3):
+        ground_truth = np.float32([[0, 0, 0, *(np.array([left, 7, left + 50, 47]) / size)]])
+        predictions = np.float32([[0, 0, 0.9, *(np.array([left, 7, left + 25, 47]) / size)]])
+        assert match(predictions, ground_truth)[1].tolist() == [0.5]
+        row = per_class_table(predictions, ground_truth, ("a",))[0]
+        assert row["ap"] == 1 and row["ap_course"] == 0

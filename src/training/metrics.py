@@ -99,9 +99,10 @@ def match(predictions: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray
     """Match each detection to the object of its image and class with the highest IoU.
 
     predictions [n, 7], ground_truth [m, 7] as in `DetectionAccumulator`.
-    Returns (index into ground_truth [n], -1 if there is none; IoU [n]).
+    Returns (index into ground_truth [n], -1 if there is none; IoU float64 [n]). IoUs are rounded to 6 digits: the
+    coordinates, float32 in 0..1, would otherwise turn an IoU of exactly 0.5 into slightly more or less.
     """
-    best, iou = np.full(len(predictions), -1), np.zeros(len(predictions), dtype=np.float32)
+    best, iou = np.full(len(predictions), -1), np.zeros(len(predictions))
     if not len(predictions):
         return best, iou
     groups = [rows[:, :2].astype(np.int64) @ (10_000, 1) for rows in (predictions, ground_truth)]  # image and class
@@ -111,9 +112,9 @@ def match(predictions: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray
     for rows, start, end in zip(np.split(orders[0], firsts[1:]), starts, ends, strict=True):
         if start < end:
             objects = orders[1][start:end]
-            boxes = (torch.from_numpy(part[:, 3:]) for part in (predictions[rows], ground_truth[objects]))
+            boxes = (torch.from_numpy(part[:, 3:]).double() for part in (predictions[rows], ground_truth[objects]))
             pairs = box_iou(*boxes).numpy()
-            best[rows], iou[rows] = objects[pairs.argmax(axis=1)], pairs.max(axis=1)
+            best[rows], iou[rows] = objects[pairs.argmax(axis=1)], pairs.max(axis=1).round(6)
     return best, iou
 
 
