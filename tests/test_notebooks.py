@@ -46,7 +46,7 @@ def check_outputs(book):
 def folder(tmp_path_factory):
     """A folder that contains only what the notebooks need."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("src", "tools", "requirements.txt"):
+    for name in ("src", "tools", "weights", "requirements.txt"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 

@@ -60,8 +60,8 @@ class LiveClient(NotebookClient):
     def process_message(self, msg: dict, cell: NotebookNode, cell_index: int) -> NotebookNode | None:
         if msg["msg_type"] == "stream":
             print(msg["content"]["text"], end="", flush=True)
-        elif "text/markdown" in msg["content"].get("data", {}):  # a table: its text
-            print(msg["content"]["data"]["text/plain"], flush=True)
+        elif "text/markdown" in msg["content"].get("data", {}):  # a table
+            print(msg["content"]["data"]["text/plain"].partition("<IPython")[0], flush=True)
         return super().process_message(msg, cell, cell_index)
 
     def print_heading(self, cell: NotebookNode, cell_index: int) -> None:
