@@ -51,7 +51,7 @@ class NotebookFigure(Figure):
         self.savefig(png, format="png")
         image = Image.open(png).convert("RGB")
         if self.jpeg:
-            image.save(file, "jpeg", quality=72)
+            image.save(file, "jpeg", quality=60)
         else:
             image.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(file, "png", optimize=True)  # keeps rare colours
         return file.getvalue()
