@@ -84,7 +84,7 @@ def test_the_multi_scale_notebook_runs_after_the_first(folder, trained):
     assert run(local(folder, "multi_scale_s13_assignment.ipynb"), folder / "multi.ipynb", settings) == ""
     book = nbformat.read(folder / "multi.ipynb", as_version=4)
     check_outputs(book)
-    assert "trained at 160 only" in "".join(texts(book)), "the run of the first notebook was not found"
+    assert "one resolution (160)" in "".join(texts(book)), "the run of the first notebook was not found"
 
 
 def test_the_app_notebook_runs_on_the_last_run(folder, trained):
