@@ -3,17 +3,17 @@
 import copy
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from src.model.darknet import load_darknet
+from src.model.pretrained import write_weights
 
 # YOLOv3 (Redmon & Farhadi 2018), section 2.3: widths and heights in pixels of a 416 x 416 image,
 # large objects (stride 32) first. Stored in 0..1 of the image.
@@ -188,10 +188,7 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config.json and model.safetensors for `save_pretrained`; an interrupted call leaves no partial weights."""
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, save_directory / "model.safetensors.part", metadata={"format": "pt"})
-        (save_directory / "model.safetensors.part").chmod(0o644)  # safetensors makes it private to the owner
-        os.replace(save_directory / "model.safetensors.part", save_directory / "model.safetensors")
+        write_weights(self.state_dict(), save_directory / "model.safetensors")
         (save_directory / "config.json").write_text(json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -4,12 +4,20 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 WEIGHTS, CONFIG = "backbone.safetensors", "config.json"
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; an interrupted call leaves no partial file."""
+    part = path.with_name(path.name + ".part")
+    save_file({name: value.contiguous() for name, value in weights.items()}, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors makes it private to the owner
+    os.replace(part, path)
 
 
 def save_backbone(backbone: nn.Module, folder: str | Path, width: float, metadata: dict) -> None:
@@ -17,9 +25,7 @@ def save_backbone(backbone: nn.Module, folder: str | Path, width: float, metadat
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half() if value.is_floating_point() else value for name, value in backbone.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / f"{WEIGHTS}.part", {"format": "pt"})
-    (folder / f"{WEIGHTS}.part").chmod(0o644)  # safetensors makes it readable for the owner only
-    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
+    write_weights(weights, folder / WEIGHTS)
     config = {"architecture": "Darknet-53", "width": width, "metadata": metadata}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
