@@ -53,9 +53,7 @@ def predict(
         raise ValueError(f"Unknown format {format!r}. Choose one of {', '.join(FORMATS)}.")
     if is_video and heatmap:
         raise ValueError("Heatmaps are computed for images only. Leave out the heatmap, or give an image or a folder.")
-    files = [] if isinstance(source, int) else [source] if source.is_file() else list_images(source)
-    if any(file.parent.resolve() == folder.resolve() for file in files):
-        raise ValueError(f"{folder} contains the source, which the results could overwrite. Choose another folder.")
+    files = source_files(source, folder)
     run = PredictionRun(predictor, folder, confidence, iou_threshold, format)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -78,6 +76,14 @@ def parse_source(source: str | Path | int) -> Path | int:
     if not Path(source).exists():
         raise FileNotFoundError(f"{source} does not exist. Give an image, a folder of images, a video file or a camera number.")
     return Path(source)
+
+
+def source_files(source: Path | int, folder: Path) -> list[Path]:
+    """Return the files of a source, none for a camera. Raises ValueError if results in `folder` could overwrite them."""
+    files = [] if isinstance(source, int) else [source] if source.is_file() else list_images(source)
+    if any(file.parent.resolve() == folder.resolve() for file in files):
+        raise ValueError(f"{folder} contains the source, which the results could overwrite. Choose another folder.")
+    return files
 
 
 def list_images(folder: Path) -> list[Path]:
