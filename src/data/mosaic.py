@@ -34,26 +34,30 @@ def augmentations() -> A.Compose:
     )
 
 
-def paste(canvas: np.ndarray, region: tuple[int, int, int, int], image: np.ndarray, matrix: np.ndarray) -> None:
-    """Draw `image` into `region` (left, top, right, bottom) of the canvas, grey where the image does not reach.
+def paste(canvas: np.ndarray, region: tuple[int, int, int, int], image: np.ndarray, scale, top_left) -> tuple:
+    """Draw `image`, scaled by `scale` (x, y), at `top_left` (x, y) into `region` (left, top, right, bottom) of the canvas.
 
-    matrix: float64 [2, 3], scale and shift from pixel edges of the image to pixel edges of the canvas.
+    Only the visible part is resized, with its edges rounded to pixels of the image and of the canvas.
+    Returns the rounded transform of coordinates: scale (x, y) and shift (x, y), x -> x * scale + shift.
     """
-    left, top, right, bottom = region
-    scale = matrix[[0, 1], [0, 1]]
-    matrix = matrix.copy()
-    matrix[:, 2] += 0.5 * scale - 0.5 - (left, top)  # warpAffine counts from pixel centres
-    canvas[top:bottom, left:right] = cv2.warpAffine(
-        image, matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR, borderValue=(PAD, PAD, PAD)
-    )
+    low, high = np.array(region[:2]), np.array(region[2:])
+    size = np.array(image.shape[1::-1])
+    first = np.clip(np.rint(top_left), low, high - 1).astype(int)
+    last = np.clip(np.rint(top_left + size * scale), first + 1, high).astype(int)
+    crop_first = np.clip(np.rint((first - top_left) / scale), 0, size - 1).astype(int)
+    crop_last = np.clip(np.rint((last - top_left) / scale), crop_first + 1, size).astype(int)
+    crop = image[crop_first[1] : crop_last[1], crop_first[0] : crop_last[0]]
+    canvas[first[1] : last[1], first[0] : last[0]] = cv2.resize(crop, (last - first).tolist(), interpolation=cv2.INTER_LINEAR)
+    scale = (last - first) / (crop_last - crop_first)
+    return scale, first - crop_first * scale
 
 
-def transform_boxes(boxes: np.ndarray, matrix: np.ndarray, region: tuple, min_visibility: float) -> tuple:
-    """Transform boxes [n, 4] xyxy by `matrix` and clip them to `region`.
+def transform_boxes(boxes: np.ndarray, scale, shift, region: tuple, min_visibility: float) -> tuple:
+    """Transform boxes [n, 4] xyxy by `scale` (x, y) and `shift` (x, y), and clip them to `region`.
 
     Returns float32 [n, 4], and bool [n]: True if at least `min_visibility` of the box's area is inside.
     """
-    moved = boxes * matrix[[0, 1, 0, 1], [0, 1, 0, 1]] + matrix[[0, 1, 0, 1], 2]
+    moved = boxes * np.tile(scale, 2) + np.tile(shift, 2)
     clipped = np.clip(moved, region[:2] * 2, region[2:] * 2)
     visible_wh, full_wh = clipped[:, 2:] - clipped[:, :2], moved[:, 2:] - moved[:, :2]
     keep = (visible_wh >= MIN_SIDE).all(axis=1) & (visible_wh.prod(axis=1) >= min_visibility * full_wh.prod(axis=1))
@@ -118,7 +122,7 @@ class MosaicDataset(Dataset):
         size = self.config.canvas_size
         x, y = (int(v) for v in random.uniform(0.25, 0.75, 2) * size)
         regions = (0, 0, x, y), (x, 0, size, y), (0, y, x, size), (x, y, size, size)
-        canvas = np.empty((size, size, 3), dtype=np.uint8)
+        canvas = np.full((size, size, 3), PAD, dtype=np.uint8)
         placed = []
         indices = index, *random.integers(len(self), size=3)
         for corner, (image_index, region) in enumerate(zip(indices, regions, strict=True)):
@@ -133,7 +137,7 @@ class MosaicDataset(Dataset):
     def _single(self, index: int, random: np.random.Generator) -> tuple:
         """Place one image at a random position: canvas, boxes, labels."""
         size = self.config.canvas_size
-        canvas = np.empty((size, size, 3), dtype=np.uint8)
+        canvas = np.full((size, size, 3), PAD, dtype=np.uint8)
         scale = self._random_scale(random, self.config.image_scale)
         image, boxes = self.image(index)
         free = size - image.shape[1::-1] * np.float64(scale)
@@ -142,9 +146,8 @@ class MosaicDataset(Dataset):
 
     def _place(self, canvas, region, image, boxes, labels, scale, top_left) -> tuple[np.ndarray, np.ndarray]:
         """Draw an image into a region of the canvas and return its visible boxes and their labels."""
-        matrix = np.float64([[scale[0], 0, top_left[0]], [0, scale[1], top_left[1]]])
-        paste(canvas, region, image, matrix)
-        boxes, keep = transform_boxes(boxes, matrix, region, self.config.min_visibility)
+        scale, shift = paste(canvas, region, image, scale, top_left)
+        boxes, keep = transform_boxes(boxes, scale, shift, region, self.config.min_visibility)
         return boxes[keep], labels[keep]
 
 
