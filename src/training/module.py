@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import resize
 
 from src.config import Config
 from src.model.network import YOLOv3
@@ -67,11 +67,11 @@ class YOLOv3Module(OneCycleModule):
         self.results: dict[str, float] = {}  # accuracies and mAP of the last validation, as logged
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        images = to_network_input(batch["images"])
+        images = batch["images"]
         size = sample_image_size(self.config, self.trainer.global_step, self.current_epoch)
         if size != images.shape[-1]:  # always smaller; targets are fractions of the image and don't change
-            images = interpolate(images, (size, size), mode="bilinear", antialias=True)
-        terms = self.loss(self.network(images), batch["targets"], self.model.anchors_at(size))
+            images = resize(images, [size, size], antialias=True)
+        terms = self.loss(self.network(to_network_input(images)), batch["targets"], self.model.anchors_at(size))
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images))
         return terms["loss"]
