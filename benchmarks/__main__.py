@@ -1,6 +1,6 @@
 """`python -m benchmarks [names]`: one table; every row is a ratio to a baseline that is timed in the same run.
 
-`python -m benchmarks peers [options]`: comparison with other implementations, see `benchmarks.peers.compare`.
+`python -m benchmarks peers|gpu|memory [options]`: other implementations, one GPU, GPU memory; see COMMANDS.
 """
 
 import os
@@ -13,6 +13,7 @@ import time
 import warnings
 
 PARTS = ("loader", "training", "evaluation", "inference")
+COMMANDS = {"peers": "benchmarks.peers.compare", "gpu": "benchmarks.gpu", "memory": "benchmarks.memory"}
 
 
 def main(names: list[str]) -> None:
@@ -32,7 +33,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["peers"]:
-        importlib.import_module("benchmarks.peers.compare").main(sys.argv[2:])
+    if command := COMMANDS.get("".join(sys.argv[1:2])):
+        importlib.import_module(command).main(sys.argv[2:])
     else:
         main(sys.argv[1:])

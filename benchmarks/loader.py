@@ -62,18 +62,22 @@ def milliseconds_per_sample(datasets: list[Dataset], sample_ids: range) -> list[
     return [1e3 * value / len(sample_ids) for value in times]
 
 
-def _workers(dataset: MosaicDataset, config: Config, batches: int = 24, rounds: int = 3) -> Row:
-    """Samples per second of the real loader with two processes against one: the best of several rounds, in turns."""
-    sample_ids = range(10 * IMAGES, 10 * IMAGES + (batches + 8) * config.batch_size)
+def samples_per_second(dataset: MosaicDataset, batch_size: int, workers: int, batches: int = 24) -> float:
+    """Samples per second of the real loader over `batches` batches, without the start of the processes."""
+    warmup = 4 * workers
+    sample_ids = range(10 * len(dataset), 10 * len(dataset) + (warmup + batches) * batch_size)
     options = {"collate_fn": collate, "worker_init_fn": single_thread_worker}
-    rates = [0.0, 0.0]
-    for _ in range(rounds):
-        for number, count in enumerate((1, WORKERS)):
-            loader = DataLoader(dataset, config.batch_size, sampler=sample_ids, num_workers=count, **options)
-            times = [time.perf_counter() for _ in loader][-1 - batches :]  # without the start of the processes
-            rates[number] = max(rates[number], batches * config.batch_size / (times[-1] - times[0]))
-    ours, baseline = f"{rates[1]:.0f} samples/s", f"one process, {rates[0]:.0f} samples/s"
-    return Row(f"Loader, {WORKERS} processes, cache warm", ours, baseline, rates[1] / rates[0], 1.8)
+    loader = DataLoader(dataset, batch_size, sampler=sample_ids, num_workers=workers, **options)
+    times = [time.perf_counter() for _ in loader][-1 - batches :]
+    return batches * batch_size / (times[-1] - times[0])
+
+
+def _workers(dataset: MosaicDataset, config: Config, rounds: int = 3) -> Row:
+    """The real loader with two processes against one: the best of several rounds, in turns."""
+    turns = [[samples_per_second(dataset, config.batch_size, count) for count in (1, WORKERS)] for _ in range(rounds)]
+    one, two = map(max, zip(*turns, strict=True))
+    return Row(f"Loader, {WORKERS} processes, cache warm", f"{two:.0f} samples/s", f"one process, {one:.0f} samples/s",
+               two / one, 1.8)  # fmt: skip
 
 
 def _memory(dataset: MosaicDataset, records: list[ImageRecord]) -> Row:

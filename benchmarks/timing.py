@@ -70,6 +70,13 @@ def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
     return best
 
 
+def now() -> float:
+    """Seconds of a clock; waits until the GPU has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Stopwatch:
     """Add up the time of `with` blocks: `wall` seconds, and `core` seconds of processor time of this process."""
 

@@ -2,17 +2,18 @@
 
 import contextlib
 import io
-import time
 import warnings
 from collections.abc import Callable, Iterator
+from statistics import mean
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from benchmarks.baselines import dense_loss, dense_targets
 from benchmarks.synthetic_inputs import background_logits, random_objects
-from benchmarks.timing import Row, milliseconds, seconds, threads
+from benchmarks.timing import Row, milliseconds, now, seconds, threads
 from src.config import Config
 from src.model.network import ANCHORS, YOLOv3
 from src.serving.images import to_network_input
@@ -61,40 +62,61 @@ class NetworkClock(pl.Callback):
     The backward pass of the loss ends with the gradient of the finest logits, the first one that the network needs.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self):
         self.steps, self.network, self.start, self.mark = [], [], 0.0, 0.0
-        network.register_forward_pre_hook(lambda *_: self._mark())
-        network.register_forward_hook(lambda module, inputs, logits: self._forward_done(logits))
+
+    def on_fit_start(self, trainer, module) -> None:
+        forward = module.training_forward
+
+        def timed(images: Tensor) -> list[Tensor]:
+            start = now()
+            logits = forward(images)
+            self.network.append(now() - start)
+            logits[-1].register_hook(lambda _: self._mark())
+            return logits
+
+        module.training_forward = timed
 
     def _mark(self) -> None:
-        self.mark = time.perf_counter()
-
-    def _forward_done(self, logits: list[Tensor]) -> None:
-        self.network.append(time.perf_counter() - self.mark)
-        logits[-1].register_hook(lambda _: self._mark())
+        self.mark = now()
 
     def on_train_batch_start(self, *_) -> None:
-        self.start = time.perf_counter()
+        self.start = now()
 
     def on_after_backward(self, *_) -> None:
-        self.network[-1] += time.perf_counter() - self.mark
+        self.network[-1] += now() - self.mark
 
     def on_train_batch_end(self, *_) -> None:
-        self.steps.append(time.perf_counter() - self.start)
+        self.steps.append(now() - self.start)
+
+    def means(self, warmup: int) -> tuple[float, float]:
+        """Return the mean seconds per step, and of the network in it, without the first `warmup` steps."""
+        return mean(self.steps[warmup:]), mean(self.network[warmup:])
+
+
+def random_batch(config: Config) -> dict[str, Tensor]:
+    """A batch of noise with 1 to 11 objects per image, as `collate` returns it, on the GPU if there is one."""
+    device, size = "cuda" if torch.cuda.is_available() else "cpu", config.canvas_size
+    images = torch.randint(256, (config.batch_size, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return {"images": images.to(device), "targets": random_objects(config.batch_size, 6).to(device)}
+
+
+def train_steps(config: Config, batch: dict[str, Tensor], clock: pl.Callback, steps: int) -> None:
+    """Train on one batch again and again, with the callbacks of a real run: Lightning, loss, clipping, fused AdamW, EMA."""
+    trainer = make_trainer(
+        config, max_epochs=1, log_every_n_steps=10, callbacks=[StopIfNotFinite(), EMA(config.ema_decay), clock]
+    )  # fmt: skip
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        trainer.fit(YOLOv3Module(config), DataLoader([batch] * steps, batch_size=None))
 
 
 def _outside_the_network(steps: int = 3) -> Row:
-    """The share of a real step (Lightning, loss, clipping, fused AdamW, EMA) that is spent outside the network."""
+    """The share of a real step that is spent outside the network."""
     config = Config(width=1.0, image_size=IMAGE_SIZE, epochs=1, max_lr=1e-4, batch_size=BATCH)
-    detector = YOLOv3Module(config)
-    clock = NetworkClock(detector.model)
-    images = torch.randint(256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    batches = [{"images": images, "targets": random_objects(BATCH, 6)}] * (steps + 1)
-    trainer = make_trainer(config, max_epochs=1, log_every_n_steps=10, callbacks=[StopIfNotFinite(), EMA(0.998), clock])
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        trainer.fit(detector, torch.utils.data.DataLoader(batches, batch_size=None))
-    step, network = sum(clock.steps[1:]) / steps, sum(clock.network[1:]) / steps
+    clock = NetworkClock()
+    train_steps(config, random_batch(config), clock, steps + 1)
+    step, network = clock.means(warmup=1)
     ours = f"{1e3 * (step - network):.0f} ms outside the network"
     baseline = f"whole step, {BATCH} images, {resolve_precision(config)}, {step:.2f} s"
     return Row("Step at width 1, 416, outside the network", ours, baseline, 100 * (1 - network / step), 5, True, "%")

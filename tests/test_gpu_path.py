@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from benchmarks.memory import kept_bytes
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.model.network import ANCHORS, YOLOv3
@@ -206,17 +207,8 @@ def test_out_of_memory_names_what_fits_and_frees_the_memory(tmp_path, monkeypatc
 
 def test_memory_estimate():
     """The activations are those that autograd keeps, within 5 %, and each suggestion fits."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     network = YOLOv3(20, width=0.25).train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _ = network(torch.rand(1, 3, 416, 416))
-    weights = {parameter.data_ptr() for parameter in network.parameters()}
-    activations = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    activations = kept_bytes(network, torch.rand(1, 3, 416, 416))
     config = Config(width=0.25, precision="32-true")
     assert training_gb(config, 1) - training_gb(config, 0) == pytest.approx(activations / 1e9, rel=0.05)
     assert training_gb(config, 0) == pytest.approx(20 * sum(weight.numel() for weight in network.parameters()) / 1e9, rel=0.05)

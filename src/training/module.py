@@ -60,8 +60,11 @@ class YOLOv3Module(OneCycleModule):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.model = build_model(config)
-        self.network = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self.model = self.network = build_model(config)  # checkpoints contain it under both names
+        self.training_forward = self.model.forward
+        if config.compile:  # one graph per image size; beyond the limit (default 8) torch only warns and does not compile
+            torch._dynamo.config.cache_size_limit = 64
+            self.training_forward = torch.compile(self.model.forward, dynamic=False)
         self.loss, self.cell_accuracy, self.accumulator = YOLOLoss(config), CellAccuracy(), DetectionAccumulator()
         self.accuracies: dict[str, float] = {}  # of the last validation
         self.results: dict[str, float] = {}  # accuracies and mAP of the last validation, as logged
@@ -71,7 +74,8 @@ class YOLOv3Module(OneCycleModule):
         size = sample_image_size(self.config, self.trainer.global_step, self.current_epoch)
         if size != images.shape[-1]:  # always smaller; targets are fractions of the image and don't change
             images = resize(images, [size, size], antialias=True)
-        terms = self.loss(self.network(to_network_input(images)), batch["targets"], self.model.anchors_at(size))
+        logits = self.training_forward(to_network_input(images))
+        terms = self.loss(logits, batch["targets"], self.model.anchors_at(size))
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images))
         return terms["loss"]
