@@ -20,7 +20,7 @@ from src.training.lr_finder import find_lr
 from src.training.module import YOLOv3Module, build_model, sample_image_size
 from src.training.optimizer import onecycle_adamw
 from src.training.report import course_targets, result_rows
-from src.training.trainer import make_trainer, resolve_precision, resolve_strategy
+from src.training.trainer import make_trainer, resolve_precision
 
 
 def tiny(folder, **changes) -> Config:
@@ -190,15 +190,6 @@ def test_first_half_of_a_short_run_has_mosaics_and_all_sizes(tmp_path):
         assert config.close_mosaic_epoch == close_mosaic_epoch
         sizes = [{sample_image_size(config, step, epoch) for step in range(0, 400, 10)} for epoch in range(epochs)]
         assert sizes == [{64, 96}] * close_mosaic_epoch + [{64}] * (epochs - close_mosaic_epoch)
-
-
-def test_several_gpus_in_a_notebook_need_a_process_without_cuda(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
-    assert resolve_strategy(tiny(tmp_path, devices=2))._start_method == "fork"
-    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
-    with pytest.raises(RuntimeError, match=r"Restart it, set Config.max_lr"):
-        resolve_strategy(tiny(tmp_path, devices=2))
-    assert resolve_strategy(tiny(tmp_path)) == "auto"
 
 
 def test_course_targets_are_lower_at_reduced_width(tmp_path):
