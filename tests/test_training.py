@@ -240,6 +240,13 @@ def test_lr_finder_has_no_side_effects(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_range_test_has_the_effective_batch_of_all_devices(tmp_path):
+    two_devices, accumulated = {"devices": 2}, {"accumulate_grad_batches": 2}
+    configs = [tiny(tmp_path, batch_size=2, **change) for change in (two_devices, accumulated)]
+    results = [find_lr(config, DetectionDataModule(config), steps=30) for config in configs]
+    assert results[0] == results[1]
+
+
 def test_range_test_ends_at_divergence():
     falling = np.linspace(10, 6, 60)
     means = [falling[max(0, i - 7) : i + 8].mean() for i in range(60)]

@@ -140,7 +140,7 @@ def test_a_notebook_trains_on_two_gpus_after_it_has_used_one(notebook, script):
     forks, freed, lr_steps, accuracies = json.loads(printed[-1].splitlines()[-1])
     assert forks == 0 and freed and lr_steps > 0 and "learning rates: 100%" in printed[2]
     lines = printed[3].splitlines()
-    assert [line.split()[0] for line in lines if line.startswith("    ")] == ["epoch", "1", "2"]
+    assert [line.split()[0] for line in lines if line.startswith("   ")] == ["epoch", "1", "2"]
     assert "training: 100%" in lines[-1] and "Warning" not in printed[3] and "distributed" not in printed[3]
     weights = torch.load(folder / "returned.pt", weights_only=True)
     assert all(equal(weights, load_detector(run, "last").state_dict()) for run in (folder, script))
