@@ -84,8 +84,8 @@ class Config(Settings):
 
     # training
     epochs: int = 40
-    batch_size: int = 32
-    accumulate_grad_batches: int = 1  # batches per optimizer step; the effective batch size is batch_size times this
+    batch_size: int = 32  # images per batch and device
+    accumulate_grad_batches: int = 1  # batches per optimizer step; effective batch size: batch_size * this * devices
     max_lr: float = 0.0  # peak of OneCycle; 0: find it with the learning-rate range test
     warmup_fraction: float = 0.1  # fraction of the steps in which the learning rate rises
     weight_decay: float = 0.05  # of kernels only, not of biases and batch norm
@@ -98,7 +98,7 @@ class Config(Settings):
     label_smoothing: float = 0.0
     precision: str = "auto"  # "16-mixed" on CUDA, "bf16-mixed" on a CPU with bfloat16, else "32-true"
     compile: bool = False  # torch.compile
-    devices: int = 1
+    devices: int = 1  # GPUs, each with a process of its own
     seed: int = 0
     run_dir: str = "runs/voc"
     voc_root: InitVar[str] = ""  # former name of data_root

@@ -1,11 +1,15 @@
-"""Processes that start quickly: forked from a server that has imported everything and has started no threads."""
+"""Processes for tests: some start quickly, forked from a server that has imported everything and has started no threads."""
 
 import multiprocessing
 import os
+import signal
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-MODULES = ["src.training.fit", "tests.test_interrupted", "tests.test_processes"]
+import torch
+
+MODULES = ["src.training.fit", "tests.test_interrupted"]
 
 
 def begin(target, *args) -> tuple[multiprocessing.Process, Connection]:
@@ -18,3 +22,14 @@ def begin(target, *args) -> tuple[multiprocessing.Process, Connection]:
     process.start()
     sender.close()
     return process, receiver
+
+
+def end_second_process(how: str, folder: Path) -> None:
+    """End the second of two training processes. The first one waits. Each writes its process id to `folder`."""
+    rank = os.environ["LOCAL_RANK"]
+    (folder / rank).write_text(str(os.getpid()))
+    while rank == "0" or len(list(folder.iterdir())) < 2:
+        time.sleep(0.1)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise FileNotFoundError("some.jpg is missing") if how == "missing" else torch.OutOfMemoryError("CUDA out of memory.")

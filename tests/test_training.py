@@ -20,7 +20,7 @@ from src.training.lr_finder import find_lr
 from src.training.module import YOLOv3Module, build_model, sample_image_size
 from src.training.optimizer import onecycle_adamw
 from src.training.report import course_targets, result_rows
-from src.training.trainer import make_trainer, resolve_precision, resolve_strategy
+from src.training.trainer import make_trainer, resolve_precision
 
 
 def tiny(folder, **changes) -> Config:
@@ -192,15 +192,6 @@ def test_first_half_of_a_short_run_has_mosaics_and_all_sizes(tmp_path):
         assert sizes == [{64, 96}] * close_mosaic_epoch + [{64}] * (epochs - close_mosaic_epoch)
 
 
-def test_several_gpus_in_a_notebook_need_a_process_without_cuda(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
-    assert resolve_strategy(tiny(tmp_path, devices=2))._start_method == "fork"
-    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
-    with pytest.raises(RuntimeError, match=r"Restart it, set Config.max_lr"):
-        resolve_strategy(tiny(tmp_path, devices=2))
-    assert resolve_strategy(tiny(tmp_path)) == "auto"
-
-
 def test_course_targets_are_lower_at_reduced_width(tmp_path):
     assert list(course_targets(tiny(tmp_path)).values()) == [0.75, 0.95, 0.70]
     assert list(course_targets(tiny(tmp_path, width=1.0)).values()) == [0.80, 0.98, 0.78]
@@ -247,6 +238,13 @@ def test_lr_finder_has_no_side_effects(tmp_path):
     for one, other in zip(before.values(), YOLOv3Module(config).model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert not list(tmp_path.iterdir())
+
+
+def test_range_test_has_the_effective_batch_of_all_devices(tmp_path):
+    two_devices, accumulated = {"devices": 2}, {"accumulate_grad_batches": 2}
+    configs = [tiny(tmp_path, batch_size=2, **change) for change in (two_devices, accumulated)]
+    results = [find_lr(config, DetectionDataModule(config), steps=30) for config in configs]
+    assert results[0] == results[1]
 
 
 def test_range_test_ends_at_divergence():

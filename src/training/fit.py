@@ -14,10 +14,11 @@ from src.data.datamodule import DetectionDataModule
 from src.training import checkpoints
 from src.training.callbacks import EMA, Progress, ResumableCSVLogger, StopIfNotFinite
 from src.training.lr_finder import find_lr
-from src.training.memory import explain_out_of_memory
+from src.training.memory import explain_out_of_memory, free_trainer
 from src.training.metrics import Evaluation, coco_average_precision, mean_average_precision
 from src.training.module import YOLOv3Module
 from src.training.optimizer import OneCycleModule
+from src.training.processes import run_in_processes
 from src.training.trainer import make_trainer
 
 
@@ -26,7 +27,8 @@ def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str 
     """Train a detector and return it with the averaged (EMA) weights of the last epoch.
 
     Writes config.json, metrics.csv and checkpoints to `config.run_dir`: best.ckpt (highest VOC mAP), last.ckpt and
-    previous.ckpt (of the epoch before). No other process can train in that folder meanwhile.
+    previous.ckpt (of the epoch before). No other process can train in that folder meanwhile. With several devices in a
+    notebook, new processes train and `data` is sent to them, see `run_in_processes`.
     ckpt_path: "last" resumes after the last complete epoch; a path resumes from that checkpoint; "auto" resumes if there
     is a checkpoint and starts otherwise; None starts and deletes the folder's last checkpoints.
     Raises ValueError if `data` or the run to resume was made with another config, torch.OutOfMemoryError that names
@@ -44,9 +46,11 @@ def train(module_class: type[OneCycleModule], config, data: pl.LightningDataModu
         if checkpoint and checkpoint_progress(checkpoint)[1] >= config.epochs:
             print(f"{checkpoint} is of the last epoch. There is nothing left to train.")
             return load_ema_module(module_class, config, checkpoint)
-        pl.seed_everything(config.seed, verbose=False)
-        module = module_class(config)
-        run_trainer(config, module, data, checkpoint)
+        if config.devices > 1 and hasattr(sys, "ps1"):  # in a notebook
+            free_trainer(data)
+            run_in_processes(config.devices, run_trainer, module_class, config, data, checkpoint)
+            return load_ema_module(module_class, config, Path(config.run_dir) / checkpoints.LAST)
+        module = run_trainer(module_class, config, data, checkpoint)
     if dist.is_initialized():
         dist.destroy_process_group()
         if rank_zero_only.rank:
@@ -54,8 +58,12 @@ def train(module_class: type[OneCycleModule], config, data: pl.LightningDataModu
     return module
 
 
-def run_trainer(config, module: OneCycleModule, data: pl.LightningDataModule, checkpoint: Path | None) -> None:
-    """Train `module` from the start or from `checkpoint`, with EMA, progress, metrics.csv and checkpoints."""
+def run_trainer(
+    module_class: type[OneCycleModule], config, data: pl.LightningDataModule, checkpoint: Path | None
+) -> OneCycleModule:
+    """Train a new module, or resume from `checkpoint`, with EMA, progress, metrics.csv and checkpoints."""
+    pl.seed_everything(config.seed, verbose=False)
+    module = module_class(config)
     folder, options = Path(config.run_dir), {"save_on_train_epoch_end": True, "enable_version_counter": False}
     step, _ = checkpoint_progress(checkpoint)
     trainer = make_trainer(
@@ -69,6 +77,7 @@ def run_trainer(config, module: OneCycleModule, data: pl.LightningDataModule, ch
         ],
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return module
 
 
 def prepare_run(

@@ -36,12 +36,14 @@ def find_lr(
 
     The suggestion is the rate at which 90 % of the loss's fall has happened, shortly before divergence; lower and higher
     peaks are compared in benchmarks/RECIPE.md. Lightning's finder is not used: it suggests the rate of steepest descent,
-    which is lower, and its smoothing (2 % per step) is too slow for 100 steps. Raises RuntimeError if the loss never falls.
+    which is lower, and its smoothing (2 % per step) is too slow for 100 steps. One device has the effective batch of all.
+    Raises RuntimeError if the loss never falls.
     """
     config = data.check_matches(config)
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
     options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
-    trainer = make_trainer(config.replace(devices=1), callbacks=[test], **options)
+    one_device = {"devices": 1, "accumulate_grad_batches": config.accumulate_grad_batches * config.devices}
+    trainer = make_trainer(config.replace(**one_device), callbacks=[test], **options)
     trainer.fit(module_class(config.replace(max_lr=1e-3)), datamodule=data)
     losses = smooth_until_divergence(np.array(test.losses))
     rates = test.rates[: len(losses)].tolist()

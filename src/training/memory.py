@@ -4,6 +4,7 @@ import functools
 import gc
 from collections.abc import Callable
 
+import pytorch_lightning as pl
 import torch
 
 from src.config import Config
@@ -50,6 +51,14 @@ def out_of_memory_message(config: Config, memory_gb: float) -> str:
     )
 
 
+def free_trainer(data: pl.LightningDataModule | None) -> None:
+    """Free what the last Trainer of `data` keeps: network, optimizer, loader processes, and PyTorch's unused GPU memory."""
+    if data is not None:
+        data.trainer = None
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def explain_out_of_memory(function: Callable) -> Callable:
     """Decorate function(config, data, ...): if the GPU is out of memory, free it and raise an error that says what fits."""
 
@@ -59,10 +68,7 @@ def explain_out_of_memory(function: Callable) -> Callable:
             return function(config, data, *args, **kwargs)
         except torch.OutOfMemoryError:
             pass  # its traceback keeps tensors on the GPU, so the new error is raised after it
-        if data is not None:
-            data.trainer = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_trainer(data)
         raise torch.OutOfMemoryError(out_of_memory_message(config, torch.cuda.mem_get_info()[1] / 1e9))
 
     return wrapper

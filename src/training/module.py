@@ -77,7 +77,7 @@ class YOLOv3Module(OneCycleModule):
         logits = self.training_forward(to_network_input(images))
         terms = self.loss(logits, batch["targets"], self.model.anchors_at(size))
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
@@ -100,7 +100,7 @@ class YOLOv3Module(OneCycleModule):
         self.per_class = per_class_table(self.predictions, self.ground_truth, self.config.classes)
         self.results = {f"accuracy/{name}": value for name, value in self.accuracies.items()}
         self.results["mAP50"] = mean_average_precision(self.per_class)
-        self.log_dict({f"val/{name}": value for name, value in self.results.items()})
+        self.log_dict({f"val/{name}": value for name, value in self.results.items()}, sync_dist=True)
         self.cell_accuracy.reset()
         self.accumulator.reset()
 

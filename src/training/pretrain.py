@@ -117,7 +117,7 @@ class Darknet53Classifier(OneCycleModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images, labels = batch
         loss = cross_entropy(self(to_network_input(images)), labels, label_smoothing=self.config.label_smoothing)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images))
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:

@@ -1,7 +1,6 @@
 """The Lightning Trainer for this machine: precision, devices, strategy."""
 
 import logging
-import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -10,7 +9,8 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from src.config import Config
 
-logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hides its tips and device lists
+for _name in ("pytorch_lightning", "lightning_fabric"):  # hides its tips, device lists and ranks
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 def resolve_precision(config: Config) -> str:
@@ -24,20 +24,13 @@ def resolve_precision(config: Config) -> str:
 
 
 def resolve_strategy(config: Config) -> str | DDPStrategy:
-    """Return "auto" for one device, else DDP: forked processes in a notebook, the same script again elsewhere.
+    """Return "auto" for one device, else DDP. A script runs again for each further device; a notebook has `run_in_processes`.
 
     Buffers are not broadcast at each forward pass: in validation one process can have a batch more than another.
-    Raises RuntimeError in a notebook whose process has used the GPU: a forked process can't use it again.
     """
     if config.devices == 1:
         return "auto"
-    method = "fork" if hasattr(sys, "ps1") else "popen"
-    if method == "fork" and torch.cuda.is_initialized():
-        raise RuntimeError(
-            "This notebook's process has used the GPU already, so it can't start one process per GPU. Restart it, set "
-            "Config.max_lr instead of running the range test, and call fit first. Or train in a script."
-        )
-    return DDPStrategy(start_method=method, broadcast_buffers=False, find_unused_parameters=config.freeze_epochs > 0)
+    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=config.freeze_epochs > 0)
 
 
 def make_trainer(config: Config, **options) -> pl.Trainer:
