@@ -299,7 +299,7 @@ def test_resized_batch_equals_a_batch_read_at_that_size(size):
         config=config, model=model, trainer=SimpleNamespace(global_step=0), current_epoch=0,
         log_dict=lambda *_, **__: None, log=lambda *_, **__: None,
         optimizers=lambda: SimpleNamespace(param_groups=[{"lr": 0.1}]),
-        network=lambda images: calls.append(images) or model(images),
+        training_forward=lambda images: calls.append(images) or model(images),
         loss=lambda *inputs: calls.append(inputs) or {"loss": torch.zeros(1)},
     )  # fmt: skip
     YOLOv3Module.training_step(detector, batch, 0)

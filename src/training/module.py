@@ -61,7 +61,7 @@ class YOLOv3Module(OneCycleModule):
     def __init__(self, config: Config):
         super().__init__(config)
         self.model = self.network = build_model(config)  # checkpoints contain it under both names
-        self.training_forward = self.model.forward
+        self.training_forward = self.model.__call__
         if config.compile:  # one graph per image size; beyond the limit (default 8) torch only warns and does not compile
             torch._dynamo.config.cache_size_limit = 64
             self.training_forward = torch.compile(self.model.forward, dynamic=False)
