@@ -198,6 +198,21 @@ def test_no_download_into_a_tree_with_lists(tmp_path, monkeypatch):
         DetectionDataModule(own).setup()
 
 
+def test_voc_is_downloaded_into_the_default_or_an_existing_folder_only(tmp_path, monkeypatch):
+    requests = []
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", lambda root, **_: requests.append(str(root)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VOC_ROOT", raising=False)
+    mistyped = DetectionDataModule(Config(data_root=str(tmp_path / "mistyped")))
+    with pytest.raises(FileNotFoundError, match=r"mistyped does not exist.*Config\.data_root.*create it"):
+        mistyped.prepare_data()
+    assert not requests and not any(tmp_path.iterdir())
+    (tmp_path / "mistyped").mkdir()
+    mistyped.prepare_data()
+    DetectionDataModule(Config()).prepare_data()  # the folder "data" does not exist
+    assert requests == [str(tmp_path / "mistyped")] * 3 + ["data"] * 3
+
+
 def test_a_failed_download_names_the_solution(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no route to host")

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from src.config import VOC_CLASSES
+from src.config import DATA_ROOT, VOC_CLASSES
 from src.data.records import ImageRecord, Problem, Result, check_image, clip_box, make_result, usable_records
 from src.serving.images import IMAGE_SUFFIXES
 
@@ -179,7 +179,7 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
     """Download the published splits that are missing, through torchvision, with progress.
 
     An archive is not unpacked over a folder that has one of its lists: the folder may hold the user's own data.
-    Raises RuntimeError that names the folder if the download fails.
+    Raises FileNotFoundError if `root` is missing and is not the default folder, RuntimeError if the download fails.
     """
     from torchvision.datasets import VOCDetection
 
@@ -189,6 +189,11 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
         lists = split_folder(root, split) / "ImageSets" / "Main"
         if split not in PUBLISHED_SPLITS or any((lists / f"{other}.txt").exists() for other in archive):
             continue
+        if Path(root) != Path(DATA_ROOT) and not Path(root).exists():
+            raise FileNotFoundError(
+                f"The folder {Path(root).resolve()} does not exist. Correct Config.data_root or VOC_ROOT if it is mistyped. "
+                "To download VOC (2.9 GB) into this folder, create it."
+            )
         print(f"VOC {split} is not under {root}. Downloading it.")
         try:
             VOCDetection(root, year=year, image_set=name, download=True)
