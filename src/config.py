@@ -56,7 +56,7 @@ class Config(Settings):
 
     # data
     dataset: str = "voc"  # "voc": files in data_root, also recognized as "yolo" or "coco"; "shapes": synthetic data set
-    data_root: str = field(default_factory=lambda: os.environ.get("VOC_ROOT", DATA_ROOT))  # of VOCdevkit, data.yaml or COCO files
+    data_root: str = field(default_factory=lambda: os.environ.get("VOC_ROOT", DATA_ROOT))  # of VOCdevkit, data.yaml or COCO
     train_splits: tuple[str, ...] = ("2007/trainval", "2012/trainval")
     val_splits: tuple[str, ...] = ("2007/test",)  # empty: val_fraction of the training images, at random
     val_fraction: float = 0.2
