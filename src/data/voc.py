@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from src.config import DATA_ROOT, VOC_CLASSES
-from src.data.records import ImageRecord, Problem, Result, check_image, clip_box, make_result, usable_records
+from src.data.records import Problem, Result, check_image, clip_box, make_result, read_list
 from src.serving.images import IMAGE_SUFFIXES
 
 UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can't be read
@@ -98,7 +98,7 @@ def _number(parent: ElementTree.Element, field: str, where: str, problems: list[
 
 
 def read_image_record(folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False) -> Result:
-    """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `read_size`."""
+    """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `check_image`."""
     candidates = (folder / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", *IMAGE_SUFFIXES))
     image = next((path for path in candidates if path.exists()), folder / "JPEGImages" / f"{stem}.jpg")
     size, problems = check_image(image, decode)
@@ -155,24 +155,10 @@ def list_images(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str
                 f"{path} is missing. Set Config.data_root or the environment variable VOC_ROOT to the folder that "
                 'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes"), which needs no download.'
             )
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a list of images in UTF-8: {error}.") from None
-        images += [(folder, line.split()[0]) for line in lines if line.strip()]
+        images += [(folder, line.split()[0]) for line in read_list(path)]
     if not images:
         raise ValueError(f"The splits {tuple(splits)} under {root} list no images.")
     return images
-
-
-def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool = False) -> list[ImageRecord]:
-    """Read the records of splits "year/name" such as "2007/trainval", in the order of their lists.
-
-    root: the folder that contains VOCdevkit. skip_bad: see `usable_records`.
-    Raises FileNotFoundError if a list is missing, and ValueError that lists all problems.
-    """
-    results = [read_image_record(*image, classes) for image in list_images(root, splits)]
-    return usable_records(results, root, splits, classes, skip_bad)
 
 
 def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from src.data.records import Problem, Result, check_image, clip_box, make_result
+from src.data.records import Problem, Result, check_image, clip_box, make_result, read_list
 from src.serving.images import IMAGE_SUFFIXES
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -83,11 +83,7 @@ def _entry_images(path: Path, data: dict, split: str, entry: str) -> list[Path]:
         raise FileNotFoundError(f"{path}: `{split}` is {entry}, but {places[0]} is missing. Correct `path` or `{split}`.")
     if place.is_dir():
         return sorted(image for image in place.rglob("*") if image.suffix.lower() in IMAGE_SUFFIXES)
-    try:
-        lines = place.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not a list of images in UTF-8: {error}.") from None
-    candidates = [[base / line.strip() for base in (place.parent, *bases)] for line in lines if line.strip()]
+    candidates = [[base / line for base in (place.parent, *bases)] for line in read_list(place)]
     return [next((image for image in images if image.exists()), images[0]) for images in candidates]
 
 
