@@ -55,25 +55,26 @@ def _check_size(root: ElementTree.Element, size: tuple, where: str, problems: li
 
 def _read_object(item: ElementTree.Element, classes: tuple, size: tuple, where: str, problems: list[Problem]) -> tuple:
     """Read (box, label, difficult) of an <object>. Adds to `problems` and returns () if it is not valid."""
-    count = len(problems)
-    name = _text(item, "name", where, problems).strip()
-    if len(problems) == count and name not in classes:
-        problems.append(Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes."))
+    found: list[Problem] = []
+    name = _text(item, "name", where, found).strip()
+    if not found and name not in classes:
+        found.append(Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes."))
     where = f"{where} ({name[:40]})"
-    difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where, problems).strip()
+    difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where, found).strip()
     if difficult not in ("0", "1"):
-        problems.append(Problem("annotation", f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1."))
+        found.append(Problem("annotation", f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1."))
     edges = [math.nan] * 4
     if item.find("bndbox") is None:
-        _text(item, "bndbox", where, problems)
+        _text(item, "bndbox", where, found)
     else:
-        edges = [_number(item, f"bndbox/{edge}", where, problems) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        edges = [_number(item, f"bndbox/{edge}", where, found) for edge in ("xmin", "ymin", "xmax", "ymax")]
     box = clip_box((edges[0] - 1, edges[1] - 1, *edges[2:]), size, min_side=1)
     if box is None and not any(map(math.isnan, edges)):
         image = "the image" if size == UNKNOWN_SIZE else f"the image of {size[0]} x {size[1]} pixels"
         text = f"{where}: box xmin, ymin, xmax, ymax = {edges} is empty or outside {image}."
-        problems.append(Problem("box", text))
-    return () if len(problems) > count else (box, classes.index(name), difficult == "1")
+        found.append(Problem("box", text))
+    problems += found
+    return () if found else (box, classes.index(name), difficult == "1")
 
 
 def _text(parent: ElementTree.Element, field: str, where: str, problems: list[Problem]) -> str:
@@ -87,12 +88,12 @@ def _text(parent: ElementTree.Element, field: str, where: str, problems: list[Pr
 
 def _number(parent: ElementTree.Element, field: str, where: str, problems: list[Problem]) -> float:
     """Return the number in the element `field`. Returns NaN and adds a problem if there is none."""
-    count, text, value = len(problems), _text(parent, field, where, problems), math.nan
+    count, text = len(problems), _text(parent, field, where, problems)
     try:
         value = float(text)
     except ValueError:
-        pass
-    if math.isnan(value) and len(problems) == count:
+        value = math.nan
+    if math.isnan(value) and len(problems) == count:  # not a problem that _text has added
         problems.append(Problem("annotation", f"{where}: <{field}> is {text[:40]!r}, not a number of pixels."))
     return value
 

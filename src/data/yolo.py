@@ -28,11 +28,13 @@ def _load(root: str | Path) -> tuple[Path, dict, dict[int, str]]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from None
     names = data.get("names") if isinstance(data, dict) else None
+    if isinstance(names, list):
+        names = dict(enumerate(names))
     try:
-        names = {int(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate([*names]))}
-    except (TypeError, ValueError):
+        names = {int(index): name for index, name in names.items()}
+    except (AttributeError, ValueError):  # no mapping, or an index that is not a number
         names = {}
-    if not names or isinstance(data["names"], str) or not all(name and isinstance(name, str) for name in names.values()):
+    if not names or not all(name and isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path}: `names` must be a list of class names, or a mapping from index to name.")
     if data.get("nc", str(len(names))) != str(len(names)):
         raise ValueError(f"{path}: `nc` is {data['nc']}, but `names` has {len(names)} classes. Correct one of them.")

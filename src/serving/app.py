@@ -72,7 +72,7 @@ class Page(GuardedBlocks):
             "max_file_size": MAX_UPLOAD_BYTES, "state_session_capacity": 64, "enable_monitoring": False,
             "app_kwargs": {"middleware": [Middleware(BoundedRequests)]},
         }  # fmt: skip
-        return super().launch(**{**defaults, **options})
+        return super().launch(**(defaults | options))
 
 
 def analyze_image(predictor: Predictor, path: str | os.PathLike) -> ImageSession:
