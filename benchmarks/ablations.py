@@ -100,7 +100,7 @@ class FittingAnchorsPositive(YOLOLoss):
                 boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[number], level.shape[2])
                 box, iou = complete_iou_loss(boxes, targets[:, 2:6])
                 label = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5)).float()
-                cost = self.box_weight * box + self.object_weight * self._objectness(rows[:, 0], iou)
+                cost = self.config.box_weight * box + self.config.object_weight * self._objectness(rows[:, 0], iou)
                 cost = cost + binary_cross_entropy_with_logits(rows[:, 5:], label, reduction="none").sum(dim=1)
                 extra = extra + (cost * fits).sum()
         return terms | {"loss": terms["loss"] + extra / max(1, 3 * len(targets))}

@@ -9,6 +9,7 @@ from pathlib import Path
 from src.model.network import ANCHORS
 
 REPOSITORY = Path(__file__).parents[1]
+DATA_ROOT = "data"  # default folder of the data; only this one is created to download PASCAL VOC
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -55,7 +56,7 @@ class Config(Settings):
 
     # data
     dataset: str = "voc"  # "voc": files in data_root, also recognized as "yolo" or "coco"; "shapes": synthetic data set
-    data_root: str = field(default_factory=lambda: os.environ.get("VOC_ROOT", "data"))  # of VOCdevkit, data.yaml or COCO files
+    data_root: str = field(default_factory=lambda: os.environ.get("VOC_ROOT", DATA_ROOT))  # of VOCdevkit, data.yaml or COCO
     train_splits: tuple[str, ...] = ("2007/trainval", "2012/trainval")
     val_splits: tuple[str, ...] = ("2007/test",)  # empty: val_fraction of the training images, at random
     val_fraction: float = 0.2

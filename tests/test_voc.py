@@ -10,7 +10,9 @@ from PIL import Image
 from src.config import VOC_CLASSES, Config
 from src.data.check import check, main
 from src.data.datamodule import DetectionDataModule
-from src.data.voc import download_voc, read_annotation, read_voc
+from src.data.formats import read_records
+from src.data.records import ImageRecord
+from src.data.voc import download_voc, read_annotation
 
 BOX = "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax></bndbox>"
 
@@ -30,6 +32,10 @@ def write_tree(root: Path, year: str, splits: dict[str, dict[str, str]]) -> Path
             Image.new("RGB", (100, 80)).save(folder / "JPEGImages" / f"{stem}.jpg")
             (folder / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{inside}</annotation>")
     return root
+
+
+def read_voc(root: Path | str, splits: tuple[str, ...], classes: tuple[str, ...], **options) -> list[ImageRecord]:
+    return read_records(Config(data_root=str(root), classes=classes, **options), splits)
 
 
 def test_two_years_and_listed_splits_in_order(tmp_path):
@@ -162,7 +168,7 @@ def test_a_long_error_shows_ten_problems_and_a_count(tmp_path):
 def test_no_usable_image_is_an_error_with_skip_bad(tmp_path):
     write_tree(tmp_path, "2007", {"test": {"1": obj("unicorn")}})
     with pytest.raises(ValueError, match="No image is left"):
-        read_voc(tmp_path, ("2007/test",), VOC_CLASSES, skip_bad=True)
+        read_voc(tmp_path, ("2007/test",), VOC_CLASSES, skip_bad_files=True)
 
 
 def test_a_list_that_is_not_text(tmp_path):
@@ -196,6 +202,21 @@ def test_no_download_into_a_tree_with_lists(tmp_path, monkeypatch):
     assert not requests
     with pytest.raises(FileNotFoundError, match="mistyped"):
         DetectionDataModule(own).setup()
+
+
+def test_voc_is_downloaded_into_the_default_or_an_existing_folder_only(tmp_path, monkeypatch):
+    requests = []
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", lambda root, **_: requests.append(str(root)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VOC_ROOT", raising=False)
+    mistyped = DetectionDataModule(Config(data_root=str(tmp_path / "mistyped")))
+    with pytest.raises(FileNotFoundError, match=r"mistyped does not exist.*Config\.data_root.*create it"):
+        mistyped.prepare_data()
+    assert not requests and not any(tmp_path.iterdir())
+    (tmp_path / "mistyped").mkdir()
+    mistyped.prepare_data()
+    DetectionDataModule(Config()).prepare_data()  # the folder "data" does not exist
+    assert requests == [str(tmp_path / "mistyped")] * 3 + ["data"] * 3
 
 
 def test_a_failed_download_names_the_solution(tmp_path, monkeypatch):

@@ -28,7 +28,9 @@ def check(root: str | Path, classes: tuple[str, ...] = ()) -> list[Problem]:
     for item in tqdm(items.values(), unit="image", leave=False, disable=None):
         record, image_problems = reader.read_image_record(*item, classes, decode=True)
         problems += image_problems
-        num_valid, num_boxes = num_valid + (record is not None), num_boxes + (len(record.labels) if record else 0)
+        if record is not None:
+            num_valid += 1
+            num_boxes += len(record.labels)
         for problem in image_problems:
             tqdm.write(problem.text, file=sys.stdout)
     bad = f"{len(items) - num_valid:,} bad: {count_kinds(problems)}" if problems else "none bad"

@@ -85,15 +85,12 @@ def list_images(root: str | Path, splits: tuple[str, ...]) -> list[tuple]:
         folders = [base, base / split, base / "images", base / "images" / split, base / "data"]
         for image_id in entries | annotations:
             entry = entries.get(image_id, {})
-            image = _find_image(folders, str(entry.get("file_name")))
+            places = [folder / str(entry.get("file_name")) for folder in folders]
+            image = next((place for place in places if place.exists()), places[0])
             result.append((image, f"{path}: image {image_id}", entry, annotations.get(image_id, []), categories))
     if not result:
         raise ValueError(f"The splits {tuple(splits)} of {root} list no images.")
     return result
-
-
-def _find_image(folders: list[Path], name: str) -> Path:
-    return next((folder / name for folder in folders if (folder / name).exists()), folders[0] / name)
 
 
 def read_image_record(

@@ -16,7 +16,9 @@ def detect_format(root: str | Path) -> str:
     """Return "yolo" if `root` has a data.yaml, "coco" if it has COCO files, and "voc" otherwise, or if it has a VOCdevkit."""
     if voc.has_tree(root):
         return "voc"
-    return "yolo" if yolo.find_yaml(root) else "coco" if coco.find_files(root) else "voc"
+    if yolo.find_yaml(root):
+        return "yolo"
+    return "coco" if coco.find_files(root) else "voc"
 
 
 def resolve(config: Config) -> Config:
@@ -30,7 +32,7 @@ def resolve(config: Config) -> Config:
         return config
     return config.replace(
         dataset=dataset,
-        classes=FORMATS[dataset].class_names(root) if dataset != "voc" and config.classes == VOC_CLASSES else config.classes,
+        classes=FORMATS[dataset].class_names(root) if config.classes == VOC_CLASSES else config.classes,
         train_splits=train if config.train_splits == Config.train_splits else config.train_splits,
         val_splits=val if config.val_splits == Config.val_splits else config.val_splits,
     )

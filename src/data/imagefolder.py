@@ -58,7 +58,7 @@ def _read_annotations(path: Path, classes: list[str]) -> list[tuple[str, int]]:
 
 
 class ClassificationDataset(Dataset):
-    """Samples (uint8 [3, S, S], label).
+    """Samples (uint8 [S, S, 3], label).
 
     Training: `dataset[sample_id]`, sample_id = epoch * len(dataset) + index, a random crop (Szegedy et al. 2015) that
     depends on (seed, sample_id) only. Validation: the centre. S is config.size_at(epoch), or the final size.

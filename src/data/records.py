@@ -47,11 +47,10 @@ def make_result(image: Path, objects: list[tuple | Problem], problems: list[Prob
     return make_record(str(image), *([item[column] for item in objects] for column in range(3))), []
 
 
-def read_size(path: Path, decode: bool = False) -> tuple[int, int]:
-    """Return (width, height) of an image that is not truncated.
+def check_image(path: Path, decode: bool = False) -> tuple[tuple[int, int] | None, list[Problem]]:
+    """Return the (width, height) of an image that is not truncated, or None and the problem.
 
     A JPEG with its end marker counts as complete. Other files are decoded; with `decode`, all are.
-    Raises FileNotFoundError, or ValueError that names the file.
     """
     try:
         with open(path, "rb") as file:
@@ -60,22 +59,21 @@ def read_size(path: Path, decode: bool = False) -> tuple[int, int]:
             complete = start == b"\xff\xd8" and b"\xff\xd9" in file.read()
         if decode or not complete:
             load_image(path)
-        return get_image_size(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # decoders raise any type of exception on damaged files
-        text = str(error) if str(path) in str(error) else f"{path} can't be read as an image ({error})."
-        raise ValueError(text) from None
-
-
-def check_image(path: Path, decode: bool = False) -> tuple[tuple[int, int] | None, list[Problem]]:
-    """Return the (width, height) of an image, or None and the problem. See `read_size`."""
-    try:
-        return read_size(path, decode), []
+        return get_image_size(path), []
     except FileNotFoundError:
         return None, [Problem("missing file", f"{path} is missing, but its split lists it.")]
-    except ValueError as error:
-        return None, [Problem("image", str(error))]
+    except Exception as error:  # decoders raise any type of exception on damaged files
+        text = str(error) if str(path) in str(error) else f"{path} can't be read as an image ({error})."
+        return None, [Problem("image", text)]
+
+
+def read_list(path: Path) -> list[str]:
+    """Return the lines of a list of images, without empty ones. Raises ValueError if it is not a text file."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a list of images in UTF-8: {error}.") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def clip_box(box: tuple, size: tuple[float, float], min_side: float = 0.1) -> tuple | None:

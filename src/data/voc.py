@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from src.config import VOC_CLASSES
-from src.data.records import ImageRecord, Problem, Result, check_image, clip_box, make_result, usable_records
+from src.config import DATA_ROOT, VOC_CLASSES
+from src.data.records import Problem, Result, check_image, clip_box, make_result, read_list
 from src.serving.images import IMAGE_SUFFIXES
 
 UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can't be read
@@ -55,25 +55,26 @@ def _check_size(root: ElementTree.Element, size: tuple, where: str, problems: li
 
 def _read_object(item: ElementTree.Element, classes: tuple, size: tuple, where: str, problems: list[Problem]) -> tuple:
     """Read (box, label, difficult) of an <object>. Adds to `problems` and returns () if it is not valid."""
-    count = len(problems)
-    name = _text(item, "name", where, problems).strip()
-    if len(problems) == count and name not in classes:
-        problems.append(Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes."))
+    found: list[Problem] = []
+    name = _text(item, "name", where, found).strip()
+    if not found and name not in classes:
+        found.append(Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes."))
     where = f"{where} ({name[:40]})"
-    difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where, problems).strip()
+    difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where, found).strip()
     if difficult not in ("0", "1"):
-        problems.append(Problem("annotation", f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1."))
+        found.append(Problem("annotation", f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1."))
     edges = [math.nan] * 4
     if item.find("bndbox") is None:
-        _text(item, "bndbox", where, problems)
+        _text(item, "bndbox", where, found)
     else:
-        edges = [_number(item, f"bndbox/{edge}", where, problems) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        edges = [_number(item, f"bndbox/{edge}", where, found) for edge in ("xmin", "ymin", "xmax", "ymax")]
     box = clip_box((edges[0] - 1, edges[1] - 1, *edges[2:]), size, min_side=1)
     if box is None and not any(map(math.isnan, edges)):
         image = "the image" if size == UNKNOWN_SIZE else f"the image of {size[0]} x {size[1]} pixels"
         text = f"{where}: box xmin, ymin, xmax, ymax = {edges} is empty or outside {image}."
-        problems.append(Problem("box", text))
-    return () if len(problems) > count else (box, classes.index(name), difficult == "1")
+        found.append(Problem("box", text))
+    problems += found
+    return () if found else (box, classes.index(name), difficult == "1")
 
 
 def _text(parent: ElementTree.Element, field: str, where: str, problems: list[Problem]) -> str:
@@ -87,18 +88,18 @@ def _text(parent: ElementTree.Element, field: str, where: str, problems: list[Pr
 
 def _number(parent: ElementTree.Element, field: str, where: str, problems: list[Problem]) -> float:
     """Return the number in the element `field`. Returns NaN and adds a problem if there is none."""
-    count, text, value = len(problems), _text(parent, field, where, problems), math.nan
+    count, text = len(problems), _text(parent, field, where, problems)
     try:
         value = float(text)
     except ValueError:
-        pass
-    if math.isnan(value) and len(problems) == count:
+        value = math.nan
+    if math.isnan(value) and len(problems) == count:  # not a problem that _text has added
         problems.append(Problem("annotation", f"{where}: <{field}> is {text[:40]!r}, not a number of pixels."))
     return value
 
 
 def read_image_record(folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False) -> Result:
-    """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `read_size`."""
+    """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `check_image`."""
     candidates = (folder / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", *IMAGE_SUFFIXES))
     image = next((path for path in candidates if path.exists()), folder / "JPEGImages" / f"{stem}.jpg")
     size, problems = check_image(image, decode)
@@ -155,31 +156,17 @@ def list_images(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str
                 f"{path} is missing. Set Config.data_root or the environment variable VOC_ROOT to the folder that "
                 'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes"), which needs no download.'
             )
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a list of images in UTF-8: {error}.") from None
-        images += [(folder, line.split()[0]) for line in lines if line.strip()]
+        images += [(folder, line.split()[0]) for line in read_list(path)]
     if not images:
         raise ValueError(f"The splits {tuple(splits)} under {root} list no images.")
     return images
-
-
-def read_voc(root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool = False) -> list[ImageRecord]:
-    """Read the records of splits "year/name" such as "2007/trainval", in the order of their lists.
-
-    root: the folder that contains VOCdevkit. skip_bad: see `usable_records`.
-    Raises FileNotFoundError if a list is missing, and ValueError that lists all problems.
-    """
-    results = [read_image_record(*image, classes) for image in list_images(root, splits)]
-    return usable_records(results, root, splits, classes, skip_bad)
 
 
 def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
     """Download the published splits that are missing, through torchvision, with progress.
 
     An archive is not unpacked over a folder that has one of its lists: the folder may hold the user's own data.
-    Raises RuntimeError that names the folder if the download fails.
+    Raises FileNotFoundError if `root` is missing and is not the default folder, RuntimeError if the download fails.
     """
     from torchvision.datasets import VOCDetection
 
@@ -189,6 +176,11 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
         lists = split_folder(root, split) / "ImageSets" / "Main"
         if split not in PUBLISHED_SPLITS or any((lists / f"{other}.txt").exists() for other in archive):
             continue
+        if Path(root) != Path(DATA_ROOT) and not Path(root).exists():
+            raise FileNotFoundError(
+                f"The folder {Path(root).resolve()} does not exist. Correct Config.data_root or VOC_ROOT if it is mistyped. "
+                "To download VOC (2.9 GB) into this folder, create it."
+            )
         print(f"VOC {split} is not under {root}. Downloading it.")
         try:
             VOCDetection(root, year=year, image_set=name, download=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from src.data.records import Problem, Result, check_image, clip_box, make_result
+from src.data.records import Problem, Result, check_image, clip_box, make_result, read_list
 from src.serving.images import IMAGE_SUFFIXES
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -28,11 +28,13 @@ def _load(root: str | Path) -> tuple[Path, dict, dict[int, str]]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from None
     names = data.get("names") if isinstance(data, dict) else None
+    if isinstance(names, list):
+        names = dict(enumerate(names))
     try:
-        names = {int(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate([*names]))}
-    except (TypeError, ValueError):
+        names = {int(index): name for index, name in names.items()}
+    except (AttributeError, ValueError):  # no mapping, or an index that is not a number
         names = {}
-    if not names or isinstance(data["names"], str) or not all(name and isinstance(name, str) for name in names.values()):
+    if not names or not all(name and isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path}: `names` must be a list of class names, or a mapping from index to name.")
     if data.get("nc", str(len(names))) != str(len(names)):
         raise ValueError(f"{path}: `nc` is {data['nc']}, but `names` has {len(names)} classes. Correct one of them.")
@@ -83,11 +85,7 @@ def _entry_images(path: Path, data: dict, split: str, entry: str) -> list[Path]:
         raise FileNotFoundError(f"{path}: `{split}` is {entry}, but {places[0]} is missing. Correct `path` or `{split}`.")
     if place.is_dir():
         return sorted(image for image in place.rglob("*") if image.suffix.lower() in IMAGE_SUFFIXES)
-    try:
-        lines = place.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not a list of images in UTF-8: {error}.") from None
-    candidates = [[base / line.strip() for base in (place.parent, *bases)] for line in lines if line.strip()]
+    candidates = [[base / line for base in (place.parent, *bases)] for line in read_list(place)]
     return [next((image for image in images if image.exists()), images[0]) for images in candidates]
 
 

@@ -72,7 +72,7 @@ class Page(GuardedBlocks):
             "max_file_size": MAX_UPLOAD_BYTES, "state_session_capacity": 64, "enable_monitoring": False,
             "app_kwargs": {"middleware": [Middleware(BoundedRequests)]},
         }  # fmt: skip
-        return super().launch(**{**defaults, **options})
+        return super().launch(**(defaults | options))
 
 
 def analyze_image(predictor: Predictor, path: str | os.PathLike) -> ImageSession:
@@ -236,6 +236,30 @@ def _endpoint(predictor: Predictor):
     return detect_file
 
 
+def on_threshold_change(session: ImageSession | None, selected: str | int, confidence: float, iou_threshold: float) -> tuple:
+    """Answer with image, summary, table and targets of the detections at other thresholds; keep the target if it remains."""
+    if session is None:
+        return gr.skip(), NO_IMAGE, gr.skip(), gr.skip()
+    drawn, summary, table, options = render_detections(session, confidence, iou_threshold)
+    selected = selected if selected in [value for _, value in options] else "all"
+    return drawn, summary, table, gr.Dropdown(options, value=selected)
+
+
+def on_row_select(event: gr.SelectData) -> int:
+    """Answer with the target of a table row."""
+    return int(event.row_value[0]) - 1
+
+
+def explain(session: ImageSession | None, *settings) -> tuple:
+    """Answer with heatmap and message; settings as in `render_heatmap`."""
+    if session is None:
+        return gr.skip(), NO_IMAGE
+    try:
+        return render_heatmap(session, *settings)
+    except ValueError as error:  # an .onnx file has no Grad-CAM
+        return None, html.escape(str(error))
+
+
 def _connect(
     predictor: Predictor, image: gr.Image, detections: list, thresholds: list, explanation: list, choices: list
 ) -> None:
@@ -254,24 +278,6 @@ def _connect(
             return None, None, summary, [], gr.Dropdown([ALL_DETECTIONS], value="all"), None, ""
         drawn, summary, table, options = render_detections(session, *limits)
         return session, drawn, summary, table, gr.Dropdown(options, value="all"), gr.skip(), gr.skip()
-
-    def on_threshold_change(session: ImageSession | None, selected, *limits):
-        if session is None:
-            return gr.skip(), NO_IMAGE, gr.skip(), gr.skip()
-        drawn, summary, table, options = render_detections(session, *limits)
-        selected = selected if selected in [value for _, value in options] else "all"
-        return drawn, summary, table, gr.Dropdown(options, value=selected)
-
-    def explain(session: ImageSession | None, *settings):
-        if session is None:
-            return gr.skip(), NO_IMAGE
-        try:
-            return render_heatmap(session, *settings)
-        except ValueError as error:  # an .onnx file has no Grad-CAM
-            return None, html.escape(str(error))
-
-    def on_row_select(event: gr.SelectData):
-        return int(event.row_value[0]) - 1
 
     heatmap = {
         "fn": explain, "inputs": [state, *choices, *thresholds], "outputs": explanation, **SERIALIZED, **LATEST_ONLY,

@@ -5,7 +5,7 @@ import os
 import cv2
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -14,9 +14,8 @@ PAD = 114  # grey value of the letterbox's bars
 Image.init()
 FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys())  # EPS runs a program
 IMAGE_SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
-UNREADABLE = (  # what PIL raises for files and objects that are not images
-    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError, AttributeError,
-)  # fmt: skip
+# What PIL raises for files and objects that are not images:
+UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError, AttributeError)
 
 
 def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:

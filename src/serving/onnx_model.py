@@ -88,7 +88,9 @@ class OnnxModel:
         try:
             import onnxruntime
         except ImportError as error:
-            raise ImportError(f"{path} needs onnxruntime. Run `pip install onnxruntime`.") from error
+            raise ImportError(
+                f"{path} needs onnxruntime. Run `pip install onnxruntime`. In a Space, add it to requirements.txt."
+            ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:

@@ -188,9 +188,6 @@ class Progress(pl.callbacks.ProgressBar):
         if self.bar is not None:
             self.bar.close()
 
-    def print(self, *args, **_) -> None:
-        self.write(" ".join(map(str, args)))
-
     def write_row(self, *cells, titles: Iterable[str]) -> None:
         """Print one cell per column, right-aligned to its title."""
         widths = (max(8, len(title) + 2) for title in ("epoch", *titles, "minutes"))

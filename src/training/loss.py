@@ -144,9 +144,7 @@ class YOLOLoss(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.box_weight, self.object_weight = config.box_weight, config.object_weight
-        self.no_object_weight = config.no_object_weight
-        self.class_weight, self.smoothing = config.class_weight, config.label_smoothing
+        self.config = config
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         grids = [level.shape[2] for level in logits]
@@ -155,8 +153,8 @@ class YOLOLoss(nn.Module):
         no_object = sum(map(self._background, logits, assigned, masks))
         sums = torch.stack((*self._positives(logits, assigned, targets, anchors), no_object))
         box, positive, label, no_object = sums / max(1, 3 * len(targets))
-        loss = self.box_weight * box + self.object_weight * positive
-        loss = loss + self.no_object_weight * no_object + self.class_weight * label
+        loss = self.config.box_weight * box + self.config.object_weight * positive
+        loss = loss + self.config.no_object_weight * no_object + self.config.class_weight * label
         terms = {"box_loss": box, "object_loss": positive, "no_object_loss": no_object, "class_loss": label}
         return {"loss": loss, **terms}
 
@@ -182,6 +180,7 @@ class YOLOLoss(nn.Module):
         targets = targets.repeat(len(logits), 1)
         box, iou = complete_iou_loss(boxes, targets[:, 2:6])
         classes = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5, device=rows.device)).float()
-        classes = classes * (1 - self.smoothing) + self.smoothing / classes.shape[1]
+        smoothing = self.config.label_smoothing
+        classes = classes * (1 - smoothing) + smoothing / classes.shape[1]
         label = bce(rows[:, 5:], classes, reduction="none").sum(dim=1)
         return (torch.stack((box, self._objectness(rows[:, 0], iou), label)) * valid).sum(dim=1)

@@ -95,6 +95,13 @@ class DetectionAccumulator(Metric):
         return tuple(torch.cat([torch.zeros(0, 7), *(part.cpu() for part in rows)]).numpy() for rows in parts)
 
 
+def _rows_by_key(keys: np.ndarray) -> dict[float, np.ndarray]:
+    """Return the indices at which each value of `keys` [n] occurs, in ascending order."""
+    order = np.argsort(keys, kind="stable")
+    values, firsts = np.unique(keys[order], return_index=True)
+    return dict(zip(values.tolist(), np.split(order, firsts[1:]), strict=False))  # without keys, split returns one empty part
+
+
 def match(predictions: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Match each detection to the object of its image and class with the highest IoU.
 
@@ -103,18 +110,13 @@ def match(predictions: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray
     coordinates, float32 in 0..1, would otherwise turn an IoU of exactly 0.5 into slightly more or less.
     """
     best, iou = np.full(len(predictions), -1), np.zeros(len(predictions))
-    if not len(predictions):
-        return best, iou
-    groups = [rows[:, :2].astype(np.int64) @ (10_000, 1) for rows in (predictions, ground_truth)]  # image and class
-    orders = [np.argsort(group, kind="stable") for group in groups]
-    keys, firsts = np.unique(groups[0][orders[0]], return_index=True)
-    starts, ends = (np.searchsorted(groups[1][orders[1]], keys, side=side) for side in ("left", "right"))
-    for rows, start, end in zip(np.split(orders[0], firsts[1:]), starts, ends, strict=True):
-        if start < end:
-            objects = orders[1][start:end]
-            boxes = (torch.from_numpy(part[:, 3:]).double() for part in (predictions[rows], ground_truth[objects]))
-            pairs = box_iou(*boxes).numpy()
-            best[rows], iou[rows] = objects[pairs.argmax(axis=1)], pairs.max(axis=1).round(6)
+    image_and_class = (rows[:, :2].astype(np.int64) @ (10_000, 1) for rows in (predictions, ground_truth))
+    detections, objects = map(_rows_by_key, image_and_class)
+    for key in detections.keys() & objects.keys():
+        rows, candidates = detections[key], objects[key]
+        boxes = (torch.from_numpy(part[:, 3:]).double() for part in (predictions[rows], ground_truth[candidates]))
+        pairs = box_iou(*boxes).numpy()
+        best[rows], iou[rows] = candidates[pairs.argmax(axis=1)], pairs.max(axis=1).round(6)
     return best, iou
 
 
@@ -130,17 +132,17 @@ def precision_recall(
     best, iou = matched
     objects = ground_truth[:, 1] == label
     total = objects.sum() if course else (objects & (ground_truth[:, 2] == 0)).sum()
+    if not total:
+        return np.zeros(0), np.zeros(0)
     rows = np.flatnonzero((predictions[:, 1] == label) & (predictions[:, 2] > (COURSE_MIN_SCORE if course else 0)))
     rows = rows[np.argsort(-predictions[rows, 2], kind="stable")]
     hit = iou[rows] > 0.5 if course else iou[rows] >= 0.5
     if not course:
-        dropped = hit & (ground_truth[best[rows], 2] == 1) if len(ground_truth) else np.zeros(len(rows), dtype=bool)
+        dropped = hit & (ground_truth[best[rows], 2] == 1)
         rows, hit = rows[~dropped], hit[~dropped]
     true_positive = np.zeros(len(rows), dtype=bool)
     hits = np.flatnonzero(hit)
     true_positive[hits[np.unique(best[rows[hits]], return_index=True)[1]]] = True
-    if not total:
-        return np.zeros(0), np.zeros(0)
     true = np.cumsum(true_positive)
     return true / np.arange(1, len(rows) + 1), true / total
 
@@ -167,8 +169,9 @@ def per_class_table(predictions: np.ndarray, ground_truth: np.ndarray, classes: 
         row = {"class": name, "num_gt": int((objects[:, 2] == 0).sum())}
         for column, method in AP_METHODS.items():
             course = method == "course"
+            counted = len(objects) if course else row["num_gt"]
             curve = precision_recall(predictions, ground_truth, matched, label, course)
-            row[column] = average_precision(*curve, method) if (len(objects) if course else row["num_gt"]) else np.nan
+            row[column] = average_precision(*curve, method) if counted else np.nan
         table.append(row)
     return table
 
@@ -183,10 +186,10 @@ def coco_average_precision(predictions: np.ndarray, ground_truth: np.ndarray) ->
     """COCO's AP@.5 and AP@.5:.95, by torchmetrics over faster-coco-eval; difficult objects count as `iscrowd`."""
     metric = MeanAveragePrecision(backend="faster_coco_eval", max_detection_thresholds=[1, 10, MAX_DETECTIONS])
     metric.warn_on_many_detections = False
-    images = np.unique(np.r_[predictions[:, 0], ground_truth[:, 0]])
-    ordered = [rows[np.argsort(rows[:, 0], kind="stable")] for rows in (predictions, ground_truth)]
-    for image in images:
-        p, t = (torch.from_numpy(rows[slice(*np.searchsorted(rows[:, 0], [image, image + 0.5]))]) for rows in ordered)
+    detections, objects = _rows_by_key(predictions[:, 0]), _rows_by_key(ground_truth[:, 0])
+    for image in sorted(detections.keys() | objects.keys()):
+        p = torch.from_numpy(predictions[detections.get(image, [])])
+        t = torch.from_numpy(ground_truth[objects.get(image, [])])
         metric.update(
             [{"boxes": p[:, 3:] * 1000, "scores": p[:, 2], "labels": p[:, 1].long()}],
             [{"boxes": t[:, 3:] * 1000, "labels": t[:, 1].long(), "iscrowd": t[:, 2].long()}],

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from src.config import DATASETS, Config
+from src.config import DATA_ROOT, DATASETS, Config
 from src.data.datamodule import DetectionDataModule
 from src.data.voc import list_images
 from src.model.network import YOLOv3
@@ -75,7 +75,7 @@ def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
     config = Config.load(run / "config.json")
     model = load_detector(run).model.half()
     model.save_pretrained(folder)
-    config.replace(data_root="data").save(folder / "run.json")
+    config.replace(data_root=DATA_ROOT).save(folder / "run.json")
     evaluation, data = measure(folder)
     epochs = model.metadata["epochs"]
     model.metadata = training_metadata(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, epochs)
