@@ -52,3 +52,8 @@ def test_a_pretrained_backbone_is_named_on_the_card(tmp_path):
     save_backbone(YOLOv3(1, 0.125).backbone, tmp_path, 0.125, facts)
     text = describe_start(Config(width=0.125, pretrained_weights=str(tmp_path)))
     assert "Some ImageNet (1,000 images, 10 classes, top-1 accuracy 50.0%)" in text
+    detector = YOLOv3(1, 0.125)
+    detector.metadata = {"data": "Some VOC", "epochs": "3 of 4"}
+    detector.save_pretrained(tmp_path / "detector")
+    text = describe_start(Config(width=0.125, pretrained_weights=str(tmp_path / "detector")))
+    assert text.endswith("trained for 3 of 4 epochs on Some VOC")

@@ -36,7 +36,7 @@ def is_backbone(folder: str | Path) -> bool:
 
 
 def read_metadata(folder: str | Path) -> dict:
-    """Return the metadata that was given to `save_backbone`."""
+    """Return the metadata of a folder written by `save_backbone` or by a detector's `save_pretrained`."""
     return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["metadata"]
 
 
