@@ -9,7 +9,6 @@ tools/pins/ has the versions of the packages that concern this project, with dat
 """
 
 import argparse
-import copy
 import json
 import os
 import re
@@ -33,7 +32,7 @@ FOLDER = ROOT / ".hosted"
 PYTHON = {"colab": "python3.13", "kaggle": "python3.12"}  # of the images in tools/pins/
 SMALL = {
     "epochs": 1, "close_mosaic_epochs": 0, "width": 0.125, "image_size": 64, "shapes_train": 8, "shapes_val": 8,
-    "batch_size": 4, "num_workers": 2, "cache_gb": 1,
+    "batch_size": 4, "num_workers": 1, "cache_gb": 1,
 }  # fmt: skip
 SETTINGS = {
     "s13_assignment.ipynb": SMALL, "multi_scale_s13_assignment.ipynb": SMALL | {"multiscale_sizes": [64, 96]},
@@ -148,8 +147,8 @@ def prepare_notebook(name: str, target: Path, address: str) -> None:
     number = next(number for number, cell in enumerate(book.cells) if cell.cell_type == "code")
     first = book.cells[number]
     first.source = re.sub(r'^REPOSITORY = ".*"', f'REPOSITORY = "{address}"', first.source, flags=re.MULTILINE)
-    again = copy.deepcopy(first)
-    book.cells[number : number + 1] = [*map(new_code_cell, (BEFORE,)), first, new_code_cell(AFTER), again, new_code_cell(AFTER)]
+    again = new_code_cell(first.source)
+    book.cells[number : number + 1] = [new_code_cell(BEFORE), first, new_code_cell(AFTER), again, new_code_cell(AFTER)]
     nbformat.write(book, target)
 
 
@@ -195,6 +194,8 @@ def main() -> None:
     parser.add_argument("--offline", action="store_true", help="without internet (Kaggle)")
     parser.add_argument("--notebook", action="append", choices=NOTEBOOKS, help="default: all three")
     args = parser.parse_args()
+    os.environ["PIP_CONFIG_FILE"] = os.devnull  # this machine's own package sources
+    os.environ.pop("PIP_FIND_LINKS", None)
     runtime = make_runtime(args.host, args.python or PYTHON[args.host])
     created = args.host == "kaggle" and not os.path.exists("/kaggle")
     if created:

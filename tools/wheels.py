@@ -26,9 +26,7 @@ def main() -> None:
     if packages:
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "wheels", *packages]
         subprocess.run(pip, check=True)
-    text = REQUIREMENTS.read_text(encoding="utf-8")
-    if OFFLINE not in text:
-        REQUIREMENTS.write_text(OFFLINE + text, encoding="utf-8")
+    REQUIREMENTS.write_text(OFFLINE + REQUIREMENTS.read_text(encoding="utf-8"), encoding="utf-8")
     print("wheels:", *sorted(path.name for path in Path("wheels").iterdir()), sep="\n  ")
 
 
