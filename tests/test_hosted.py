@@ -20,7 +20,8 @@ DEPENDENCIES = {"ipython": "ipywidgets", "gradio-client": "gradio", "starlette":
 
 
 def requirements() -> dict[str, Requirement]:
-    parsed = map(Requirement, (ROOT / "requirements.txt").read_text().splitlines())
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    parsed = [Requirement(line) for line in lines if not line.startswith("#")]
     return {canonicalize_name(requirement.name): requirement for requirement in parsed}
 
 
@@ -32,6 +33,12 @@ def test_requirements_keep_the_versions_of_the_host(host):
     ours = requirements()
     assert {"torch", "numpy", "ipywidgets", "albumentations"} <= pins.keys() & ours.keys()
     assert {name for name in pins.keys() & ours.keys() if not ours[name].specifier.contains(pins[name])} == UPGRADED[host]
+
+
+def test_an_upgrade_does_not_break_transformers():
+    """Kaggle's gradio 5 is upgraded, and takes the newest huggingface-hub that is allowed. transformers 5 needs one below 2."""
+    newest = requirements()["huggingface-hub"].specifier
+    assert newest.contains("1.99") and not newest.contains("2.0")
 
 
 def test_the_package_imports_only_what_requirements_install():
