@@ -21,7 +21,7 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
 from PIL import Image
-from traitlets import CaselessStrEnum
+from traitlets import CaselessStrEnum, Unicode
 
 from src.config import VOC_CLASSES
 from src.data.records import ImageRecord
@@ -48,6 +48,7 @@ ATTACHED = "notebooks/ada/prepare"  # where Kaggle mounts the output of another 
 MOUNT = """
 mount --bind "$1" /kaggle && mount --bind "$1/input" /kaggle/input && mount -o remount,bind,ro /kaggle/input
 ip link set lo up 2>/dev/null
+export KAGGLE_KERNEL_RUN_TYPE=Interactive  # makes gradio ask for a public link
 cd /kaggle/working && shift && exec "$@"
 """
 BEFORE = """
@@ -136,8 +137,8 @@ def kernel_class(host: str, python: Path, folder: Path, offline: bool) -> type[K
     if host == "kaggle":
         unshare = ["unshare", "--mount", *(["--net"] if offline else [])]
         members["python"] = (*unshare, "sh", "-c", MOUNT, "sh", str(folder), str(python))
-    if offline:  # no network, so the kernel is reached through files
-        members["transport"] = CaselessStrEnum(["tcp", "ipc"], default_value="ipc")
+    if offline:  # no network, so the kernel is reached through sockets that are files
+        members |= {"transport": CaselessStrEnum(["tcp", "ipc"], default_value="ipc"), "ip": Unicode(f"{FOLDER}/kernel")}
     return type("HostedKernel", (Kernel,), members)
 
 
