@@ -153,13 +153,6 @@ def prepare_notebook(name: str, target: Path, address: str) -> None:
     nbformat.write(book, target)
 
 
-def warnings(book: NotebookNode) -> list[str]:
-    """Return the lines of the outputs that are on stderr or contain "Warning"."""
-    streams = [output for cell in book.cells for output in cell.get("outputs", ()) if output.output_type == "stream"]
-    return [line for stream in streams for line in stream.text.splitlines() if line.strip() and
-            (stream.name == "stderr" or "warning" in line.lower())]  # fmt: skip
-
-
 def rehearse(host: str, name: str, runtime: Path, offline: bool) -> list[str]:
     """Run a notebook in a new session. Returns a row of the report."""
     folder = FOLDER / "session"
@@ -176,15 +169,23 @@ def rehearse(host: str, name: str, runtime: Path, offline: bool) -> list[str]:
     prepare_notebook(name, working / name, address)
     target = FOLDER / f"{host}{'-offline' * offline}-{name}"
     error = run(working / name, target, settings, kernel_class(host, python, folder, offline))
-    book = nbformat.read(target, as_version=4)
-    lines = [line for cell in book.cells for output in cell.get("outputs", ()) for line in output.get("text", "").splitlines()]
-    first, second = (json.loads(line.removeprefix("REHEARSAL ")) for line in lines if line.startswith("REHEARSAL "))
-    print(json.dumps({"first": first, "second": second, "pip check": sorted(pip_problems(python) - problems)}, indent=1))
-    print("warnings:", *warnings(book), sep="\n  ")
-    new = [package for package, (before, _) in first["changed"].items() if not before]
-    upgraded = [f"{package} {before} to {after}" for package, (before, after) in first["changed"].items() if before]
-    return [name, f"{first['seconds']} s: {len(new)} new; {', '.join(upgraded) or 'none'} upgraded", ", ".join(first["stale"]),
-            f"{second['seconds']} s, {len(second['changed'])} packages", error or "none"]  # fmt: skip
+    return [name, *measurements(nbformat.read(target, as_version=4), pip_problems(python) - problems), error or "none"]
+
+
+def measurements(book: NotebookNode, problems: set[str]) -> list[str]:
+    """Print the measurements and warnings in an executed notebook. Returns cells of the report."""
+    streams = [output for cell in book.cells for output in cell.get("outputs", ()) if output.output_type == "stream"]
+    lines = [(stream.name, line) for stream in streams for line in stream.text.splitlines() if line.strip()]
+    found = [json.loads(line.removeprefix("REHEARSAL ")) for _, line in lines if line.startswith("REHEARSAL ")]
+    print("new lines of pip check:", *sorted(problems), sep="\n  ")
+    print("warnings:", *(line for name, line in lines if name == "stderr" or "warning" in line.lower()), sep="\n  ")
+    if len(found) < 2:
+        return ["failed"] * 3
+    changed = [
+        f"{package} {version}" + (f" (was {old})" if old else "") for package, (old, version) in found[0]["changed"].items()
+    ]
+    return [f"{found[0]['seconds']} s: {', '.join(changed)}", ", ".join(found[0]["stale"]) or "none",
+            f"{found[1]['seconds']} s, {len(found[1]['changed'])} packages"]  # fmt: skip
 
 
 def main() -> None:
@@ -195,6 +196,8 @@ def main() -> None:
     parser.add_argument("--offline", action="store_true", help="without internet (Kaggle)")
     parser.add_argument("--notebook", action="append", choices=NOTEBOOKS, help="default: all three")
     args = parser.parse_args()
+    if args.offline and args.host == "colab":
+        parser.error("Colab always has internet. Use kaggle --offline.")
     os.environ["PIP_CONFIG_FILE"] = os.devnull  # this machine's own package sources
     os.environ.pop("PIP_FIND_LINKS", None)
     runtime = make_runtime(args.host, args.python or PYTHON[args.host])
