@@ -146,7 +146,7 @@ def first_cell(tmp_path, monkeypatch):
 
 def test_the_first_cell_copies_an_attached_repository_once(first_cell, tmp_path, monkeypatch):
     source, commands = first_cell
-    package = tmp_path / "input/notebooks/ada/prepare/yolo/src"
+    package = tmp_path / "input/notebooks/ada/yolo/yolo/src"
     package.mkdir(parents=True)
     (package / "config.py").write_text("original")
     exec(source, {})
