@@ -155,7 +155,7 @@ def prepare_notebook(name: str, target: Path, address: str) -> None:
 
 def rehearse(host: str, name: str, runtime: Path, offline: bool) -> list[str]:
     """Run a notebook in a new session. Returns a row of the report."""
-    folder = FOLDER / "session"
+    folder = FOLDER / f"session-{host}"
     working, inputs = folder / "working", folder / "input"
     shutil.rmtree(folder, ignore_errors=True)
     working.mkdir(parents=True)
