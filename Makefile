@@ -9,12 +9,12 @@ BIN = $(VENV)/bin/python
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.12 found. Install one, or run make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Creating $(VENV) with $(PYTHON): downloads about 3 GB and takes 2 to 5 minutes"
 	$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing. On Debian or Ubuntu, run apt install python3-venv"; exit 1; }
 	$(BIN) -m pip install --quiet --upgrade pip
-	$(BIN) -m pip install --quiet --progress-bar on -r requirements.txt
+	$(BIN) -m pip install --quiet --progress-bar on -r requirements-dev.txt
 	@touch $@
 
 run: $(VENV)/installed ## train on the synthetic data set and print the results: 6 to 9 minutes on 2 cores

@@ -133,6 +133,39 @@ def test_all_notebooks_have_the_same_first_cell_and_badges_only_for_its_address(
 
 
 @pytest.fixture
+def first_cell(tmp_path, monkeypatch):
+    """The first code cell in an empty folder, with a repository that doesn't exist, and the commands that it runs."""
+    source = next(cell.source for cell in read(notebook.NOTEBOOKS[0]).cells if cell.cell_type == "code")
+    source = source.replace("https://github.com/OWNER/REPOSITORY", (tmp_path / "missing/yolo").as_uri())
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    return source.replace("/kaggle/input", str(tmp_path / "input")), commands
+
+
+def test_the_first_cell_copies_an_attached_repository_once(first_cell, tmp_path, monkeypatch):
+    source, commands = first_cell
+    package = tmp_path / "input/notebooks/ada/yolo/yolo/src"
+    package.mkdir(parents=True)
+    (package / "config.py").write_text("original")
+    exec(source, {})
+    assert Path.cwd() == tmp_path / "working/yolo" and commands[0][-2:] == ["-r", "requirements.txt"]
+    Path("src/config.py").write_text("edited")
+    exec(source, {})
+    assert Path.cwd() == tmp_path / "working/yolo"
+    monkeypatch.chdir(tmp_path / "working")  # as after a restart of the kernel
+    exec(source, {})
+    assert Path("src/config.py").read_text() == "edited" and (package / "config.py").read_text() == "original"
+
+
+def test_the_first_cell_without_a_repository_says_what_to_do(first_cell):
+    with pytest.raises(RuntimeError, match="turn on Internet, or see the README: Kaggle without internet"):
+        exec(first_cell[0], {})
+    assert "## Kaggle without internet" in (ROOT / "README.md").read_text(encoding="utf-8") and not first_cell[1]
+
+
+@pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A copy of the files that contain the address."""
     for name in (*notebook.NOTEBOOKS, "README.md"):

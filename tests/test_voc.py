@@ -69,6 +69,18 @@ def test_separate_archives_and_kaggle_inputs(tmp_path, monkeypatch):
     assert [Path(r.image).stem for r in read_voc("nowhere", splits, VOC_CLASSES)] == ["1", "2"]
 
 
+@pytest.mark.parametrize("owner", ["", "datasets/ada/"])
+@pytest.mark.parametrize("folder", ["", "VOCdevkit/", "VOC_dataset/VOCdevkit/", "a/VOCtest_06-Nov-2007/VOCdevkit/"])
+def test_layouts_of_kaggle_data_sets(tmp_path, monkeypatch, owner, folder):
+    """Inputs are mounted at NAME or at datasets/OWNER/NAME. Uploaders keep, add and leave out folders."""
+    write_tree(tmp_path / "made", "2007", {"test": {"1": obj()}})
+    monkeypatch.setattr("src.data.voc.KAGGLE_INPUTS", tmp_path / "input")
+    target = tmp_path / "input" / f"{owner}pascal-voc/{folder}VOC2007"
+    target.parent.mkdir(parents=True)
+    (tmp_path / "made/VOCdevkit/VOC2007").rename(target)
+    assert Path(read_voc("nowhere", ("2007/test",), VOC_CLASSES)[0].image).parents[1] == target
+
+
 def test_a_missing_tree_names_the_list_and_the_solution(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"VOC2007.ImageSets.Main.test\.txt is missing.*VOC_ROOT.*shapes"):
         read_voc(tmp_path, ("2007/test",), VOC_CLASSES)

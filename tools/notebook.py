@@ -36,9 +36,11 @@ MARKER = "<!-- badges -->\n"
 class Kernel(AsyncKernelManager):
     """A kernel of the current interpreter, whichever kernels are registered."""
 
+    python = (sys.executable,)  # the command that starts the interpreter
+
     @property
     def kernel_spec(self) -> KernelSpec:
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        command = [*self.python, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
@@ -72,7 +74,7 @@ class LiveClient(NotebookClient):
             print(f"\n== {self.heading} [cell {cell_index + 1} of {len(self.nb.cells)}]", flush=True)
 
 
-def run(source: str | Path, target: str | Path, settings: dict | None = None) -> str:
+def run(source: str | Path, target: str | Path, settings: dict | None = None, kernel: type[AsyncKernelManager] = Kernel) -> str:
     """Execute a notebook in its own folder, and write it with its outputs to `target`, even if a cell fails.
 
     settings: changes of `config`, applied after the cell tagged "settings".
@@ -86,7 +88,7 @@ def run(source: str | Path, target: str | Path, settings: dict | None = None) ->
             raise ValueError(f'{source.name} has no cell tagged "settings", so its config can\'t be changed.')
         book.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(f"config = config.replace(**{settings!r})"))
     client = LiveClient(
-        book, kernel_manager_class=Kernel, timeout=None, record_timing=False, coalesce_streams=True,
+        book, kernel_manager_class=kernel, timeout=None, record_timing=False, coalesce_streams=True,
         store_widget_state=True,  # nbclient 0.11 fails without; _clean removes it
         resources={"metadata": {"path": str(source.resolve().parent)}},
     )  # fmt: skip

@@ -13,6 +13,7 @@ UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can
 PUBLISHED_SPLITS = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)
 DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # each published archive may have its own VOCdevkit
 KAGGLE_INPUTS = Path("/kaggle/input")
+KAGGLE_DEPTHS = tuple("*/" * depth for depth in range(1, 7))  # datasets/OWNER/NAME/ANY/VOCdevkit/, or NAME/ without VOCdevkit
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -108,10 +109,11 @@ def read_image_record(folder: Path, stem: str, classes: tuple[str, ...], decode:
 
 
 def find_in_trees(root: str | Path, pattern: str) -> Iterator[Path]:
-    """Find files of VOCdevkit trees under `root` (up to three folders down) or among Kaggle's inputs."""
-    for folder in (Path(root), KAGGLE_INPUTS):
-        for depth in DEPTHS:
-            yield from sorted(folder.glob(f"{depth}VOCdevkit/{pattern}"))
+    """Find files of VOCdevkit trees under `root` (up to three folders down), or of VOC... folders among Kaggle's inputs."""
+    for depth in DEPTHS:
+        yield from sorted(Path(root).glob(f"{depth}VOCdevkit/{pattern}"))
+    for depth in KAGGLE_DEPTHS:
+        yield from sorted(KAGGLE_INPUTS.glob(f"{depth}{pattern}"))
 
 
 def has_tree(root: str | Path) -> bool:
