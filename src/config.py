@@ -156,8 +156,8 @@ def _tuples(value):
 
 PRESETS = {
     "voc": Config(),  # the assignment: full width, 416 pixels, 07+12 trainval to 07 test; needs a GPU
-    "small": Config(  # your own data on a CPU or a small GPU, from the backbone in weights/
-        image_size=224, width=0.25, pretrained_weights="weights/backbone", batch_size=16, max_lr=2e-3, run_dir="runs/small",
+    "small": Config(  # your own data on a CPU or a small GPU, from the detector in weights/
+        image_size=224, width=0.25, pretrained_weights="weights", batch_size=16, max_lr=4e-3, run_dir="runs/small",
     ),
     "shapes": Config(  # synthetic data set; minutes on 2 CPU cores
         dataset="shapes", classes=SHAPE_CLASSES, image_size=160, width=0.25, epochs=24, batch_size=16, close_mosaic_epochs=4,
