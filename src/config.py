@@ -65,7 +65,7 @@ class Config(Settings):
     shapes_train: int = 1200  # training images of the synthetic data set
     shapes_val: int = 300
     cache_gb: float = 12.0  # maximum size of each cache of resized images on disk; 0: no cache
-    num_workers: int = -1  # loader processes; -1: one per core, at most 8
+    num_workers: int = -1  # loader processes per device; -1: one per core, at most 8, divided among the devices
 
     # images
     image_size: int = 416  # width and height in pixels, a multiple of 32

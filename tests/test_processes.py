@@ -16,6 +16,12 @@ from src.data.datamodule import DetectionDataModule
 from src.data.shapes import draw_shapes
 
 
+def test_loader_processes_share_the_available_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    workers = [DetectionDataModule(Config(devices=devices, image_size=32)).num_workers for devices in (1, 2, 8)]
+    assert workers == [6, 3, 1]
+
+
 @pytest.mark.parametrize(("megabytes", "num_workers"), [(64, 0), (70, 1), (250, 6), (2000, 8)])
 def test_loader_processes_fit_in_shared_memory(monkeypatch, capsys, megabytes, num_workers):
     """Docker's default is 64 MB. If it fills up, a loader process dies of a bus error."""

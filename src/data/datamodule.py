@@ -154,7 +154,8 @@ class DetectionDataModule(pl.LightningDataModule):
 
         A full SHARED_MEMORY kills them by a bus error. It holds two finished batches per process, and two more.
         """
-        requested = self.config.num_workers if self.config.num_workers >= 0 else min(8, os.cpu_count() or 1)
+        automatic = min(8, max(1, available_cores() // self.config.devices))
+        requested = self.config.num_workers if self.config.num_workers >= 0 else automatic
         if not os.path.isdir(SHARED_MEMORY):
             return requested
         batch = 3 * self.config.canvas_size**2 * self.config.batch_size * self.config.devices
@@ -164,6 +165,11 @@ class DetectionDataModule(pl.LightningDataModule):
             print(f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for {requested} loader processes. "
                   f"Using {possible}. In Docker, `docker run --shm-size=2g` provides more.")  # fmt: skip
         return min(requested, possible)
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use; only Linux can limit them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def single_thread_worker(_: int) -> None:
