@@ -8,7 +8,7 @@ train       train and evaluate on the VOCdevkit in VOC_ROOT, as many epochs as f
 
 Every result is printed and written to OUT/results.md and OUT/PART.json as soon as it is known. If a part fails or runs out
 of time, its error is written and the next part starts; the exit status is then 1. The last part may use all remaining time,
-each other one half of it. Everything runs on a CPU too: --size 64 --width 0.0625 --batch 4 --seconds 0.1.
+each other one half of it. Everything runs on a CPU too (not on Windows): --size 64 --width 0.0625 --batch 4 --seconds 0.1.
 """
 
 import argparse
@@ -66,8 +66,12 @@ def main(arguments: list[str]) -> None:
     sys.exit(0 if all(succeeded) else 1)
 
 
+class PartTimeout(BaseException):
+    """The time of a part is over. Not an Exception, which code that expects an error of the disk would handle."""
+
+
 def raise_timeout(*_) -> None:
-    raise TimeoutError("The time of this part is over. Use more --minutes, or name this part alone.")
+    raise PartTimeout("The time of this part is over. Use more --minutes, or name this part alone.")
 
 
 def run_part(name: str, options: argparse.Namespace, seconds: float) -> bool:
@@ -90,7 +94,7 @@ def run_part(name: str, options: argparse.Namespace, seconds: float) -> bool:
         for result in PARTS[name](options, seconds):
             write(result)
         return True
-    except Exception as error:  # of whatever kind: the next part starts
+    except (Exception, PartTimeout) as error:  # any error: continue with the next part
         signal.setitimer(signal.ITIMER_REAL, 0)
         traceback.print_exc()
         text = " ".join(str(error).split())

@@ -1,8 +1,8 @@
 """The parts of `benchmarks.gpu` that measure: smoke, throughput, multiscale and loader."""
 
+import gc
 import itertools
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ from benchmarks.timing import now, threads
 from benchmarks.training import NetworkClock, random_batch, train_steps
 from src.config import SHAPE_CLASSES, Config
 from src.data.cache import ImageCache
-from src.data.datamodule import DetectionDataModule
+from src.data.datamodule import DetectionDataModule, available_cores
 from src.data.mosaic import MosaicDataset
 from src.data.shapes import draw_shapes
 from src.serving.predictor import Predictor
@@ -104,7 +104,9 @@ class RateClock(pl.Callback):
 def training_rate(config: Config, warmup: int, seconds: float) -> Result:
     """Images per second of real training steps on data in the GPU's memory, its peak memory, and the warm-up's seconds."""
     batch = random_batch(config)
+    gc.collect()  # the modules of earlier measurements
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch._dynamo.reset()  # the graphs of other settings
     counters.clear()
@@ -174,8 +176,7 @@ def multiscale(options: Namespace, _: float) -> Iterator[Result]:
 
 def loader(options: Namespace, _: float) -> Iterator[Result]:
     """Samples per second of the training loader with a filled cache, and the number of processes that training needs."""
-    cores = len(os.sched_getaffinity(0))
-    config = Config(image_size=options.size, epochs=1000, num_workers=cores, batch_size=options.batch)
+    config = Config(image_size=options.size, epochs=1000, num_workers=available_cores(), batch_size=options.batch)
     possible, rates = DetectionDataModule(config).num_workers, {}  # no more than shared memory has space for
     with tempfile.TemporaryDirectory() as name, threads(1):
         cache = ImageCache(Path(name) / "cache.u8", IMAGES, options.size)
@@ -191,9 +192,10 @@ def loader(options: Namespace, _: float) -> Iterator[Result]:
 
 def required_workers(path: Path, rates: dict[int, float]) -> Result:
     """The smallest measured number of loader processes that is as fast as the fastest training in the results at `path`."""
-    if not path.exists():
-        return {"measured": "loader processes that training needs", "result": "unknown: run throughput first"}
-    needed = max(row.get("images_per_s", 0) for row in json.loads(path.read_text(encoding="utf-8"))["results"])
+    rows = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    needed = max((row.get("images_per_s", 0) for row in rows), default=0)
+    if not (needed and rates):
+        return {"measured": "loader processes that training needs", "result": "unknown: run throughput and loader first"}
     workers = next((workers for workers, rate in rates.items() if rate >= needed), None)
     result = f"{workers}" if workers else f"not reached by {max(rates)}"
     return {"measured": f"loader processes for {needed:,.0f} images/s", "result": result, "workers": workers}

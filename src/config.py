@@ -65,7 +65,7 @@ class Config(Settings):
     shapes_train: int = 1200  # training images of the synthetic data set
     shapes_val: int = 300
     cache_gb: float = 12.0  # maximum size of each cache of resized images on disk; 0: no cache
-    num_workers: int = -1  # loader processes per device; -1: one per core, at most 8, divided among the devices
+    num_workers: int = -1  # loader processes per device; -1: the cores divided by the devices, at most 8
 
     # images
     image_size: int = 416  # width and height in pixels, a multiple of 32
@@ -125,10 +125,10 @@ class Config(Settings):
 
     @property
     def pretrained_path(self) -> str:
-        """`pretrained_weights`. A path that only exists in the repository's folder is completed to an absolute path."""
-        shipped = REPOSITORY / self.pretrained_weights
-        is_shipped = self.pretrained_weights and shipped.exists() and not Path(self.pretrained_weights).exists()
-        return str(shipped) if is_shipped else self.pretrained_weights
+        """`pretrained_weights`, completed to an absolute path if weights are there only in the repository's folder."""
+        local, shipped = Path(self.pretrained_weights), REPOSITORY / self.pretrained_weights
+        is_local = local.is_file() or (local / "config.json").exists()
+        return str(shipped) if self.pretrained_weights and shipped.exists() and not is_local else self.pretrained_weights
 
     @property
     def canvas_size(self) -> int:

@@ -246,6 +246,8 @@ def test_pretrained_path_prefers_the_current_folder(tmp_path, monkeypatch):
     config = Config(pretrained_weights="weights/backbone")
     assert config.pretrained_path == str(REPOSITORY / "weights/backbone")
     (tmp_path / "weights/backbone").mkdir(parents=True)
+    assert config.pretrained_path == str(REPOSITORY / "weights/backbone")  # a folder of something else
+    (tmp_path / "weights/backbone/config.json").touch()
     assert config.pretrained_path == "weights/backbone"
     assert [Config(pretrained_weights=name).pretrained_path for name in ("", "name/model")] == ["", "name/model"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from src.config import Config
 from src.data.cache import ImageCache
 from src.data.datamodule import DetectionDataModule, SampleIdSampler, ValDataset, collate
-from src.data.mosaic import MosaicDataset, augmentations
+from src.data.mosaic import MosaicDataset, augmentations, paste, transform_boxes
 from src.data.records import make_record
 from src.model.boxes import cxcywh_to_xyxy
 from src.model.network import YOLOv3
@@ -99,6 +99,20 @@ def test_each_augmentation_moves_boxes_with_pixels():
         np.testing.assert_allclose(out["bboxes"][0], edges, atol=0.01, err_msg=type(step).__name__)
 
 
+def test_the_box_of_a_whole_image_ends_where_its_pixels_end():
+    """Random placements, inside the region and beyond it, of images down to a height of one pixel."""
+    random, region = np.random.default_rng(0), (10, 20, 80, 90)
+    for _ in range(500):
+        width, height = random.integers(1, 120, 2)
+        canvas = np.full((96, 96, 3), PAD, dtype=np.uint8)
+        image = np.full((height, width, 3), 250, dtype=np.uint8)
+        top_left, scale = random.uniform(5, 75, 2), random.uniform(0.5, 1.5, 2)
+        moved, shift = paste(canvas, region, image, scale, top_left)
+        box, _ = transform_boxes(np.float32([[0, 0, width, height]]), moved, shift, region, 0.0)
+        rows, columns = np.nonzero((canvas != PAD).any(axis=-1))
+        np.testing.assert_allclose(box[0], (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), atol=1e-3)
+
+
 def test_mosaic_fraction_and_closing_epochs():
     data = MosaicDataset(records(), settings())
     fraction = np.mean([data.is_mosaic(sample_id) for sample_id in range(4000)])
@@ -123,12 +137,16 @@ def test_mosaic_joins_four_images_at_a_random_point():
 
 @pytest.mark.parametrize("mosaic", [0.0, 1.0])
 def test_images_are_scaled_by_config(mosaic):
-    """A box has scale squared times its original area. The change of the aspect ratio keeps the area."""
+    """A box has scale squared times its original area. The change of the aspect ratio keeps the area.
+
+    Up to the rounding to pixels, so the canvas is large.
+    """
     low, high = scales = (0.6, 0.8) if mosaic else (0.3, 0.5)
     data = MosaicDataset(
-        records(), settings(mosaic_prob=mosaic, mosaic_scale=(0.6, 0.8), image_scale=(0.3, 0.5), min_visibility=0.99)
+        records(),
+        settings(image_size=416, mosaic_prob=mosaic, mosaic_scale=(0.6, 0.8), image_scale=(0.3, 0.5), min_visibility=0.99),
     )
-    original = np.concatenate([data.image(number)[1] for number in range(4)]) / 96
+    original = np.concatenate([data.image(number)[1] for number in range(4)]) / 416
     areas = (original[:, 2:] - original[:, :2]).prod(axis=1)
     samples = [(boxes[:, 2:].prod(dim=1), labels) for _, boxes, labels in map(data.__getitem__, range(120))]
     measured = np.sqrt(np.concatenate([area.numpy() / areas[labels.numpy()] for area, labels in samples]))

@@ -93,7 +93,7 @@ def test_a_failing_part_does_not_stop_the_next(tmp_path, monkeypatch):
     status, results = run(tmp_path, "smoke", "throughput", "train", "--minutes", "0.05")
     assert status == 1 and [len(rows) for rows in results.values()].count(2) == 2
     assert results["smoke"][1]["result"] == "RuntimeError: no such luck"
-    assert results["throughput"][1]["result"].startswith("TimeoutError")
+    assert results["throughput"][1]["result"].startswith("PartTimeout")
     assert results["train"][0]["result"].startswith("skipped: VOC_ROOT")
 
 

@@ -57,3 +57,6 @@ def test_a_pretrained_backbone_is_named_on_the_card(tmp_path):
     detector.save_pretrained(tmp_path / "detector")
     text = describe_start(Config(width=0.125, pretrained_weights=str(tmp_path / "detector")))
     assert text.endswith("trained for 3 of 4 epochs on Some VOC")
+    detector.metadata = {}
+    detector.save_pretrained(tmp_path / "detector")
+    assert describe_start(Config(width=0.125, pretrained_weights=str(tmp_path / "detector"))) == "detector"

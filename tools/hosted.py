@@ -1,4 +1,4 @@
-"""Rehearse the notebooks in a stand-in for Colab's or Kaggle's runtime. Run by hand; needs git, and for Kaggle root on Linux.
+"""Run the notebooks in a simulated Colab or Kaggle runtime. Run by hand; needs git, and for Kaggle root on Linux.
 
 python -m tools.hosted colab
 python -m tools.hosted kaggle

@@ -168,7 +168,7 @@ class DetectionDataModule(pl.LightningDataModule):
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use; only Linux can limit them."""
+    """Return the number of cores that this process may use, or of all cores where Python can't read that."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -44,8 +44,8 @@ def paste(canvas: np.ndarray, region: tuple[int, int, int, int], image: np.ndarr
     size = np.array(image.shape[1::-1])
     first = np.clip(np.rint(top_left), low, high - 1).astype(int)
     last = np.clip(np.rint(top_left + size * scale), first + 1, high).astype(int)
-    crop_first = np.clip(np.rint((first - top_left) / scale), 0, size - 1).astype(int)
-    crop_last = np.clip(np.rint((last - top_left) / scale), crop_first + 1, size).astype(int)
+    crop_first = np.where(first > low, 0, np.clip(np.rint((first - top_left) / scale), 0, size - 1)).astype(int)
+    crop_last = np.where(last < high, size, np.clip(np.rint((last - top_left) / scale), crop_first + 1, size)).astype(int)
     crop = image[crop_first[1] : crop_last[1], crop_first[0] : crop_last[0]]
     canvas[first[1] : last[1], first[0] : last[0]] = cv2.resize(crop, (last - first).tolist(), interpolation=cv2.INTER_LINEAR)
     scale = (last - first) / (crop_last - crop_first)

@@ -36,7 +36,8 @@ def find_lr(
 
     The suggestion is the rate at which 90 % of the loss's fall has happened, shortly before divergence; lower and higher
     peaks are compared in benchmarks/RECIPE.md. Lightning's finder is not used: it suggests the rate of steepest descent,
-    which is lower, and its smoothing (2 % per step) is too slow for 100 steps. One device has the effective batch of all.
+    which is lower, and its smoothing (2 % per step) is too slow for 100 steps. The test runs on one
+    device and accumulates gradients to the effective batch of all devices.
     Raises RuntimeError if the loss never falls.
     """
     config = data.check_matches(config)

@@ -1,6 +1,7 @@
 """One training process per GPU for a notebook, which Lightning can't run again as it does a script."""
 
 import os
+import pickle
 import sys
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import torch.multiprocessing as mp
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
+PIPE_BYTES = 60_000
 GRACE_SECONDS = 5  # after an error, until the other processes are terminated, and then killed
 
 
@@ -45,5 +47,14 @@ def _run(rank: int, port: int, errors: mp.SimpleQueue, function: Callable, args:
     try:
         function(*args)
     except Exception as error:
-        errors.put(error)
+        if can_be_sent(error):
+            errors.put(error)
         raise
+
+
+def can_be_sent(error: Exception) -> bool:
+    """Return whether `error` survives pickling and fits into a pipe that is read only after this process has ended."""
+    try:
+        return len(pickle.dumps(error)) < PIPE_BYTES and isinstance(pickle.loads(pickle.dumps(error)), type(error))
+    except Exception:  # pickling calls code of the error's class
+        return False
