@@ -58,7 +58,7 @@ set `VOC_ROOT` to the folder that contains `VOCdevkit`.
 
 ```python
 from src.serving.predictor import Predictor
-detections = Predictor.load("weights")("photo.jpg", confidence=0.25)
+detections = Predictor.load("weights")("photo.jpg", confidence=0.35)
 ```
 
 ## Limits
