@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path("data/cache")
+CONTENT = b"antialiased"  # how the images were resized; caches of other contents are not read
 
 
 class ImageCache:
@@ -58,11 +59,12 @@ class ImageCache:
 def open_cache(images: list[str | np.ndarray], name: str, size: int, max_gb: float) -> ImageCache | None:
     """Return a cache for these images at this size, or None with a printed reason if it can't be created.
 
-    The file name contains a digest of the images (path, file size and time, or pixels), so changed images get a new file.
+    The file name contains a digest of CONTENT and the images (path, file size and time, or pixels), so changed images get a
+    new file.
     """
     if not max_gb:
         return None
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(CONTENT, digest_size=8)
     for image in images:
         if isinstance(image, np.ndarray):
             digest.update(image)
