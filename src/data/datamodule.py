@@ -154,8 +154,9 @@ class DetectionDataModule(pl.LightningDataModule):
 
         A full SHARED_MEMORY kills them by a bus error. It holds two finished batches per process, and two more.
         """
-        automatic = min(8, max(1, available_cores() // self.config.devices))
-        requested = self.config.num_workers if self.config.num_workers >= 0 else automatic
+        requested = self.config.num_workers
+        if requested < 0:
+            requested = min(8, max(1, available_cores() // self.config.devices))
         if not os.path.isdir(SHARED_MEMORY):
             return requested
         batch = 3 * self.config.canvas_size**2 * self.config.batch_size * self.config.devices

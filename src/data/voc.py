@@ -56,26 +56,26 @@ def _check_size(root: ElementTree.Element, size: tuple, where: str, problems: li
 
 def _read_object(item: ElementTree.Element, classes: tuple, size: tuple, where: str, problems: list[Problem]) -> tuple:
     """Read (box, label, difficult) of an <object>. Adds to `problems` and returns () if it is not valid."""
-    found: list[Problem] = []
-    name = _text(item, "name", where, found).strip()
-    if not found and name not in classes:
-        found.append(Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes."))
+    own_problems: list[Problem] = []
+    name = _text(item, "name", where, own_problems).strip()
+    if not own_problems and name not in classes:
+        own_problems.append(Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes."))
     where = f"{where} ({name[:40]})"
-    difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where, found).strip()
+    difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where, own_problems).strip()
     if difficult not in ("0", "1"):
-        found.append(Problem("annotation", f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1."))
+        own_problems.append(Problem("annotation", f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1."))
     edges = [math.nan] * 4
     if item.find("bndbox") is None:
-        _text(item, "bndbox", where, found)
+        _text(item, "bndbox", where, own_problems)
     else:
-        edges = [_number(item, f"bndbox/{edge}", where, found) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        edges = [_number(item, f"bndbox/{edge}", where, own_problems) for edge in ("xmin", "ymin", "xmax", "ymax")]
     box = clip_box((edges[0] - 1, edges[1] - 1, *edges[2:]), size, min_side=1)
     if box is None and not any(map(math.isnan, edges)):
         image = "the image" if size == UNKNOWN_SIZE else f"the image of {size[0]} x {size[1]} pixels"
         text = f"{where}: box xmin, ymin, xmax, ymax = {edges} is empty or outside {image}."
-        found.append(Problem("box", text))
-    problems += found
-    return () if found else (box, classes.index(name), difficult == "1")
+        own_problems.append(Problem("box", text))
+    problems += own_problems
+    return () if own_problems else (box, classes.index(name), difficult == "1")
 
 
 def _text(parent: ElementTree.Element, field: str, where: str, problems: list[Problem]) -> str:

@@ -85,7 +85,8 @@ def resize_long_side(image: np.ndarray, long_side: int) -> np.ndarray:
     if (height, width) == image.shape[:2]:
         return image
     channels = torch.tensor(np.ascontiguousarray(np.atleast_3d(image))).permute(2, 0, 1)[None]
-    return cv2.merge([*interpolate(channels, (height, width), mode="bilinear", antialias=True)[0].numpy()])
+    resized = interpolate(channels, (height, width), mode="bilinear", antialias=True)[0].numpy()
+    return cv2.merge([*resized])  # [H, W, 3], or [H, W] of one channel
 
 
 def letterbox_placement(width: int, height: int, size: int) -> np.ndarray:

@@ -154,11 +154,10 @@ def describe_sizes(config: Config) -> str:
 def describe_start(config: Config) -> str:
     """Describe the weights that the training started from, for the card."""
     source = config.pretrained_path
-    if source and is_backbone(source):
-        facts = read_metadata(source)
+    facts = read_metadata(source) if source and (Path(source) / "config.json").exists() else {}
+    if facts and is_backbone(source):
         return (f"a Darknet-53 backbone, which was pretrained to classify {facts['data']} ({facts['images']:,} images, "
                 f"{facts['classes']} classes, top-1 accuracy {facts['top1']:.1%})")  # fmt: skip
-    facts = read_metadata(source) if source and (Path(source) / "config.json").exists() else {}
     if {"epochs", "data"} <= facts.keys():
         return f"a detector of the same kind, which was trained for {facts['epochs']} epochs on {facts['data']}"
     return Path(source).name if source else "scratch (no pretrained weights)"

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-PIPE_BYTES = 60_000
+PIPE_BYTES = 60_000  # slightly less than a pipe holds
 GRACE_SECONDS = 5  # after an error, until the other processes are terminated, and then killed
 
 
@@ -55,6 +55,7 @@ def _run(rank: int, port: int, errors: mp.SimpleQueue, function: Callable, args:
 def can_be_sent(error: Exception) -> bool:
     """Return whether `error` survives pickling and fits into a pipe that is read only after this process has ended."""
     try:
-        return len(pickle.dumps(error)) < PIPE_BYTES and isinstance(pickle.loads(pickle.dumps(error)), type(error))
+        pickled = pickle.dumps(error)
+        return len(pickled) < PIPE_BYTES and isinstance(pickle.loads(pickled), type(error))
     except Exception:  # pickling calls code of the error's class
         return False
