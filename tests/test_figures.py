@@ -56,7 +56,11 @@ def detections_of(record) -> Detections:
 def explanation_of(record, message="") -> SimpleNamespace:
     """An explanation of the first object of a record."""
     return SimpleNamespace(
-        heatmap=np.eye(96, dtype=np.float32), detections=detections_of(record), explained=np.array([0]), message=message
+        heatmap=np.eye(96, dtype=np.float32),
+        detections=detections_of(record),
+        explained=np.array([0]),
+        message=message,
+        is_candidate=False,
     )
 
 

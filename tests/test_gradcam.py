@@ -114,7 +114,8 @@ def test_a_scale_that_does_not_contribute_gives_a_message(predictor, image):
 def test_without_detections_the_top_candidate_is_explained(predictor, image):
     result = explain(predictor, image, confidence=0.99)
     best = predictor.candidates(image).top_candidate()
-    assert "No detection above 99%" in result.message and predictor.classes[best.labels[0]] in result.message
+    assert result.is_candidate and "No detection above 99%" in result.message
+    assert predictor.classes[best.labels[0]] in result.message
     assert result.detections.index.tolist() == best.index.tolist() and result.explained.tolist() == [0]
     assert "No star above 45%" in explain(predictor, image, "star", confidence=0.45).message
 

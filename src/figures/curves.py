@@ -133,10 +133,10 @@ def plot_training_curves(path: str | Path, targets: dict[str, float]) -> Figure:
     axes["lr"].set(title="Learning rate (OneCycle)", xlabel="step")
     _from_zero(axes["lr"])
     for key, axis in axes.items():
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if key != "lr":
             axis.set_xlabel("epoch")
             axis.set_xlim(0, None if axis.get_xlim()[1] > 1 else 1)
-            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
 

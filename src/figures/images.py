@@ -131,7 +131,7 @@ def plot_gradcam(images, explanations: Sequence, classes: Sequence[str], titles:
         image = images if shared else images[number]
         if number == 0 or not shared:
             tiles.append(_draw_detections(image, explanation.detections, classes, size))
-            tile_titles.append("detections")
+            tile_titles.append("top candidate" if explanation.is_candidate else "detections")
         tiles.append(_draw_explanation(image, explanation, classes, size))
         tile_titles.append(titles[number] if titles else _title(explanation, classes))
     return _grid(tiles, columns, tile_titles)

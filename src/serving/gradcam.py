@@ -29,6 +29,7 @@ class Explanation:
     detections: Detections  # of the image; if there are none, the top candidate
     explained: np.ndarray  # int64 [m] rows of `detections` that the heatmap shows
     message: str  # for the reader: no detection found, or the heatmap is empty; else ""
+    is_candidate: bool  # nothing was detected, `detections` is the top candidate below the threshold
 
 
 class Explainer:
@@ -71,6 +72,7 @@ class Explainer:
         if layer not in ("own", "all", *range(len(STRIDES))):
             raise ValueError(f'Unknown layer {layer!r}. Choose "own", "all" or a scale from 0 to {len(STRIDES) - 1}.')
         detections, rows, message = self._select(target, confidence, iou_threshold)
+        is_candidate = bool(message)
         if len(rows) > MAX_EXPLAINED:
             message = f"The heatmap shows the best {MAX_EXPLAINED} of {len(rows)} detections."
         rows, heatmap = rows[:MAX_EXPLAINED], np.zeros(self.inputs.shape[2:], np.float32)
@@ -87,7 +89,7 @@ class Explainer:
                 heatmap = np.maximum(heatmap, cam)
         if len(rows) and not (message or heatmap.any()):
             message = "No part of the image raises the score, by this method on this layer."
-        return Explanation(self._crop_to_image(heatmap), detections, rows, message)
+        return Explanation(self._crop_to_image(heatmap), detections, rows, message, is_candidate)
 
     def _select(self, target: str | int, confidence: float, iou_threshold: float) -> tuple[Detections, np.ndarray, str]:
         """Return the detections, the rows `target` selects and no message; if there are none, the top candidate and why."""

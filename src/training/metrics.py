@@ -11,6 +11,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
 from src.model.boxes import cxcywh_to_xyxy, decode_above, nms
+from src.serving.predictor import CONFIDENCE
 from src.training.loss import assign_targets
 
 THRESHOLDS = (0.05, 0.5)  # of objectness, for object and no-object accuracy; the course uses the first
@@ -22,7 +23,10 @@ AP_METHODS = {"ap": "area", "ap_11pt": "11pt", "ap_course": "course"}  # column 
 
 
 class CellAccuracy(Metric):
-    """Class, object and no-object accuracy as the course defines them, over the assignment that the loss uses.
+    """Class, object and no-object accuracy as the course defines them.
+
+    The positives are the loss's. Background is all but the positives and `Assigned.ignored`: what the loss ignores because its
+    box overlaps an object counts here.
 
     update(logits three [B, 3, G, G, 5 + C], targets [N, 6], anchors [3, 3, 2]); compute() -> fractions:
     "class", and for each threshold t "object@t" (positives with objectness above t) and "no_object@t"
@@ -198,7 +202,9 @@ def coco_average_precision(predictions: np.ndarray, ground_truth: np.ndarray) ->
     return {"COCO AP@.5": float(values["map_50"]), "COCO AP@.5:.95": float(values["map"])}
 
 
-def confusion(predictions: np.ndarray, ground_truth: np.ndarray, num_classes: int, confidence: float = 0.25) -> np.ndarray:
+def confusion(
+    predictions: np.ndarray, ground_truth: np.ndarray, num_classes: int, confidence: float = CONFIDENCE
+) -> np.ndarray:
     """Confusion matrix int64 [C + 1, C + 1]: rows ground truth, columns predictions; the last of each is background.
 
     A detection above `confidence` is matched to the object of its image with the highest IoU, whatever its class, if
