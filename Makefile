@@ -1,6 +1,6 @@
-# `make run` and `make test` need Python 3.10 to 3.12 and make, nothing else.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
-	$$p -c 'import sys; exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+# `make run` and `make test` need Python 3.10 to 3.13 and make, nothing else.
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.10 python3; do \
+	$$p -c 'import sys; exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV = .venv
 BIN = $(VENV)/bin/python
 
@@ -10,7 +10,7 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.12 found. Install one, or run make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 found. Install one, or run make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Creating $(VENV) with $(PYTHON): downloads about 3 GB and takes 2 to 5 minutes"
 	$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing. On Debian or Ubuntu, run apt install python3-venv"; exit 1; }
 	$(BIN) -m pip install --quiet --upgrade pip
