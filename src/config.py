@@ -107,6 +107,13 @@ class Config(Settings):
     def __post_init__(self, voc_root: str):
         if voc_root:
             object.__setattr__(self, "data_root", voc_root)
+        for name in ("classes", "train_splits", "val_splits"):
+            value = getattr(self, name)  # a string: ("mask") without its comma
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else _tuples(value))
+        for name in ("multiscale_sizes", "mosaic_scale", "image_scale", "anchors"):
+            object.__setattr__(self, name, _tuples(getattr(self, name)))
+        for name in ("data_root", "run_dir", "pretrained_weights"):
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for size in (self.image_size, *self.multiscale_sizes):
             if size < 32 or size % 32:
                 raise ValueError(
@@ -150,8 +157,8 @@ FORMER_NAMES = {  # names in config.json of older runs
 
 
 def _tuples(value):
-    """Convert JSON's lists back to tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    """Convert lists and ranges, also nested, to tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple | range) else value
 
 
 PRESETS = {

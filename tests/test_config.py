@@ -56,6 +56,15 @@ def test_invalid_settings_are_named(setting, message):
         Config(**setting)
 
 
+def test_lists_paths_and_single_strings_become_what_is_saved(tmp_path):
+    """("mask") without its comma is a string; it would be read as four classes."""
+    config = Config(classes="mask", train_splits=["2012/*"], multiscale_sizes=range(64, 129, 32), run_dir=tmp_path / "run")
+    assert config.classes == ("mask",) and config.train_splits == ("2012/*",) and config.multiscale_sizes == (64, 96, 128)
+    assert config.replace(anchors=[[list(anchor) for anchor in scale] for scale in config.anchors]) == config
+    config.save(tmp_path / "config.json")
+    assert Config.load(tmp_path / "config.json") == config
+
+
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().width = 2

@@ -17,6 +17,7 @@ from src.figures import curves
 from src.figures import images as image_figures
 from src.figures.style import TARGET, TRAIN, VAL
 from src.model.network import ANCHORS
+from src.serving import drawing
 from src.serving.drawing import class_colours
 from src.serving.predictor import Detections
 from src.training.lr_finder import LRFinderResult
@@ -149,6 +150,16 @@ def test_an_image_explained_several_times_is_shown_once():
     assert titles == ["detections", f"heatmap of {SHAPE_CLASSES[RECORDS[0].labels[0]]} 50%", "No star above 25%."]
     figure = image_figures.plot_gradcam([RECORDS[0].image] * 2, [explanation, explanation], SHAPE_CLASSES, ["a", "b"])
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["detections", "a", "detections", "b"]
+
+
+def test_letters_besides_ascii_are_drawn(monkeypatch):
+    """Pillow's own font shows all letters that it lacks as the same empty square."""
+    monkeypatch.setattr(drawing, "SYSTEM_FONTS", (f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf",))
+    drawing._font.cache_clear()
+    canvas, box = np.zeros((64, 128, 3), np.uint8), np.float32([[10, 30, 100, 60]])
+    one, other = (drawing.draw_boxes(canvas, box, [(255, 255, 255)], [text]) for text in ("кошка", "собак"))
+    drawing._font.cache_clear()
+    assert not np.array_equal(one, other)
 
 
 def test_images_may_be_files(tmp_path):

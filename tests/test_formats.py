@@ -207,6 +207,12 @@ def test_roboflows_root_category_is_left_out(tmp_path):
     assert coco.class_names(tmp_path) == ("dog", "no")
 
 
+def test_a_class_with_the_name_of_roboflows_root_category_is_kept(tmp_path):
+    categories = [{"id": 0, "name": "dog", "supercategory": "none"}, {"id": 1, "name": "dog", "supercategory": "dog"}]
+    write_coco(tmp_path / "train/_annotations.coco.json", coco_data() | {"categories": categories}, tmp_path / "train")
+    assert coco.class_names(tmp_path) == ("dog",)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -25,6 +25,7 @@ from src.training.checkpoints import (
     LAST,
     PREVIOUS,
     AtomicCheckpointIO,
+    BestCheckpoint,
     atomic_write,
     find_corruption,
     latest_valid_checkpoint,
@@ -157,10 +158,29 @@ def prepare(folder: Path, ckpt_path: str | None) -> Path | None:
 def test_new_run_deletes_the_former_checkpoints(copy):
     assert prepare(copy, "auto") == copy / LAST
     (copy / "last-1.ckpt").touch()
-    assert prepare(copy, None) is None and latest_valid_checkpoint(copy) is None
+    assert prepare(copy, None) is None and latest_valid_checkpoint(copy) is None and not (copy / "best.ckpt").exists()
     assert prepare(copy, "auto") is None
     with pytest.raises(FileNotFoundError, match="there is no run to resume"):
         prepare(copy, "last")
+
+
+def test_a_copied_run_keeps_its_best_checkpoint(run, copy):
+    """Lightning alone would forget the best score, and the next epoch would replace best.ckpt."""
+    score = {"monitor": "val/mAP50", "best_model_score": torch.tensor(0.5), "best_k_models": {}, "kth_value": torch.tensor(0.5)}
+    paths = {"best_model_path": str(run[0] / "best.ckpt"), "kth_best_model_path": "", "last_model_path": ""}
+    for present in (True, False):
+        callback = BestCheckpoint(copy, "best", monitor="val/mAP50", mode="max")
+        callback.load_state_dict(score | paths | {"dirpath": str(run[0])})
+        assert (callback.best_model_score is not None) == present
+        (copy / "best.ckpt").unlink(missing_ok=True)
+
+
+def test_a_checkpoint_of_another_folder_is_resumed_with_the_settings_beside_it(run, tmp_path):
+    """As on Kaggle, where the output of an earlier session is read-only."""
+    _, checkpoint = prepare_run(YOLOv3Module, tiny(tmp_path / "new"), None, str(run[0] / LAST))
+    assert checkpoint == run[0] / LAST and (tmp_path / "new/config.json").exists()
+    with pytest.raises(ValueError, match="Config.image_size is 96"):
+        prepare_run(YOLOv3Module, tiny(tmp_path / "new", image_size=96), None, str(run[0] / LAST))
 
 
 def test_checkpoint_names_and_keys_of_older_runs(run, copy):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from src.config import PRESETS, SHAPE_CLASSES, Config
 from src.model.network import YOLOv3
 from src.model.pretrained import save_backbone
@@ -45,6 +47,25 @@ def test_exported_weights_have_card_log_and_settings(tmp_path):
     again, _ = measure(tmp_path / "weights")
     assert again.accuracies == evaluation.accuracies and again.precisions == evaluation.precisions
     assert Config.load(tmp_path / "weights/run.json").replace(run_dir=config.run_dir, data_root=config.data_root) == config
+
+
+def test_weights_of_own_data_are_measured_on_it(tmp_path):
+    for split in ("train", "val"):
+        folder = tmp_path / "mine/images" / split
+        folder.mkdir(parents=True)
+        (tmp_path / "mine/labels" / split).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (64, 64), (60 * number, 0, 0)).save(folder / f"{number}.png")
+            (tmp_path / "mine/labels" / split / f"{number}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
+    (tmp_path / "mine/data.yaml").write_text("train: images/train\nval: images/val\nnames: [square]\n")
+    config = Config(
+        data_root=str(tmp_path / "mine"), image_size=64, width=0.125, epochs=1, batch_size=4, max_lr=1e-3, num_workers=0,
+        cache_gb=0, precision="32-true", run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    fit(config)
+    evaluation = write(tmp_path / "run", tmp_path / "weights")
+    assert [row["class"] for row in evaluation.per_class] == ["square"]
+    assert Config.load(tmp_path / "weights/run.json").data_root == config.data_root
 
 
 def test_a_pretrained_backbone_is_named_on_the_card(tmp_path):

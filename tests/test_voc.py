@@ -240,6 +240,31 @@ def test_a_failed_download_names_the_solution(tmp_path, monkeypatch):
         download_voc(tmp_path, ("2007/test",))
 
 
+def test_an_interrupted_unpacking_is_repeated(tmp_path, monkeypatch):
+    """The lists are there before all photographs are."""
+
+    def interrupted(root, **_):
+        write_tree(tmp_path, "2012", {"train": {"1": obj()}})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download_voc(tmp_path, ("2012/train",))
+    requests = []
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", lambda root, **options: requests.append(options["image_set"]))
+    download_voc(tmp_path, ("2012/train",))
+    download_voc(tmp_path, ("2012/train",))
+    assert requests == ["train"]
+
+
+def test_suffixes_in_capitals_are_found(tmp_path):
+    write_tree(tmp_path, "2012", {"train": {"1": obj()}})
+    image = next(tmp_path.rglob("1.jpg"))
+    image.rename(image.with_suffix(".JPG"))
+    (record,) = read_voc(tmp_path, ("2012/train",), VOC_CLASSES)
+    assert record.image.endswith(".JPG")
+
+
 @pytest.mark.skipif("VOC_ROOT" not in os.environ, reason="VOC_ROOT is not set")
 def test_a_real_tree():
     root = Path(os.environ["VOC_ROOT"])

@@ -55,10 +55,12 @@ def class_names(root: str | Path) -> tuple[str, ...]:
     """Return the category names of all files, without the parent category that Roboflow adds. Raises ValueError."""
     names = {}
     for path in find_files(root).values():
-        data, categories = _load(path)
+        data, _ = _load(path)
         parents = {str(category.get("supercategory")) for category in data["categories"]} - {"none"}
-        added = {c["name"].strip() for c in data["categories"] if c.get("supercategory") == "none"} & parents
-        names |= dict.fromkeys(name for name in categories.values() if name not in added)
+        for category in data["categories"]:
+            name = category["name"].strip()
+            if not (category.get("supercategory") == "none" and name in parents):
+                names[name] = None
     if not names:
         raise ValueError(f"{root} has no COCO file with categories. Set Config.data_root to the folder that contains it.")
     return tuple(names)

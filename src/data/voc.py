@@ -10,6 +10,7 @@ from src.data.records import Problem, Result, check_image, clip_box, make_result
 from src.serving.images import IMAGE_SUFFIXES
 
 UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can't be read
+SUFFIXES = (".jpg", ".JPG", *IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))  # first those that are likely
 PUBLISHED_SPLITS = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)
 DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # each published archive may have its own VOCdevkit
 KAGGLE_INPUTS = Path("/kaggle/input")
@@ -101,7 +102,7 @@ def _number(parent: ElementTree.Element, field: str, where: str, problems: list[
 
 def read_image_record(folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False) -> Result:
     """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `check_image`."""
-    candidates = (folder / "JPEGImages" / f"{stem}{suffix}" for suffix in (".jpg", *IMAGE_SUFFIXES))
+    candidates = (folder / "JPEGImages" / f"{stem}{suffix}" for suffix in SUFFIXES)
     image = next((path for path in candidates if path.exists()), folder / "JPEGImages" / f"{stem}.jpg")
     size, problems = check_image(image, decode)
     objects, annotation_problems = read_annotation(folder / "Annotations" / f"{stem}.xml", classes, size or UNKNOWN_SIZE)
@@ -175,19 +176,26 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
     for split in splits:
         year, _, name = split.partition("/")
         archive = ("test",) if name == "test" else ("train", "val", "trainval")
-        lists = split_folder(root, split) / "ImageSets" / "Main"
-        if split not in PUBLISHED_SPLITS or any((lists / f"{other}.txt").exists() for other in archive):
+        folder = split_folder(root, split) / "ImageSets" / "Main"
+        marker = Path(root) / f".{year}-{archive[-1]}.incomplete"  # an unpacking that was interrupted is repeated
+        lists = [folder / f"{other}.txt" for other in archive]
+        if split not in PUBLISHED_SPLITS or any(path.exists() for path in lists) and not marker.exists():
             continue
         if Path(root) != Path(DATA_ROOT) and not Path(root).exists():
             raise FileNotFoundError(
                 f"The folder {Path(root).resolve()} does not exist. Correct Config.data_root or VOC_ROOT if it is mistyped. "
                 "To download VOC (2.9 GB) into this folder, create it."
             )
-        print(f"VOC {split} is not under {root}. Downloading it.")
+        print(f"VOC {split} is not under {root}, or not complete. Downloading it.")
         try:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
             VOCDetection(root, year=year, image_set=name, download=True)
         except (OSError, RuntimeError, ValueError) as error:
+            if marker.exists() and not any(path.exists() for path in lists):
+                marker.unlink()
             raise RuntimeError(
                 f"VOC {split} is not under {Path(root).resolve()} and can't be downloaded ({error}). Set Config.data_root or "
                 'VOC_ROOT to the folder that contains VOCdevkit, or use Config(dataset="shapes").'
             ) from error
+        marker.unlink()

@@ -2,12 +2,16 @@
 
 import colorsys
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from src.serving.predictor import Detections
+
+SYSTEM_FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")  # Pillow searches the system for them
 
 # The first seven are by Okabe and Ito (2008, https://jfly.uni-koeln.de/color), for any colour vision. Each of the others has
 # the largest distance in Oklab to those before it, for normal, red-blind and green-blind vision.
@@ -59,9 +63,9 @@ def draw_boxes(
         gaps = (rows + columns) // (4 * line) % 2 == 1
         drawn = Image.fromarray(np.where(gaps[..., None], image, drawn))
         draw = ImageDraw.Draw(drawn)
-    font, occupied = ImageFont.load_default(font_size), []
+    occupied = []
     for box, colour, text in zip(boxes, colours, texts, strict=False):
-        _draw_label(draw, box, text, colour, font, line, drawn.size, occupied)
+        _draw_label(draw, box, text, colour, _font(font_size, text.isascii()), line, drawn.size, occupied)
     return np.asarray(drawn)
 
 
@@ -82,6 +86,15 @@ def draw_detections(
     names = zip(detections.labels[rows], detections.scores[rows], strict=True)
     texts = [f"{classes[label]} {100 * score:.0f}%" for label, score in names] if labels else ()
     return draw_boxes(image, detections.boxes[rows], colours, texts, font_size=font_size)
+
+
+@cache
+def _font(size: float, is_ascii: bool) -> ImageFont.FreeTypeFont:
+    """Return Pillow's own font, which has hardly any letters besides ASCII's, or a font of the system for other texts."""
+    for name in () if is_ascii else SYSTEM_FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple, line: int, size: tuple[int, int]) -> None:

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import Config
@@ -19,7 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 RESUME_CANDIDATES = (LAST, PREVIOUS, "last-1.ckpt")  # best first; older runs wrote "last-1.ckpt"
 RESUMABLE_FIELDS = (  # may differ when a run is resumed
     "data_root", "skip_bad_files", "cache_gb", "num_workers", "precision", "compile", "run_dir", "max_lr", "pretrained_weights",
@@ -44,6 +45,19 @@ def atomic_write(path: Path, write: Callable, mode: str = "wb", keep_as: Path | 
     if keep_as and path.exists():
         os.replace(path, keep_as)
     os.replace(part, path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Save the best epoch. Lightning's forgets the best score when a run is resumed in a copied or renamed folder."""
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace("BestCheckpoint", "ModelCheckpoint")  # as in checkpoints of older runs
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Keep the score if the folder has its best.ckpt."""
+        copied = Path(self.dirpath, BEST).exists()
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath} if copied else state_dict)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

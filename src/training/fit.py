@@ -30,7 +30,7 @@ def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str 
     previous.ckpt (of the epoch before). No other process can train in that folder meanwhile. With several devices in a
     notebook, new processes train and `data` is sent to them, see `run_in_processes`.
     ckpt_path: "last" resumes after the last complete epoch; a path resumes from that checkpoint; "auto" resumes if there
-    is a checkpoint and starts otherwise; None starts and deletes the folder's last checkpoints.
+    is a checkpoint and starts otherwise; None starts and deletes the folder's checkpoints.
     Raises ValueError if `data` or the run to resume was made with another config, torch.OutOfMemoryError that names
     settings that fit if the GPU's memory is too small.
     """
@@ -72,7 +72,7 @@ def run_trainer(
         logger=ResumableCSVLogger(folder / "metrics.csv", before=step),
         callbacks=[
             Progress(), StopIfNotFinite(), EMA(config.ema_decay),
-            ModelCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options),
+            checkpoints.BestCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options),
             ModelCheckpoint(folder, "last", **options),  # save_last would save only when the best improves
         ],
     )  # fmt: skip
@@ -92,13 +92,13 @@ def prepare_run(
     if rank_zero_only.rank:  # the first process has done the rest
         return type(config).load(folder / "config.json"), checkpoint
     if checkpoint:
-        config = checkpoints.config_for_resume(config, folder / "config.json")
+        config = checkpoints.config_for_resume(config, checkpoint.with_name("config.json"))
     elif not config.max_lr:
         config = config.replace(max_lr=find_lr(config, data, module_class=module_class).suggestion)
     if checkpoint in [folder / name for name in checkpoints.RESUME_CANDIDATES]:
         checkpoint = checkpoint.replace(folder / checkpoints.LAST)
     if not checkpoint:
-        for name in checkpoints.RESUME_CANDIDATES:
+        for name in (checkpoints.BEST, *checkpoints.RESUME_CANDIDATES):
             (folder / name).unlink(missing_ok=True)
     config.save(folder / "config.json")
     return config, checkpoint

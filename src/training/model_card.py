@@ -20,6 +20,7 @@ from src.training.metrics import Evaluation
 from src.training.module import YOLOv3Module
 from src.training.report import COURSE_THRESHOLD, STRICT_THRESHOLD, ResultsTable, markdown_table, result_rows, training_metadata
 
+OWN_DATA = ("yolo", "coco")  # data sets that are in the folder config.data_root only
 CARD = """---
 license: mit
 library_name: pytorch
@@ -75,7 +76,7 @@ def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
     config = Config.load(run / "config.json")
     model = load_detector(run).model.half()
     model.save_pretrained(folder)
-    config.replace(data_root=DATA_ROOT).save(folder / "run.json")
+    (config if config.dataset in OWN_DATA else config.replace(data_root=DATA_ROOT)).save(folder / "run.json")
     evaluation, data = measure(folder)
     epochs = model.metadata["epochs"]
     model.metadata = training_metadata(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, epochs)
@@ -100,7 +101,9 @@ def results_by_split(folder: Path) -> str:
 def measure(folder: Path, **changes) -> tuple[Evaluation, DetectionDataModule]:
     """Evaluate weights exported by `write`, in float32, on the data that their run.json names. changes: of the config."""
     config = Config.load(folder / "run.json").replace(pretrained_weights=str(folder), precision="32-true")
-    config = config.replace(data_root=Config().data_root, **changes)
+    if config.dataset not in OWN_DATA:  # VOC is wherever this machine has it
+        config = config.replace(data_root=Config().data_root)
+    config = config.replace(**changes)
     data = DetectionDataModule(config)
     return evaluate(YOLOv3Module(config), data), data
 
