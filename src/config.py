@@ -44,7 +44,7 @@ class Settings:
             raise ValueError(
                 f"{path}: unknown settings {sorted(unknown)}. Remove them, or use the version that wrote the file."
             )
-        return cls(**{name: _tuples(value) for name, value in values.items()})
+        return cls(**values)
 
 
 DATASETS = {"voc": "PASCAL VOC", "yolo": "YOLO data set", "coco": "COCO data set", "shapes": "synthetic"}

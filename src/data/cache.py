@@ -51,7 +51,7 @@ class ImageCache:
         if height:
             return slot["pixels"][: height * width * 3].reshape(height, width, 3), tuple(original_size)
         image, original_size = read()
-        with open(self.path, "r+b", buffering=0) as file:  # half the time of writing through the memory map
+        with open(self.path, "r+b") as file:  # half the time of writing through the memory map
             file.seek(index * self.dtype.itemsize + self.dtype.fields["pixels"][1])
             file.write(np.ascontiguousarray(image))
         slot["shape"] = (*image.shape[:2], *original_size)  # last: other processes may be reading

@@ -15,6 +15,7 @@ from src.data.datamodule import DetectionDataModule
 from src.data.voc import list_images
 from src.model.network import YOLOv3
 from src.model.pretrained import is_backbone, read_metadata
+from src.serving.predictor import CONFIDENCE
 from src.training.fit import evaluate, load_detector
 from src.training.metrics import Evaluation
 from src.training.module import YOLOv3Module
@@ -59,7 +60,7 @@ set `VOC_ROOT` to the folder that contains `VOCdevkit`.
 
 ```python
 from src.serving.predictor import Predictor
-detections = Predictor.load("weights")("photo.jpg", confidence=0.35)
+detections = Predictor.load("weights")("photo.jpg", confidence={confidence})
 ```
 
 ## Limits
@@ -141,6 +142,7 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
         "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
         "per_class": markdown_table(("class", "objects", "AP"), classes),
         "limits": limits,
+        "confidence": CONFIDENCE,
     }
     return CARD.format(**settings)
 
