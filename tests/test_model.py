@@ -112,6 +112,13 @@ def test_missing_and_damaged_weights_are_named(tmp_path):
         YOLOv3.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["runs/mistyped/weights", "mistyped", "owner/mistyped"])
+def test_a_folder_that_does_not_exist_is_named(source, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=f"{source} is not a folder here"):
+        YOLOv3.from_pretrained(source)
+
+
 def write_darknet(network: YOLOv3, path, backbone_only: bool = False, version=(0, 2, 5)) -> None:
     """Write a Darknet file layer by layer in the order of yolov3.cfg, independent of load_darknet."""
     stages = [network.backbone.stem]

@@ -135,3 +135,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(folder, run, tmp_path, mo
 def test_other_settings_are_refused_on_resume(folder, run):
     with pytest.raises(ValueError, match="label_smoothing is 0.0"):
         pretrain(run[0].replace(label_smoothing=0.0))
+
+
+def test_fewer_images_than_a_batch_are_one_batch(folder, tmp_path):
+    data = PretrainDataModule(tiny(folder, tmp_path, batch_size=1000))
+    assert [len(images) for images, _ in data.train_dataloader()] == [len(data.train_data)]

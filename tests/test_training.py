@@ -335,6 +335,12 @@ def test_evaluation_has_every_metric(run):
     assert len(evaluation.per_class) == len(SHAPE_CLASSES)
 
 
+def test_evaluation_on_other_classes_is_refused(run):
+    folder, _ = run
+    with pytest.raises(ValueError, match=r"The detector's classes are \('circle'.*DetectionDataModule\(detector.config\)"):
+        evaluate(load_detector(folder), DetectionDataModule(tiny(folder, classes=SHAPE_CLASSES[::-1])))
+
+
 def test_training_starts_from_pretrained_weights(run, tmp_path):
     folder, detector = run
     detector.model.save_pretrained(tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -190,6 +191,20 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         """Write config.json and model.safetensors for `save_pretrained`; an interrupted call leaves no partial weights."""
         write_weights(self.state_dict(), save_directory / "model.safetensors")
         (save_directory / "config.json").write_text(json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options) -> "YOLOv3":
+        """Load a folder written by `save_pretrained`, or a model of the Hub by its id. options: as for the Hub's mixin.
+
+        Raises FileNotFoundError if there is neither, ValueError if the weights don't fit.
+        """
+        try:
+            return super().from_pretrained(source, **options)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            raise FileNotFoundError(
+                f"{source} is not a folder here, and can't be loaded from the Hub. Give a folder written by "
+                f"YOLOv3.save_pretrained, or the id of a model (owner/name). {error}"
+            ) from None
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "YOLOv3":

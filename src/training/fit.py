@@ -140,7 +140,15 @@ def load_detector(folder: str | Path, which: str = "best") -> YOLOv3Module:
 
 
 def evaluate(detector: YOLOv3Module, data: DetectionDataModule) -> Evaluation:
-    """Compute the three accuracies and all average precisions on the validation split."""
+    """Compute the three accuracies and all average precisions on the validation split.
+
+    Raises ValueError if the classes of `data` aren't those of the detector, in the same order.
+    """
+    if detector.config.classes != data.config.classes:
+        raise ValueError(
+            f"The detector's classes are {detector.config.classes}, those of the data {data.config.classes}. "
+            "Create the data with the detector's config: DetectionDataModule(detector.config)."
+        )
     data.setup()
     make_trainer(detector.config.replace(devices=1)).validate(detector, data.val_dataloader(), verbose=False)
     columns = {"VOC AP@.5, area": "ap", "VOC AP@.5, 11 points": "ap_11pt", "course mAP@.5": "ap_course"}

@@ -83,7 +83,8 @@ class PretrainDataModule(pl.LightningDataModule):
         self.val_data = ClassificationDataset(val_samples, config, training=False)
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_data, sampler=SampleIdSampler(self.train_data, self.config.seed), drop_last=True)
+        sampler, drop_last = SampleIdSampler(self.train_data, self.config.seed), len(self.train_data) >= self.config.batch_size
+        return self._loader(self.train_data, sampler=sampler, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_data)
