@@ -38,6 +38,8 @@ class Settings:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not a JSON file of settings: {error}.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is not a JSON file of settings: it has no names.")
         values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
@@ -90,7 +92,7 @@ class Config(Settings):
     max_lr: float = 0.0  # peak of OneCycle; 0: find it with the learning-rate range test
     warmup_fraction: float = 0.1  # fraction of the steps in which the learning rate rises
     weight_decay: float = 0.05  # of kernels only, not of biases and batch norm
-    gradient_clip_val: float = 10.0  # L2 norm
+    gradient_clip_val: float = 10.0  # L2 norm; 0: no clipping
     ema_decay: float = 0.998
     box_weight: float = 2.0
     object_weight: float = 2.0  # objectness of positives

@@ -35,9 +35,10 @@ def test_unknown_settings_and_broken_files_are_named(tmp_path):
     path.write_text('{"widht": 1}')
     with pytest.raises(ValueError, match=r"config\.json: unknown settings \['widht'\]"):
         Config.load(path)
-    path.write_text('{"width": ')
-    with pytest.raises(ValueError, match=r"config\.json is not a JSON file of settings"):
-        Config.load(path)
+    for text in ('{"width": ', "[1]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is not a JSON file of settings"):
+            Config.load(path)
 
 
 @pytest.mark.parametrize(

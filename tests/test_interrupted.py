@@ -32,7 +32,6 @@ from src.training.checkpoints import (
     run_lock,
 )
 from src.training.fit import fit, load_detector, prepare_run
-from src.training.module import YOLOv3Module
 from tests.forking import begin
 from tests.test_training import metrics_rows
 
@@ -152,7 +151,7 @@ def test_resuming_a_finished_run_changes_nothing(run, copy):
 
 
 def prepare(folder: Path, ckpt_path: str | None) -> Path | None:
-    return prepare_run(YOLOv3Module, tiny(folder), DetectionDataModule(tiny(folder)), ckpt_path)[1]
+    return prepare_run(tiny(folder), DetectionDataModule(tiny(folder)), ckpt_path)[1]
 
 
 def test_new_run_deletes_the_former_checkpoints(copy):
@@ -177,10 +176,14 @@ def test_a_copied_run_keeps_its_best_checkpoint(run, copy):
 
 def test_a_checkpoint_of_another_folder_is_resumed_with_the_settings_beside_it(run, tmp_path):
     """As on Kaggle, where the output of an earlier session is read-only."""
-    _, checkpoint = prepare_run(YOLOv3Module, tiny(tmp_path / "new"), None, str(run[0] / LAST))
-    assert checkpoint == run[0] / LAST and (tmp_path / "new/config.json").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / PREVIOUS).touch()
+    _, checkpoint = prepare_run(tiny(tmp_path / "new"), None, str(run[0] / LAST))
+    assert checkpoint == run[0] / LAST
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "best.ckpt", "metrics.csv"}
+    assert all((tmp_path / "new" / name).read_bytes() == (run[0] / name).read_bytes() for name in ("best.ckpt", "metrics.csv"))
     with pytest.raises(ValueError, match="Config.image_size is 96"):
-        prepare_run(YOLOv3Module, tiny(tmp_path / "new", image_size=96), None, str(run[0] / LAST))
+        prepare_run(tiny(tmp_path / "new", image_size=96), None, str(run[0] / LAST))
 
 
 def test_checkpoint_names_and_keys_of_older_runs(run, copy):

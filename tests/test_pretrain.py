@@ -7,7 +7,7 @@ from PIL import Image
 
 from src.config import Config
 from src.data.imagefolder import ClassificationDataset, read_image_folder
-from src.model.pretrained import is_backbone, load_backbone
+from src.model.pretrained import is_backbone, load_backbone, read_metadata
 from src.model.network import YOLOv3
 from src.training import pretrain as pretraining
 from src.training.checkpoints import LAST
@@ -104,7 +104,8 @@ def test_it_learns_and_its_backbone_starts_detectors(run):
     for one, other in zip(saved.heads.parameters(), fresh.heads.parameters(), strict=True):
         assert torch.equal(one, other)
     model = YOLOv3(5, 0.125)
-    assert load_backbone(model, backbone)["classes"] == 3
+    load_backbone(model, backbone)
+    assert read_metadata(backbone)["classes"] == 3
     state = torch.load(f"{config.run_dir}/{LAST}", weights_only=True)["state_dict"]
     for name, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, state[f"backbone.{name}"], rtol=1e-3, atol=1e-4)

@@ -323,6 +323,21 @@ def test_frozen_backbone_epochs(tmp_path):
     assert not torch.equal(before["heads.0.predict.weight"], after["heads.0.predict.weight"])
 
 
+def test_a_process_with_fewer_images_than_a_batch_has_one_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("src.data.datamodule._world_and_rank", lambda: (2, 0))
+    data = DetectionDataModule(tiny(tmp_path, shapes_train=6))
+    data.setup()
+    assert [len(batch["images"]) for batch in data.train_dataloader()] == [3]
+
+
+def test_without_clipping_the_weights_change(tmp_path):
+    config = tiny(tmp_path, gradient_clip_val=0, weight_decay=0)
+    detector, data = YOLOv3Module(config), DetectionDataModule(config)
+    before = detector.model.heads[0].predict.weight.clone()
+    make_trainer(config, max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(detector, datamodule=data)
+    assert not torch.equal(before, detector.model.heads[0].predict.weight)
+
+
 def test_evaluation_has_every_metric(run):
     folder, _ = run
     data = DetectionDataModule(tiny(folder))

@@ -12,7 +12,7 @@ from src.data.check import check, main
 from src.data.datamodule import DetectionDataModule
 from src.data.formats import read_records
 from src.data.records import ImageRecord
-from src.data.voc import download_voc, read_annotation
+from src.data.voc import download_voc, list_splits, read_annotation
 
 BOX = "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax></bndbox>"
 
@@ -67,6 +67,7 @@ def test_separate_archives_and_kaggle_inputs(tmp_path, monkeypatch):
     assert [Path(r.image).stem for r in read_voc(tmp_path / "a", splits, VOC_CLASSES)] == ["1", "2"]
     monkeypatch.setattr("src.data.voc.KAGGLE_INPUTS", tmp_path)
     assert [Path(r.image).stem for r in read_voc("nowhere", splits, VOC_CLASSES)] == ["1", "2"]
+    assert list_splits(tmp_path / "a") == ["2007/test", "2007/trainval"]  # each once, though both searches find it
 
 
 @pytest.mark.parametrize("owner", ["", "datasets/ada/"])
@@ -113,7 +114,7 @@ def test_entities_are_refused_in_any_encoding(tmp_path):
     for encoding in ("utf-8", "utf-16"):
         file = tmp_path / f"{encoding}.xml"
         file.write_bytes('<!DOCTYPE a [<!ENTITY x "ha">]><annotation>&x;</annotation>'.encode(encoding))
-        assert "DOCTYPE" in read_annotation(file, VOC_CLASSES)[1][0].text
+        assert "DOCTYPE" in read_annotation(file, VOC_CLASSES)[0].text
 
 
 def test_a_box_one_pixel_outside_is_clipped(tmp_path):

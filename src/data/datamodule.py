@@ -133,8 +133,8 @@ class DetectionDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the training loader. It drops an incomplete last batch, except if that is the only one."""
-        drop_last = len(self.train_data) >= self.config.batch_size
-        return self._loader(self.train_data, SampleIdSampler(self.train_data, self.config.seed), drop_last=drop_last)
+        sampler = SampleIdSampler(self.train_data, self.config.seed)
+        return self._loader(self.train_data, sampler, drop_last=len(sampler) >= self.config.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation loader: each image exactly once, split among the processes."""

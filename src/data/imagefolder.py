@@ -1,10 +1,7 @@
 """Images with one class each, in ImageNet's layout, for pretraining."""
 
 import csv
-import os
 from pathlib import Path
-
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations would look for a newer version online
 
 import albumentations as A
 import numpy as np

@@ -1,20 +1,16 @@
 """Training samples: four-image mosaics and single images, augmented."""
 
-import os
-
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no version check over the network
-
 import albumentations as A
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 
 from src.config import Config
 from src.data.cache import ImageCache
 from src.data.records import ImageRecord
-from src.model.boxes import xyxy_to_cxcywh
 from src.serving.images import PAD, get_image_size, load_image, resize_long_side
 
 MIN_SIDE = 2  # pixels; a box that is cut to less is dropped
@@ -153,5 +149,5 @@ class MosaicDataset(Dataset):
 
 def to_sample(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> Sample:
     """Convert uint8 [S, S, 3] and boxes xyxy in pixels to a Sample for `collate`."""
-    boxes = xyxy_to_cxcywh(torch.from_numpy(boxes)) / image.shape[0]
+    boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh") / image.shape[0]
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), boxes, torch.from_numpy(labels)

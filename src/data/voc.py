@@ -24,79 +24,77 @@ class _NoDoctype(ElementTree.TreeBuilder):
         raise ValueError("A DOCTYPE is not allowed. Remove it.")
 
 
-def read_annotation(
-    path: Path, classes: tuple[str, ...], size: tuple[float, float] = UNKNOWN_SIZE
-) -> tuple[list[tuple], list[Problem]]:
-    """Read an annotation's objects, each (box xyxy, label, difficult), and its problems. Does not raise.
+def read_annotation(path: Path, classes: tuple[str, ...], size: tuple[float, float] = UNKNOWN_SIZE) -> list[tuple | Problem]:
+    """Read an annotation: a tuple (box xyxy, label, difficult) or a problem per object, and other problems. Does not raise.
 
-    Use the objects only if there are no problems. VOC counts pixels from 1, both ends included; the boxes returned
-    count from 0, with right and bottom exclusive. size: the image's (width, height).
+    VOC counts pixels from 1, both ends included; the boxes returned count from 0, with right and bottom exclusive.
+    size: the image's (width, height).
     """
     try:
         root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_NoDoctype()))
     except FileNotFoundError:
-        return [], [Problem("missing file", f"{path} is missing, but its split lists it.")]
+        return [Problem("missing file", f"{path} is missing, but its split lists it.")]
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-        return [], [Problem("annotation", f"{path} is not an XML annotation: {error}")]
+        return [Problem("annotation", f"{path} is not an XML annotation: {error}")]
     if root.tag != "annotation":
-        return [], [Problem("annotation", f"{path}: the root element is <{root.tag[:40]}>, not <annotation>.")]
-    problems: list[Problem] = []
-    if root.find("size") is not None:
-        _check_size(root, size, str(path), problems)
+        return [Problem("annotation", f"{path}: the root element is <{root.tag[:40]}>, not <annotation>.")]
     items = enumerate(root.findall("object"), start=1)
-    return [_read_object(item, classes, size, f"{path}: object {number}", problems) for number, item in items], problems
+    objects = [_read_object(item, classes, size, f"{path}: object {number}") for number, item in items]
+    return [*_check_size(root, size, str(path)), *objects]
 
 
-def _check_size(root: ElementTree.Element, size: tuple, where: str, problems: list[Problem]) -> None:
-    """Compare <size> with the image. Tools write 0 if they don't know it."""
-    stated = tuple(_number(root, f"size/{name}", where, problems) for name in ("width", "height"))
-    if min(stated) > 0 and stated != size and size != UNKNOWN_SIZE:
-        actual = f"the image has {size[0]} x {size[1]} pixels (after EXIF rotation)"
-        problems.append(Problem("size", f"{where}: <size> is {stated[0]:g} x {stated[1]:g}, but {actual}."))
+def _check_size(root: ElementTree.Element, size: tuple, where: str) -> list[Problem]:
+    """Compare <size>, if there is one, with the image. Tools write 0 if they don't know it."""
+    if root.find("size") is None:
+        return []
+    try:
+        stated = tuple(_number(root, f"size/{name}", where) for name in ("width", "height"))
+    except ValueError as error:
+        return [Problem("annotation", str(error))]
+    if min(stated) <= 0 or size in (stated, UNKNOWN_SIZE):
+        return []
+    actual = f"the image has {size[0]} x {size[1]} pixels (after EXIF rotation)"
+    return [Problem("size", f"{where}: <size> is {stated[0]:g} x {stated[1]:g}, but {actual}.")]
 
 
-def _read_object(item: ElementTree.Element, classes: tuple, size: tuple, where: str, problems: list[Problem]) -> tuple:
-    """Read (box, label, difficult) of an <object>. Adds to `problems` and returns () if it is not valid."""
-    own_problems: list[Problem] = []
-    name = _text(item, "name", where, own_problems).strip()
-    if not own_problems and name not in classes:
-        own_problems.append(Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes."))
-    where = f"{where} ({name[:40]})"
-    difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where, own_problems).strip()
-    if difficult not in ("0", "1"):
-        own_problems.append(Problem("annotation", f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1."))
-    edges = [math.nan] * 4
-    if item.find("bndbox") is None:
-        _text(item, "bndbox", where, own_problems)
-    else:
-        edges = [_number(item, f"bndbox/{edge}", where, own_problems) for edge in ("xmin", "ymin", "xmax", "ymax")]
+def _read_object(item: ElementTree.Element, classes: tuple, size: tuple, where: str) -> tuple | Problem:
+    """Return (box, label, difficult) of an <object>, or its first problem."""
+    try:
+        name = _text(item, "name", where).strip()
+        if name not in classes:
+            return Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes.")
+        where = f"{where} ({name[:40]})"
+        difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where).strip()
+        if difficult not in ("0", "1"):
+            raise ValueError(f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1.")
+        _text(item, "bndbox", where)
+        edges = [_number(item, f"bndbox/{edge}", where) for edge in ("xmin", "ymin", "xmax", "ymax")]
+    except ValueError as error:
+        return Problem("annotation", str(error))
     box = clip_box((edges[0] - 1, edges[1] - 1, *edges[2:]), size, min_side=1)
-    if box is None and not any(map(math.isnan, edges)):
+    if box is None:
         image = "the image" if size == UNKNOWN_SIZE else f"the image of {size[0]} x {size[1]} pixels"
-        text = f"{where}: box xmin, ymin, xmax, ymax = {edges} is empty or outside {image}."
-        own_problems.append(Problem("box", text))
-    problems += own_problems
-    return () if own_problems else (box, classes.index(name), difficult == "1")
+        return Problem("box", f"{where}: box xmin, ymin, xmax, ymax = {edges} is empty or outside {image}.")
+    return box, classes.index(name), difficult == "1"
 
 
-def _text(parent: ElementTree.Element, field: str, where: str, problems: list[Problem]) -> str:
-    """Return the text of the element `field`. Adds a problem if there is not exactly one."""
+def _text(parent: ElementTree.Element, field: str, where: str) -> str:
+    """Return the text of the element `field`. Raises ValueError if there is not exactly one."""
     elements = parent.findall(field)
     if len(elements) != 1:
-        problems.append(Problem("annotation", f"{where} has {len(elements) or 'no'} <{field}>, but needs exactly one."))
-        return ""
+        raise ValueError(f"{where} has {len(elements) or 'no'} <{field}>, but needs exactly one.")
     return elements[0].text or ""
 
 
-def _number(parent: ElementTree.Element, field: str, where: str, problems: list[Problem]) -> float:
-    """Return the number in the element `field`. Returns NaN and adds a problem if there is none."""
-    count, text = len(problems), _text(parent, field, where, problems)
+def _number(parent: ElementTree.Element, field: str, where: str) -> float:
+    """Return the number in the element `field`. Raises ValueError if there is none."""
+    text = _text(parent, field, where)
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if math.isnan(value) and len(problems) == count:  # not a problem that _text has added
-        problems.append(Problem("annotation", f"{where}: <{field}> is {text[:40]!r}, not a number of pixels."))
+    if math.isnan(value):
+        raise ValueError(f"{where}: <{field}> is {text[:40]!r}, not a number of pixels.")
     return value
 
 
@@ -105,8 +103,8 @@ def read_image_record(folder: Path, stem: str, classes: tuple[str, ...], decode:
     candidates = (folder / "JPEGImages" / f"{stem}{suffix}" for suffix in SUFFIXES)
     image = next((path for path in candidates if path.exists()), folder / "JPEGImages" / f"{stem}.jpg")
     size, problems = check_image(image, decode)
-    objects, annotation_problems = read_annotation(folder / "Annotations" / f"{stem}.xml", classes, size or UNKNOWN_SIZE)
-    return make_result(image, objects, problems + annotation_problems)
+    objects = read_annotation(folder / "Annotations" / f"{stem}.xml", classes, size or UNKNOWN_SIZE)
+    return make_result(image, objects, problems)
 
 
 def find_in_trees(root: str | Path, pattern: str) -> Iterator[Path]:
@@ -128,9 +126,9 @@ def class_names(root: str | Path) -> tuple[str, ...]:
 
 
 def list_splits(root: str | Path) -> list[str]:
-    """Return each list of the trees as "year/name", or "year/*" (all annotations) if there are no lists."""
+    """Return each list of the trees once, as "year/name", or "year/*" (all annotations) if there are no lists."""
     lists = [f"{path.parents[2].name[3:]}/{path.stem}" for path in find_in_trees(root, "VOC*/ImageSets/Main/*.txt")]
-    return lists or [f"{path.parent.name[3:]}/*" for path in find_in_trees(root, "VOC*/Annotations")]
+    return list(dict.fromkeys(lists or [f"{path.parent.name[3:]}/*" for path in find_in_trees(root, "VOC*/Annotations")]))
 
 
 def split_folder(root: str | Path, split: str) -> Path:

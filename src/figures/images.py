@@ -13,7 +13,7 @@ from torch import Tensor
 from src.figures.style import DPI, FONT_POINTS, SOFT, WIDTH, NotebookFigure, with_style
 from src.model.boxes import cxcywh_to_xyxy
 from src.model.network import STRIDES
-from src.serving.drawing import class_colours, draw_boxes, draw_detections, draw_heatmap
+from src.serving.drawing import draw_boxes, draw_detections, draw_heatmap, label_colours
 from src.serving.images import load_image, resize_long_side
 from src.serving.predictor import Detections
 from src.training.loss import Assigned, assign_targets
@@ -61,18 +61,13 @@ def _draw_record(record, classes: Sequence[str], size: int, dashed: bool = False
     """Draw the boxes and classes of an `ImageRecord`, with a "?" for difficult objects."""
     image, boxes = _resize(load_image(record.image), record.boxes, size)
     names = [classes[label] + "?" * bool(flag) for label, flag in zip(record.labels, record.difficult, strict=True)]
-    return draw_boxes(image, boxes, _colours(record.labels, classes), names, dashed, FONT_SIZE)
+    return draw_boxes(image, boxes, label_colours(record.labels, classes), names, dashed, FONT_SIZE)
 
 
 def _draw_detections(image, detections: Detections, classes: Sequence[str], size: int) -> np.ndarray:
     """Draw the boxes, classes and confidences of detections."""
     image, boxes = _resize(load_image(image), detections.boxes, size)
     return draw_detections(image, replace(detections, boxes=boxes), classes, font_size=FONT_SIZE)
-
-
-def _colours(labels: Sequence[int], classes: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Return the colour of each label."""
-    return [class_colours(len(classes))[label] for label in labels]
 
 
 def plot_annotations(records: Sequence, classes: Sequence[str], columns: int = 4) -> NotebookFigure:
@@ -90,7 +85,7 @@ def plot_samples(
     for image, boxes, labels, *_ in samples:
         tile, names = resize_long_side(image.permute(1, 2, 0).numpy(), size), [classes[label] for label in labels]
         boxes = cxcywh_to_xyxy(boxes).numpy() * size
-        tiles.append(draw_boxes(tile, boxes, _colours(labels, classes), names, font_size=FONT_SIZE))
+        tiles.append(draw_boxes(tile, boxes, label_colours(labels, classes), names, font_size=FONT_SIZE))
     return _grid(tiles, columns, titles)
 
 
@@ -142,7 +137,7 @@ def _draw_explanation(image, explanation, classes: Sequence[str], size: int) -> 
     rows, detections = explanation.explained, explanation.detections
     image, boxes = _resize(load_image(image), detections.boxes[rows], size)
     image = draw_heatmap(image, resize_long_side(explanation.heatmap, size), 0.75)
-    return draw_boxes(image, boxes, _colours(detections.labels[rows], classes), font_size=FONT_SIZE)
+    return draw_boxes(image, boxes, label_colours(detections.labels[rows], classes), font_size=FONT_SIZE)
 
 
 def _title(explanation, classes: Sequence[str]) -> str:
@@ -160,7 +155,7 @@ def plot_anchor_assignment(sample: tuple, anchors: Tensor, classes: Sequence[str
     """
     image, boxes, labels = sample[:3]
     grids, size, tiles = [image.shape[-1] // stride for stride in STRIDES], _tile_size(3), []
-    colours, names = _colours(labels, classes), [classes[label] for label in labels]
+    colours, names = label_colours(labels, classes), [classes[label] for label in labels]
     targets = torch.cat((torch.zeros(len(labels), 1), labels[:, None].float(), boxes), dim=1)
     for assigned, scale, grid in zip(assign_targets(targets, grids, anchors, batch=1), anchors, grids, strict=True):
         tile = resize_long_side(image.permute(1, 2, 0).numpy(), size)

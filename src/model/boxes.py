@@ -7,16 +7,12 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_convert
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # bounds exp(w), exp(h), as torchvision's detectors do
+PRE_NMS_TOPK = 1000  # predictions of an image that NMS compares
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """[..., 4] (centre x, centre y, width, height) -> (left, top, right, bottom); any unit."""
     return box_convert(boxes, "cxcywh", "xyxy")
-
-
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """[..., 4] (left, top, right, bottom) -> (centre x, centre y, width, height); any unit."""
-    return box_convert(boxes, "xyxy", "cxcywh")
 
 
 def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int | Tensor) -> Tensor:
@@ -72,18 +68,18 @@ def decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> li
 
 
 def nms(
-    boxes: Tensor, scores: Tensor, confidence: float, iou_threshold: float, max_detections: int = 300, pre_nms_topk: int = 1000
+    boxes: Tensor, scores: Tensor, confidence: float, iou_threshold: float, max_detections: int = 300
 ) -> tuple[Tensor, Tensor]:
     """Apply non-maximum suppression per class to the predictions of one image.
 
     boxes [K, 4] xyxy, scores [K, C]. A prediction has one label, its best class, and is dropped unless that score is
     above `confidence`. Of two predictions with the same label and an IoU above `iou_threshold`, the better is kept.
-    The best `pre_nms_topk` are compared, and at most `max_detections` returned, best first.
+    The best PRE_NMS_TOPK are compared, and at most `max_detections` returned, best first.
     Returns (index into K [n], label [n]).
     """
     best, label = scores.max(dim=1)
     index = torch.nonzero(best > confidence).flatten()
-    if len(index) > pre_nms_topk:
-        index = index[best[index].topk(pre_nms_topk).indices]
+    if len(index) > PRE_NMS_TOPK:
+        index = index[best[index].topk(PRE_NMS_TOPK).indices]
     kept = batched_nms(boxes[index], best[index], label[index], iou_threshold)[:max_detections]
     return index[kept], label[index[kept]]

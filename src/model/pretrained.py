@@ -40,8 +40,8 @@ def read_metadata(folder: str | Path) -> dict:
     return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["metadata"]
 
 
-def load_backbone(model: nn.Module, folder: str | Path) -> dict:
-    """Copy a pretrained backbone into a `YOLOv3` of the same width. Returns the backbone's metadata.
+def load_backbone(model: nn.Module, folder: str | Path) -> None:
+    """Copy a pretrained backbone into a `YOLOv3` of the same width.
 
     Raises ValueError if the widths differ or the file is damaged.
     """
@@ -56,7 +56,6 @@ def load_backbone(model: nn.Module, folder: str | Path) -> dict:
         model.backbone.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is not a backbone of width {model.width:g}: {error}") from None
-    return config["metadata"]
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def render_heatmap(
     result = session.explainer.explain(target, layer, method, confidence, iou_threshold)
     image = draw_heatmap(session.view, resize_long_side(result.heatmap, max(session.view.shape)), opacity)
     detections = session.scale_to_view(result.detections)
-    image = draw_detections(image, detections, classes, labels=bool(result.message), rows=result.explained)
+    image = draw_detections(image, detections, classes, labels=result.is_candidate, rows=result.explained)
     return image, html.escape(result.message) or "Bright areas raise the scores of the outlined detections."
 
 

@@ -32,6 +32,12 @@ def class_colours(count: int) -> list[tuple[int, int, int]]:
     return [*COLOURS[:count], *(tuple(round(255 * channel) for channel in colour) for colour in others)]
 
 
+def label_colours(labels: Sequence[int], classes: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Return the colour of each label."""
+    colours = class_colours(len(classes))
+    return [colours[label] for label in labels]
+
+
 def _contrast(colour: Sequence[int]) -> tuple[int, int, int]:
     """Return black if the relative luminance of the colour (WCAG 2) is above 0.18, else white."""
     red, green, blue = ((channel / 255) ** 2.2 for channel in colour)
@@ -82,7 +88,7 @@ def draw_detections(
     rows: the detections to draw, by default all. font_size: see `draw_boxes`.
     """
     rows = np.arange(len(detections)) if rows is None else np.asarray(rows, dtype=int)
-    colours = [class_colours(len(classes))[label] for label in detections.labels[rows]]
+    colours = label_colours(detections.labels[rows], classes)
     names = zip(detections.labels[rows], detections.scores[rows], strict=True)
     texts = [f"{classes[label]} {100 * score:.0f}%" for label, score in names] if labels else ()
     return draw_boxes(image, detections.boxes[rows], colours, texts, font_size=font_size)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -117,7 +118,7 @@ class Explainer:
         The target layers are the necks of `target_scales`. A prediction sees 3 x 3 cells of its own scale's neck.
         """
         start = self.scale_ends[scale - 1] if scale else 0
-        scores = [_Score(*pair) for pair in zip((index - start).tolist(), labels.tolist(), strict=True)]
+        scores = [partial(_score, index=i, label=c) for i, c in zip((index - start).tolist(), labels.tolist(), strict=True)]
         scores = scores[:1] if method == "eigencam" else scores  # its heatmap is the same for every prediction
         first = target_scales[0]
         part = slice(first, scale + 1)
@@ -194,15 +195,9 @@ class _Heads(nn.Module):
         return self.heads[-1].forward_logits(neck).flatten(1, 3)
 
 
-class _Score:
-    """The score to explain: objectness logit plus class logit of one prediction.
+def _score(output: Tensor, index: int, label: int) -> Tensor:
+    """The score to explain, objectness logit plus class logit of one prediction: output [3 * G * G, 5 + C] -> scalar.
 
     Logits, because the product of the probabilities has almost no gradient if the network is confident.
     """
-
-    def __init__(self, index: int, label: int):
-        self.index, self.label = index, label
-
-    def __call__(self, output: Tensor) -> Tensor:
-        """output [3 * G * G, 5 + C] -> scalar."""
-        return output[self.index, 0].float() + output[self.index, 5 + self.label].float()
+    return output[index, 0].float() + output[index, 5 + label].float()

@@ -177,8 +177,7 @@ class PredictionRun:
 
         result = explain(self.predictor, image, confidence=self.confidence, iou_threshold=self.iou_threshold)
         drawn, classes = draw_heatmap(image, result.heatmap), self.predictor.classes
-        labels = not self.entries[-1]["detections"]  # the heatmap then shows the top candidate
-        return draw_detections(drawn, result.detections, classes, labels, result.explained)
+        return draw_detections(drawn, result.detections, classes, result.is_candidate, result.explained)
 
     def save_image(self, image: np.ndarray, name: str) -> None:
         """Write a JPEG file."""

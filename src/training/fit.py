@@ -1,5 +1,6 @@
 """Train, resume, load and evaluate."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str 
     previous.ckpt (of the epoch before). No other process can train in that folder meanwhile. With several devices in a
     notebook, new processes train and `data` is sent to them, see `run_in_processes`.
     ckpt_path: "last" resumes after the last complete epoch; a path resumes from that checkpoint; "auto" resumes if there
-    is a checkpoint and starts otherwise; None starts and deletes the folder's checkpoints.
+    is a checkpoint and starts otherwise; None starts. A start deletes the checkpoints and metrics.csv in `run_dir`; a
+    checkpoint of another folder replaces best.ckpt and metrics.csv with those beside it.
     Raises ValueError if `data` or the run to resume was made with another config, torch.OutOfMemoryError that names
     settings that fit if the GPU's memory is too small.
     """
@@ -42,7 +44,7 @@ def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str 
 def train(module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None) -> OneCycleModule:
     """Train `module_class(config)` on `data`, see `fit`. config: a dataclass with the methods and training fields of Config."""
     with checkpoints.run_lock(Path(config.run_dir)):
-        config, checkpoint = prepare_run(module_class, config, data, ckpt_path)
+        config, checkpoint = prepare_run(config, data, ckpt_path)
         if checkpoint and checkpoint_progress(checkpoint)[1] >= config.epochs:
             print(f"{checkpoint} is of the last epoch. There is nothing left to train.")
             return load_ema_module(module_class, config, checkpoint)
@@ -80,26 +82,29 @@ def run_trainer(
     return module
 
 
-def prepare_run(
-    module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None
-) -> tuple[Config, Path | None]:
+def prepare_run(config, data: pl.LightningDataModule, ckpt_path: str | None) -> tuple[Config, Path | None]:
     """Write the run's config.json, and return the config to train by and the checkpoint to resume from.
 
     Runs the learning-rate range test if `max_lr` is 0. Raises what `find_checkpoint` and `config_for_resume` raise.
     """
     folder = Path(config.run_dir)
+    if rank_zero_only.rank and ckpt_path not in (None, "auto") and not Path(ckpt_path).exists():
+        ckpt_path = "last"  # the first process has renamed it
     checkpoint = checkpoints.find_checkpoint(folder, ckpt_path)
     if rank_zero_only.rank:  # the first process has done the rest
         return type(config).load(folder / "config.json"), checkpoint
     if checkpoint:
         config = checkpoints.config_for_resume(config, checkpoint.with_name("config.json"))
     elif not config.max_lr:
-        config = config.replace(max_lr=find_lr(config, data, module_class=module_class).suggestion)
+        config = config.replace(max_lr=find_lr(config, data).suggestion)
     if checkpoint in [folder / name for name in checkpoints.RESUME_CANDIDATES]:
         checkpoint = checkpoint.replace(folder / checkpoints.LAST)
-    if not checkpoint:
-        for name in (checkpoints.BEST, *checkpoints.RESUME_CANDIDATES):
+    if not (checkpoint and checkpoint.parent.samefile(folder)):
+        for name in (checkpoints.BEST, *checkpoints.RESUME_CANDIDATES, "metrics.csv"):
             (folder / name).unlink(missing_ok=True)
+        for path in (checkpoint.with_name(checkpoints.BEST), checkpoint.with_name("metrics.csv")) if checkpoint else ():
+            if path.exists():
+                shutil.copyfile(path, folder / path.name)
     config.save(folder / "config.json")
     return config, checkpoint
 

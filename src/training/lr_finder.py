@@ -11,7 +11,6 @@ from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training.memory import explain_out_of_memory
 from src.training.module import YOLOv3Module
-from src.training.optimizer import OneCycleModule
 from src.training.trainer import make_trainer
 
 SMOOTHING_RADIUS = 7  # steps before and after, of the running mean
@@ -29,9 +28,7 @@ class LRFinderResult:
 
 
 @explain_out_of_memory
-def find_lr(
-    config: Config, data: DetectionDataModule, steps: int = 100, module_class: type[OneCycleModule] = YOLOv3Module
-) -> LRFinderResult:
+def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFinderResult:
     """Train a separate network for `steps` steps with a rate that rises from 1e-5 to 0.1, and suggest a peak for OneCycle.
 
     The suggestion is the rate at which 90 % of the loss's fall has happened, shortly before divergence; lower and higher
@@ -45,7 +42,7 @@ def find_lr(
     options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
     one_device = {"devices": 1, "accumulate_grad_batches": config.accumulate_grad_batches * config.devices}
     trainer = make_trainer(config.replace(**one_device), callbacks=[test], **options)
-    trainer.fit(module_class(config.replace(max_lr=1e-3)), datamodule=data)
+    trainer.fit(YOLOv3Module(config.replace(max_lr=1e-3)), datamodule=data)
     losses = smooth_until_divergence(np.array(test.losses))
     rates = test.rates[: len(losses)].tolist()
     return LRFinderResult(rates, losses.tolist(), rates[suggest_lr(losses)])

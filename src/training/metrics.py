@@ -64,7 +64,7 @@ class CellAccuracy(Metric):
 
 
 class DetectionAccumulator(Metric):
-    """Collect detections and ground truth of a split for average precision, as rows of numbers on the CPU.
+    """Collect detections and ground truth of a split for average precision, as rows of numbers.
 
     At most 100 detections per image, so memory is bounded by the number of images (6 kB each).
     compute() -> predictions float32 [n, 7]: image, label, score, x1, y1, x2, y2; ground_truth float32 [m, 7]:

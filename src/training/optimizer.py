@@ -50,7 +50,7 @@ class OneCycleModule(pl.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        clip_grad_norm_(self.parameters(), self.config.gradient_clip_val)
+        clip_grad_norm_(self.parameters(), self.config.gradient_clip_val or float("inf"))
 
     def on_train_start(self) -> None:
         """Raise ValueError if the data of a resumed run give another number of steps than its schedule has."""

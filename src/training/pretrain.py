@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from torchvision.datasets.folder import find_classes
 
 from src.config import Settings
 from src.data.datamodule import SampleIdSampler, single_thread_worker
@@ -63,9 +64,12 @@ class PretrainConfig(Settings):
     label_smoothing: float = 0.1
     precision: str = "auto"
     devices: int = 1
-    freeze_epochs: int = 0
     seed: int = 0
     run_dir: str = "runs/pretrain"
+
+    def __post_init__(self):
+        if not self.max_lr > 0:
+            raise ValueError(f"max_lr is {self.max_lr}. Use a value above 0: the range test is for detectors.")
 
     def size_at(self, epoch: int) -> int:
         """Image size in an epoch, counted from 0."""
@@ -83,8 +87,8 @@ class PretrainDataModule(pl.LightningDataModule):
         self.val_data = ClassificationDataset(val_samples, config, training=False)
 
     def train_dataloader(self) -> DataLoader:
-        sampler, drop_last = SampleIdSampler(self.train_data, self.config.seed), len(self.train_data) >= self.config.batch_size
-        return self._loader(self.train_data, sampler=sampler, drop_last=drop_last)
+        sampler = SampleIdSampler(self.train_data, self.config.seed)
+        return self._loader(self.train_data, sampler=sampler, drop_last=len(sampler) >= self.config.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_data)
@@ -92,7 +96,8 @@ class PretrainDataModule(pl.LightningDataModule):
     def _loader(self, dataset: ClassificationDataset, **options) -> DataLoader:
         return DataLoader(
             dataset, self.config.batch_size, num_workers=self.config.num_workers, collate_fn=collate_classification,
-            worker_init_fn=single_thread_worker, persistent_workers=self.config.num_workers > 0, **options,
+            worker_init_fn=single_thread_worker, persistent_workers=self.config.num_workers > 0,
+            pin_memory=torch.cuda.is_available(), **options,
         )  # fmt: skip
 
 
@@ -109,7 +114,7 @@ class Darknet53Classifier(OneCycleModule):
         super().__init__(config)
         torch.manual_seed(config.seed)
         self.backbone = YOLOv3(1, config.width).backbone
-        num_classes = len(read_image_folder(config.data_root)[0])
+        num_classes = len(find_classes(Path(config.data_root) / "train")[0])
         self.linear = nn.Linear(self.backbone.stages[-1][0][0].out_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def resolve_strategy(config: Config) -> str | DDPStrategy:
     """
     if config.devices == 1:
         return "auto"
-    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=config.freeze_epochs > 0)
+    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=getattr(config, "freeze_epochs", 0) > 0)
 
 
 def make_trainer(config: Config, **options) -> pl.Trainer:
