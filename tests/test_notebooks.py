@@ -160,7 +160,7 @@ def test_the_first_cell_copies_an_attached_repository_once(first_cell, tmp_path,
 
 
 def test_the_first_cell_without_a_repository_says_what_to_do(first_cell):
-    with pytest.raises(RuntimeError, match=r"can.t be cloned. Is it public\? On Kaggle, turn on Internet, or see README"):
+    with pytest.raises(RuntimeError, match=r"can.t be cloned: wrong or private\? Kaggle: turn on Internet, or see README"):
         exec(first_cell[0], {})
     assert "## Kaggle without internet" in (ROOT / "README.md").read_text(encoding="utf-8") and not first_cell[1]
 

@@ -70,7 +70,9 @@ def test_the_readme_header_is_valid(folder):
     assert header["app_file"] == "app.py" and header["models"] == ["a/b"] and len(header["short_description"]) <= 60
     assert re.fullmatch(r"3\.\d+", header["python_version"])
     assert {header["colorFrom"], header["colorTo"]} <= {*"red yellow green blue indigo purple pink gray".split()}
-    assert "nothing yet" in text and "https://example.org/code" in text
+    assert "nothing yet" in text
+    for link in ("https://example.org/code", "https://huggingface.co/a/b"):  # also in the app
+        assert link in text and link in (folder / "app.py").read_text(encoding="utf-8")
 
 
 def test_titles_may_contain_any_character(model, tmp_path):

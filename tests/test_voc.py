@@ -85,6 +85,9 @@ def test_layouts_of_kaggle_data_sets(tmp_path, monkeypatch, owner, folder):
 def test_a_missing_tree_names_the_list_and_the_solution(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"VOC2007.ImageSets.Main.test\.txt is missing.*VOC_ROOT.*shapes"):
         read_voc(tmp_path, ("2007/test",), VOC_CLASSES)
+    write_tree(tmp_path, "2012", {"train": {"1": obj()}, "cat_train": {}})
+    with pytest.raises(FileNotFoundError, match=r"test\.txt is missing\. There are 2012/train: set Config.train_splits and"):
+        read_voc(tmp_path, ("2007/test",), VOC_CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,12 @@ def list_images(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str
             continue
         path = folder / "ImageSets" / "Main" / f"{split.partition('/')[2]}.txt"
         if not path.exists():
+            others = ", ".join(split for split in list_splits(root) if "_" not in split)  # without lists of single classes
             raise FileNotFoundError(
-                f"{path} is missing. Set Config.data_root or the environment variable VOC_ROOT to the folder that "
-                'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes"), which needs no download.'
+                f"{path} is missing. "
+                + (f"There are {others}: set Config.train_splits and Config.val_splits to some of them, or " if others else "")
+                + "set Config.data_root or the environment variable VOC_ROOT to the folder that contains VOCdevkit, data.yaml "
+                'or COCO files, or use Config(dataset="shapes"), which needs no download.'
             )
         images += [(folder, line.split()[0]) for line in read_list(path)]
     if not images:

@@ -78,7 +78,7 @@ def export_space(
     """Write a Space into `folder` and return its path. An older export is replaced as a whole.
 
     samples: example images, uint8 [H, W, 3] or files. links: text -> address.
-    hub_model: the model's id on the Hub ("name/model"), if it was uploaded.
+    hub_model: the model's id on the Hub ("name/model"), if it was uploaded; the app then links to it.
     Raises FileExistsError if `folder` contains anything but an export, and ValueError if a sample is not an image.
     """
     folder = Path(folder)
@@ -87,7 +87,8 @@ def export_space(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
-        _write_space(model, new, samples, dict(links or {}), title, hub_model)
+        model_link = {"Model": f"https://huggingface.co/{hub_model}"} if hub_model else {}
+        _write_space(model, new, samples, model_link | dict(links or {}), title, hub_model)
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         new.rename(folder)

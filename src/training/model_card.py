@@ -53,8 +53,8 @@ exponential moving average (EMA) of the training weights, at the epoch of the be
 
 {per_class}
 
-`python -m src.training.model_card check` on this folder computes these results again, on the same images. For PASCAL VOC
-set `VOC_ROOT` to the folder that contains `VOCdevkit`.
+`python -m src.training.model_card check` on this folder computes these results again, if the data set's lists name the same
+images. For PASCAL VOC set `VOC_ROOT` to the folder that contains `VOCdevkit`.
 
 ## Use
 
