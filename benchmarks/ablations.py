@@ -7,6 +7,7 @@ from functools import partial
 from unittest import mock
 
 import albumentations as A
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
@@ -14,6 +15,7 @@ from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_los
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
+from src.data.mosaic import MosaicDataset, Sample
 from src.model.boxes import cxcywh_to_xyxy, decode_above, decode_boxes
 from src.model.network import Residual, YOLOv3
 from src.training.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, wh_iou
@@ -147,6 +149,23 @@ def flip_only() -> A.Compose:
     return A.Compose([A.HorizontalFlip(p=0.5)], bbox_params=boxes)
 
 
+plain_sample = MosaicDataset.__getitem__
+
+
+def mixup_sample(self, sample_id: int) -> Sample:
+    """Mixup of half of the samples, until mosaics end: two samples blended, with the objects of both.
+
+    Zhang et al. 2019, "Bag of Freebies for Training Object Detection Neural Networks", section 3.1; shares from Beta(8, 8).
+    """
+    image, boxes, labels = plain_sample(self, sample_id)
+    random, epoch = np.random.default_rng((self.config.seed, sample_id, 1)), sample_id // len(self)
+    if random.random() >= 0.5 or epoch >= self.config.close_mosaic_epoch:
+        return image, boxes, labels
+    other = plain_sample(self, epoch * len(self) + int(random.integers(len(self))))
+    image = torch.lerp(image.float(), other[0].float(), random.beta(8, 8)).round().byte()
+    return image, torch.cat((boxes, other[1])), torch.cat((labels, other[2]))
+
+
 configure_optimizers, initialize = YOLOv3Module.configure_optimizers, YOLOv3._initialize
 
 
@@ -248,6 +267,8 @@ CHANGES = {
     "single-as-mosaic": Change("image scales: single images as in mosaics", {"image_scale": BASE.mosaic_scale}),
     "colour-none": Change("augmentation: no change of brightness and colour", replacements={
         "src.data.mosaic.augmentations": flip_only}),
+    "mixup": Change("augmentation: mixup of half of the samples", replacements={
+        "src.data.mosaic.MosaicDataset.__getitem__": mixup_sample}),
     "backbone": Change("pretrained backbone", {"pretrained_weights": backbone}),
     "backbone-frozen": Change("pretrained backbone, frozen for 2 epochs", {
         "pretrained_weights": backbone, "freeze_epochs": 2}),

@@ -17,6 +17,7 @@ from benchmarks.timing import Row, seconds, table
 from src.config import Config
 from src.data.cache import ImageCache
 from src.data.mosaic import MosaicDataset
+from src.data.shapes import draw_shapes
 from src.model.boxes import cxcywh_to_xyxy, decode, decode_above
 from src.model.network import ANCHORS
 from src.serving.predictor import Predictor
@@ -157,6 +158,19 @@ def test_each_change_replaces_names_and_settings_that_exist(name, monkeypatch):
     if name != "anchors-kmeans":  # reads the data set
         config = change.config(ablations.BASE)
         assert (config == ablations.BASE) == (not change.settings)
+
+
+def test_mixup_joins_the_objects_of_two_samples_until_mosaics_end():
+    config = Config(dataset="shapes", image_size=64, epochs=4, close_mosaic_epochs=2)
+    data, count = MosaicDataset(draw_shapes(6), config), 0
+    for sample_id in range(4 * len(data)):
+        (image, boxes, labels), plain = ablations.mixup_sample(data, sample_id), data[sample_id]
+        mixed = len(labels) > len(plain[2])
+        assert mixed or torch.equal(image, plain[0])
+        assert torch.equal(boxes[: len(plain[1])], plain[1]) and len(boxes) == len(labels)
+        count += mixed
+        assert not (mixed and sample_id >= 2 * len(data))
+    assert count > 0
 
 
 def test_a_backbone_change_asks_for_the_folder(monkeypatch):
