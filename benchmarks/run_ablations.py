@@ -54,9 +54,12 @@ def base_config(epochs: int, size: int, splits: str) -> Config:
 
 def train(name: str, seed: int, base: Config, folder: Path) -> None:
     """Train with one change and write the results of the last epoch to `folder`/result.json, unless they exist."""
-    if (folder / "result.json").exists():
+    config, result = CHANGES[name].config(base).replace(seed=seed, run_dir=str(folder)), folder / "result.json"
+    if result.exists():
+        former = json.loads(result.read_text()).get("pretrained_weights", "")
+        if former != config.pretrained_weights:
+            raise SystemExit(f"{result} is of the backbone {former!r}. Delete it to train from {config.pretrained_weights!r}.")
         return
-    config = CHANGES[name].config(base).replace(seed=seed, run_dir=str(folder))
     start = time.monotonic()
     with ExitStack() as stack:
         for target, replacement in CHANGES[name].replacements.items():
@@ -64,11 +67,12 @@ def train(name: str, seed: int, base: Config, folder: Path) -> None:
         evaluation = evaluate(fit(config, ckpt_path="auto"), DetectionDataModule(config))
     results = {
         **evaluation.accuracies, "mAP50": evaluation.precisions["VOC AP@.5, area"],
-        "micro_AP50": micro_average_precision(evaluation), "minutes": (time.monotonic() - start) / 60,
+        "micro_AP50": micro_average_precision(evaluation), "pretrained_weights": config.pretrained_weights,
+        "minutes": (time.monotonic() - start) / 60,
     }  # fmt: skip
     for checkpoint in folder.glob("*.ckpt"):
         checkpoint.unlink()
-    atomic_write(folder / "result.json", lambda file: json.dump(results, file), "w")
+    atomic_write(result, lambda file: json.dump(results, file), "w")
 
 
 def table(folder: Path) -> str:
@@ -86,8 +90,10 @@ def table(folder: Path) -> str:
         runs = {seed: run["micro_AP50"] for seed, run in results[name].items()}
         values = " ".join(f"{value:.3f}" for value in runs.values())
         gains = " ".join(f"{v - baseline[seed]['micro_AP50']:+.3f}" if seed in baseline else "?" for seed, v in runs.items())
-        map50, label, found = (mean(run[key] for run in results[name].values()) for key in ("mAP50", "class", "object@0.05"))
-        cells = f"{values} | {gains} | {map50:.3f} | {100 * label:.1f} | {100 * found:.1f}"
+        map50, class_accuracy, object_accuracy = (
+            mean(run[key] for run in results[name].values()) for key in ("mAP50", "class", "object@0.05")
+        )
+        cells = f"{values} | {gains} | {map50:.3f} | {100 * class_accuracy:.1f} | {100 * object_accuracy:.1f}"
         lines.append(f"| {CHANGES[name].description} (`{name}`) | {cells} |")
     return "\n".join(lines)
 
@@ -102,6 +108,8 @@ def main() -> None:
     parser.add_argument("--backbone", help="folder of pretrained weights for the changes backbone...")
     parser.add_argument("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
+    if not arguments.names and not arguments.table:
+        parser.error("Name at least one change, or use --table.")
     if unknown := set(arguments.names) - set(CHANGES):
         parser.error(f"Unknown changes {sorted(unknown)}. Choose from {', '.join(CHANGES)}.")
     if arguments.backbone:

@@ -71,7 +71,7 @@ def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
 
 
 def now() -> float:
-    """Seconds of a clock; waits until the GPU has done its work."""
+    """Return the seconds of a clock; waits until the GPU has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

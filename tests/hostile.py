@@ -182,7 +182,7 @@ def polyglots_and_names() -> list[Case]:
     archive = io.BytesIO(encoded("JPEG"))
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr("run.py", "print(1)")
-    script = encoded("GIF").replace(b"GIF89a", b"GIF89a", 1) + b"/*<script>alert(1)</script>*/"
+    script = encoded("GIF") + b"/*<script>alert(1)</script>*/"
     files = {"zip.jpg": archive.getvalue(), "script.gif": script, "script.html": script, "jpeg.png": encoded("JPEG")}
     names = [
         "../../etc/passwd", "..\\..\\win.ini", "/etc/passwd", "a" * 5_000 + ".png", "", " ", ".", "..", "...",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.ops import complete_box_iou_loss
 
-from benchmarks import ablations, baselines, evaluation, run_ablations, train_voc
+from benchmarks import ablations, baselines, evaluation, loader, run_ablations, train_voc
 from benchmarks.__main__ import PARTS
 from benchmarks.synthetic_inputs import background_logits, plant, random_objects, write_jpegs
 from benchmarks.timing import Row, seconds, table
@@ -158,6 +158,17 @@ def test_each_change_replaces_names_and_settings_that_exist(name, monkeypatch):
     if name != "anchors-kmeans":  # reads the data set
         config = change.config(ablations.BASE)
         assert (config == ablations.BASE) == (not change.settings)
+
+
+def test_loader_and_evaluation_rows_at_small_size(monkeypatch):
+    for name, value in {"IMAGES": 4, "BATCH": 2, "SUBSET": 2}.items():
+        monkeypatch.setattr(evaluation, name, value)
+    monkeypatch.setattr(loader, "IMAGES", 3)
+    monkeypatch.setattr(loader, "IMAGE_SIZE", 64)
+    monkeypatch.setattr(loader, "samples_per_second", lambda dataset, batch_size, workers: 10.0 * workers)
+    rows = [*evaluation.rows(), *loader.rows()]
+    assert len(rows) == 9 and all(0 < row.ratio < float("inf") for row in rows)
+    assert rows[-2].ratio == 2 and all(len(row.cells()) == 6 for row in rows)
 
 
 def test_mixup_joins_the_objects_of_two_samples_until_mosaics_end():

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.config import SHAPE_CLASSES
-from src.data.shapes import draw_shapes
 from src.serving.gradcam import MAX_EXPLAINED, METHODS, Explainer, explain
+from src.serving.images import load_image
 from src.serving.predictor import Predictor
 from tests.planted import blurred_noise, planted_model
 
@@ -28,12 +27,13 @@ def image():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network trained on the synthetic data set: from weights/, or from the Space of the last run."""
-    for weights in (*ROOT.glob("weights/**/model.safetensors"), *ROOT.glob("space/weights/model.safetensors")):
-        predictor = Predictor.load(weights.parent, device="cpu")
-        if predictor.classes == list(SHAPE_CLASSES):
-            return predictor
-    pytest.skip("No network trained on the synthetic data set in weights/ or space/. Run `make run` first.")
+    """The shipped weights."""
+    return Predictor.load(ROOT / "weights", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return [load_image(path) for path in sorted(ROOT.glob("weights/samples/*.jpg"))]
 
 
 def slow_map(predictor, image, detections, row, method):
@@ -168,11 +168,11 @@ def test_letterbox_bars_are_cropped(predictor, image):
     assert heatmap == pytest.approx(expected[16:80] / expected[16:80].max(), abs=1e-4)
 
 
-def pointing_game(predictor, records, **options):
+def pointing_game(predictor, images, **options):
     """Over all detections above 0.5: share of heatmaps that peak in their own box, and mean share of their mass in it."""
     hits, shares = [], []
-    for record in records:
-        explainer = Explainer(predictor, record.image)
+    for image in images:
+        explainer = Explainer(predictor, image)
         for row, box in enumerate(explainer.candidates.detections(0.5).boxes):
             heatmap = explainer.explain(row, confidence=0.5, **options).heatmap
             y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
@@ -182,24 +182,28 @@ def pointing_game(predictor, records, **options):
     return np.mean(hits), np.mean(shares), len(hits)
 
 
-def test_each_heatmap_peaks_in_its_own_object(trained):
-    records = draw_shapes(20, 256, seed=2024)
-    hits, mass, count = pointing_game(trained, records)
-    eigen_hits, eigen_mass, _ = pointing_game(trained, records[:5], method="eigencam")
+def test_each_heatmap_peaks_in_its_own_object(trained, photographs):
+    hits, mass, count = pointing_game(trained, photographs)
+    eigen_hits, eigen_mass, _ = pointing_game(trained, photographs, method="eigencam")
     print(f"{count} detections: hit {hits:.3f}, mass {mass:.3f}; EigenCAM {eigen_hits:.3f}, {eigen_mass:.3f}")
-    assert count > 20 and hits >= 0.9 and mass > 0.6
+    assert count >= 10 and hits >= 0.9 and mass > 0.6
     assert eigen_hits < 0.6 and eigen_mass < 0.4  # the same heatmap for every object
 
 
-def test_two_objects_have_different_heatmaps(trained):
-    for record in draw_shapes(20, 256, seed=2024):
-        explainer = Explainer(trained, record.image)
-        if len(explainer.candidates.detections(0.5)) > 1:
-            first, second = (explainer.explain(row, confidence=0.5).heatmap for row in (0, 1))
-            assert np.abs(first - second).max() > 0.5
+def most_detections(predictor, images) -> Explainer:
+    """The explainer of the image with the most detections above 0.5, at least two."""
+    explainer = max((Explainer(predictor, image) for image in images), key=lambda e: len(e.candidates.detections(0.5)))
+    assert len(explainer.candidates.detections(0.5)) > 1
+    return explainer
 
 
-def test_eigencam_has_the_same_heatmap_for_every_detection(trained):
-    explainer = Explainer(trained, draw_shapes(2, 256, seed=2024)[1].image)
+def test_two_objects_have_different_heatmaps(trained, photographs):
+    explainer = most_detections(trained, photographs)
+    first, second = (explainer.explain(row, confidence=0.5).heatmap for row in (0, 1))
+    assert np.abs(first - second).max() > 0.5
+
+
+def test_eigencam_has_the_same_heatmap_for_every_detection(trained, photographs):
+    explainer = most_detections(trained, photographs)
     first, second = (explainer.explain(row, layer=0, method="eigencam", confidence=0.5).heatmap for row in (0, 1))
     assert np.array_equal(first, second)

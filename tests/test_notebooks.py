@@ -207,7 +207,7 @@ def test_set_address_changes_only_the_address_and_badges(repository):
 
 def test_set_address_refuses_other_addresses(repository):
     for address in ("detector", "https://github.com/ada", "https://example.org/ada/detector"):
-        with pytest.raises(ValueError, match="OWNER/NAME"):
+        with pytest.raises(ValueError, match="OWNER/REPOSITORY"):
             notebook.set_address(address)
 
 

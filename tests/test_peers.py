@@ -41,6 +41,7 @@ def test_a_peer_answers_and_reports_errors(work, monkeypatch):
     answer = peer.run("train float32", 0.05)
     assert 0.0025 <= answer["seconds"] < 0.25 and answer["memory"] > 10
     assert "ZeroDivisionError" in peer.run("validate", 0)["error"] and "KeyError" in peer.run("unknown", 0)["error"]
+    assert 10 < peer.run_alone("train float32")["memory"] and "ZeroDivisionError" in peer.run_alone("validate")["error"]
     peer.process.kill()
     assert "noise" in peer.log.read_text() and "error" in peer.run("validate", 0)
 
@@ -61,10 +62,9 @@ def test_a_peer_that_does_not_start_is_skipped_with_its_reason(work, monkeypatch
 
 
 def test_rows_compare_with_the_first_peer():
-    results = {
-        job: [{"seconds": 0.01, "memory": 100.0}, {"seconds": 0.02, "memory": 50.0}, {"error": "x"}] for job in compare.JOBS
-    }
-    rows = compare.rows([], results, 2)
+    answers = [{"seconds": 0.01, "memory": 100.0}, {"seconds": 0.02, "memory": 50.0}, {"error": "x"}]
+    results = dict.fromkeys([*compare.JOBS, *(f"{job} alone" for job in compare.MEMORY_OF)], answers)
+    rows = compare.rows(results, 2)
     assert rows[0] == ["training step, float32", "2", "100.0 images/s", "50.0 images/s (2.00)", "failed"]
     assert rows[4] == ["validation per image", "2", "10.0 ms", "20.0 ms (2.00)", "failed"]
     assert rows[7] == ["peak memory, training step", "2", "100 MB", "50 MB (0.50)", "failed"]

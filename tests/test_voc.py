@@ -276,6 +276,7 @@ def test_a_real_tree():
         f"{f.parents[2].name[3:]}/{f.stem}" for f in root.glob("VOCdevkit/VOC*/ImageSets/Main/[tv]*.txt") if "_" not in f.stem
     )
     records = read_voc(root, tuple(splits), VOC_CLASSES)
+    assert splits and records
     for record in records[::50]:
         with Image.open(record.image) as image:
             assert (record.boxes >= 0).all() and (record.boxes[:, 2:] <= image.size).all()

@@ -2,7 +2,7 @@
 
 python -m tools.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
 python -m tools.notebook images
-python -m tools.notebook address https://github.com/OWNER/NAME
+python -m tools.notebook address https://github.com/OWNER/REPOSITORY
 """
 
 import argparse
@@ -145,11 +145,11 @@ def export_images(folder: str | Path = "images") -> list[Path]:
 def set_address(url: str) -> list[str]:
     """Write the repository's address into the notebooks, with badges there and in the README. Return the changed files.
 
-    An address and badges of an earlier call are replaced. Raises ValueError if it isn't https://github.com/OWNER/NAME.
+    An address and badges of an earlier call are replaced. Raises ValueError if it isn't https://github.com/OWNER/REPOSITORY.
     """
     url = url.removesuffix("/").removesuffix(".git")
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
-        raise ValueError(f"{url!r} is not the address of a repository. Use https://github.com/OWNER/NAME.")
+        raise ValueError(f"{url!r} is not the address of a repository. Use https://github.com/OWNER/REPOSITORY.")
     badges = {name: BADGES.format(f"{url.removeprefix('https://github.com/')}/blob/main/{name}") for name in NOTEBOOKS}
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = "".join(f"- `{name}` {line}\n" for name, line in badges.items())
@@ -181,17 +181,17 @@ def main() -> None:
     run_parser.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="""e.g. '{"epochs": 1}'""")
     commands.add_parser("images", help="extract the README's images from the last executed notebooks")
     address = commands.add_parser("address", help="write the repository's address and badges into notebooks and README")
-    address.add_argument("url", help="https://github.com/OWNER/NAME")
+    address.add_argument("url", help="https://github.com/OWNER/REPOSITORY")
     arguments = parser.parse_args()
-    if arguments.command == "run":
-        sys.exit(run(arguments.source, arguments.target, arguments.settings) or 0)
-    if arguments.command == "images":
-        print("Written:", ", ".join(map(str, export_images())) or "nothing. Execute the notebooks first.")
-    else:
-        try:
+    try:
+        if arguments.command == "run":
+            sys.exit(run(arguments.source, arguments.target, arguments.settings) or 0)
+        if arguments.command == "images":
+            print("Written:", ", ".join(map(str, export_images())) or "nothing. Execute the notebooks first.")
+        else:
             print("Changed:", ", ".join(set_address(arguments.url)) or "nothing")
-        except ValueError as error:
-            sys.exit(str(error))
+    except (OSError, ValueError) as error:  # a file that is missing or not a notebook, settings, an address
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,34 @@
-"""Take the README's screenshots of the app: python -m tools.screenshots SPACE [number of the sample image]
+"""Take the README's screenshots of the app: python -m tools.screenshots SPACE [--sample 2]
 
 Serves an exported Space, clicks a sample image, and writes images/app_desktop.png and images/app_phone.png.
 """
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
 from PIL import Image
 
-from tests.visitor import Visitor, browser, served
+from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"desktop": (1280, 1290, 1), "phone": (390, 1240, 1.25)}  # width and height in CSS pixels, density
 
 
-def main(space: str, sample: int = 2) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.screenshots", description=__doc__.partition(":")[0])
+    parser.add_argument("space", type=Path, help="folder of an exported Space")
+    parser.add_argument("--sample", type=int, default=2, help="number of the sample image that is shown")
+    arguments = parser.parse_args()
+    space, sample = arguments.space, arguments.sample
+    if not (space / "app.py").exists():
+        parser.error(f"{space} is not an exported Space: it has no app.py. `make run` writes one to space/.")
+    if not 1 <= sample <= (count := len(list((space / "samples").glob("*.jpg")))):
+        parser.error(f"--sample {sample}: {space}/samples has {count} images.")
+    if not (CHROMIUM and DRIVER):
+        parser.error("Chromium and its driver are missing (Debian: apt install chromium chromium-driver).")
     (ROOT / "images").mkdir(exist_ok=True)
-    with served(Path(space)) as address, browser() as driver:
+    with served(space) as address, browser() as driver:
         for name, size in SIZES.items():
             visitor = Visitor(driver, address)
             visitor.resize(*size)
@@ -33,4 +44,4 @@ def main(space: str, sample: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:3]))
+    main()

@@ -21,12 +21,13 @@ def missing_packages() -> list[str]:
 
 def main() -> None:
     """Write the wheels, and options into requirements.txt so that pip installs only from them."""
+    requirements = REQUIREMENTS.read_text(encoding="utf-8").removeprefix(OFFLINE)
+    REQUIREMENTS.write_text(requirements, encoding="utf-8")  # an earlier call's options would hide what is missing
     packages = missing_packages()
     Path("wheels").mkdir(exist_ok=True)
     if packages:
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "wheels", *packages]
         subprocess.run(pip, check=True)
-    requirements = REQUIREMENTS.read_text(encoding="utf-8").removeprefix(OFFLINE)
     REQUIREMENTS.write_text(OFFLINE + requirements, encoding="utf-8")
     print("wheels:", *sorted(path.name for path in Path("wheels").iterdir()), sep="\n  ")
 

@@ -70,7 +70,7 @@ class Peer:
             "OMP_NUM_THREADS": str(len(cores)), "NO_ALBUMENTATIONS_UPDATE": "1",
             "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": str(WORK),
         }  # fmt: skip
-        self.name, self.log = name, WORK / f"{name}.log"
+        self.arguments, self.log = (name, python, module, settings), WORK / f"{name}.log"
         reader, writer = os.pipe()  # for the answers; what the peer prints goes to the log
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -97,6 +97,13 @@ class Peer:
             return self._answer()
         except (BrokenPipeError, PeerError) as error:
             return {"error": str(error)}
+
+    def run_alone(self, job: str) -> dict:
+        """Run a job once in a new process and return its answer."""
+        fresh = Peer(*self.arguments)
+        answer = fresh.run(job, 0)
+        fresh.close()
+        return answer
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -136,12 +143,17 @@ def start_peers(settings: dict, reference: str) -> list[Peer]:
             python = install(name) if name in PACKAGES else Path(sys.executable)
             peers.append(Peer(name, python, f"benchmarks.peers.{module}", settings | {"checkout": reference}))
         except (PeerError, OSError, subprocess.SubprocessError) as error:
+            if name == "ours":
+                raise
             print(f"{name} is skipped: {error}", file=sys.stderr)
     return peers
 
 
 def measure(peers: list[Peer], rounds: int, seconds: float) -> dict[str, list[dict]]:
-    """Run each job in turn on each peer. Returns per job the best answer of each peer."""
+    """Run each job in turn on each peer. Returns per job the best answer of each peer.
+
+    "JOB alone" is the answer of a new process, for the peak of the memory: a process keeps what earlier jobs have allocated.
+    """
     results = {}
     for job in JOBS:
         answers = [[] for _ in peers]
@@ -149,6 +161,8 @@ def measure(peers: list[Peer], rounds: int, seconds: float) -> dict[str, list[di
             for peer, own in zip(peers, answers, strict=True):
                 own.append(peer.run(job, seconds))
         results[job] = [min(own, key=lambda answer: answer.get("seconds", float("inf"))) for own in answers]
+        if job in MEMORY_OF:
+            results[f"{job} alone"] = [peer.run_alone(job) for peer in peers]
         print(job, results[job], file=sys.stderr, flush=True)
     return results
 
@@ -163,15 +177,15 @@ def cells(answers: list[dict], text, key: str) -> list[str]:
     return values
 
 
-def rows(peers: list[Peer], results: dict[str, list[dict]], cores: int) -> list[list[str]]:
-    """The rows of the table for a number of cores."""
+def rows(results: dict[str, list[dict]], cores: int) -> list[list[str]]:
+    """Format the results of `measure` as rows of the table for a number of cores."""
     lines = []
     for job, (name, unit) in JOBS.items():
         text = (lambda s: f"{1 / s:.1f} images/s") if unit == "images/s" else (lambda s: f"{1e3 * s:.1f} ms")
         lines.append([name, str(cores), *cells(results[job], text, "seconds")])
     for job in MEMORY_OF:
         name = f"peak memory, {JOBS[job][0].split(',')[0].removesuffix(' per image')}"
-        lines.append([name, str(cores), *cells(results[job], lambda mb: f"{mb:.0f} MB", "memory")])
+        lines.append([name, str(cores), *cells(results[f"{job} alone"], lambda mb: f"{mb:.0f} MB", "memory")])
     return lines
 
 
@@ -188,6 +202,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="minimum time of a turn")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     options = vars(parser.parse_args(arguments))
+    available = len(os.sched_getaffinity(0))
+    if max(options["cores"]) > available:
+        parser.error(f"--cores {max(options['cores'])}: this machine has {available}")
     reference = str(Path(options["reference"]).resolve()) if options["reference"] else ""
     WORK.mkdir(exist_ok=True)
     settings = options | {"data": str(write_data(options["images"])), "work": str(WORK)}
@@ -199,7 +216,7 @@ def main(arguments: list[str]) -> None:
             ["parameters", "", *(f"{peer.info['parameters'] / 1e6:.1f} M" for peer in peers)],
             [f"forward pass, {options['size']} px", "", *(f"{peer.info['gflop']:.2f} GFLOP" for peer in peers)],
         ]
-        lines += rows(peers, measure(peers, options["rounds"], options["seconds"]), cores)
+        lines += rows(measure(peers, options["rounds"], options["seconds"]), cores)
         for peer in peers:
             peer.close()
     print(markdown([header, *facts, *lines]))

@@ -26,7 +26,7 @@ def start(settings: dict) -> tuple[dict, dict]:
     """Build the network and the jobs."""
     config = Config(
         data_root=settings["data"], image_size=settings["size"], width=settings["width"], batch_size=settings["batch"],
-        max_lr=1e-3, mosaic_prob=1.0, num_workers=0, cache_gb=0, epochs=1000,
+        max_lr=1e-3, mosaic_prob=1.0, num_workers=0, cache_gb=0, epochs=1000, precision="32-true",
     )  # fmt: skip
     data = DetectionDataModule(config)
     data.setup()

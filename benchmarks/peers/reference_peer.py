@@ -117,7 +117,7 @@ def training_step(model, config, batch, bfloat16: bool) -> Job:
 
 
 def validate(utils, config, network, loader) -> int:
-    """Its predictions, NMS and mean average precision."""
+    """Validate with its predictions, NMS and mean average precision."""
     predictions, ground_truth = utils.get_evaluation_bboxes(
         loader,
         network,

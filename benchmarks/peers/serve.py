@@ -43,17 +43,28 @@ def serve(start: Callable[[dict], tuple[dict, dict[str, Callable[[], Job]]]]) ->
 
 def measure(job: Job, min_seconds: float) -> dict[str, float]:
     """Run a job at least once and for at least `min_seconds`. Returns the mean seconds per image and the peak memory in MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    reset_peak_memory()
     start, images = time.perf_counter(), 0
     while not images or time.perf_counter() - start < min_seconds:
         images += job()
     seconds = (time.perf_counter() - start) / images
+    return {"seconds": seconds, "memory": peak_memory()}
+
+
+def reset_peak_memory() -> float:
+    """Set the peak of this process's memory to its current size, and return it in MB. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def peak_memory() -> float:
+    """Return the largest size of this process's memory since `reset_peak_memory`, in MB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"seconds": seconds, "memory": int(status["VmHWM"].split()[0]) / 1024}
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def describe(name: str, model: nn.Module, image_size: int) -> dict:
-    """Information about a peer: name, number of parameters, and GFLOP of a forward pass of one image (2 per multiply-add)."""
+    """Return a peer's name, number of parameters, and GFLOP of a forward pass of one image (2 per multiply-add)."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model.eval()(torch.zeros(1, 3, image_size, image_size))
