@@ -198,9 +198,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.offline and args.host == "colab":
         parser.error("Colab always has internet. Use kaggle --offline.")
+    python = args.python or PYTHON[args.host]
+    if missing := [name for name in (python, "git", *["unshare"] * (args.host == "kaggle")) if not shutil.which(name)]:
+        parser.error(f"{', '.join(missing)} must be installed.")
+    if args.host == "kaggle" and not os.path.exists("/kaggle") and os.geteuid():
+        parser.error("Only root can create the folder /kaggle. Create it, or run this as root in a container.")
     os.environ["PIP_CONFIG_FILE"] = os.devnull  # this machine's own package sources
     os.environ.pop("PIP_FIND_LINKS", None)
-    runtime = make_runtime(args.host, args.python or PYTHON[args.host])
+    runtime = make_runtime(args.host, python)
     created = args.host == "kaggle" and not os.path.exists("/kaggle")
     if created:
         os.mkdir("/kaggle")  # empty; only the kernels have something mounted there
