@@ -162,7 +162,7 @@ def mixup_sample(self, sample_id: int) -> Sample:
     if random.random() >= 0.5 or epoch >= self.config.close_mosaic_epoch:
         return image, boxes, labels
     other = plain_sample(self, epoch * len(self) + int(random.integers(len(self))))
-    image = torch.lerp(image.float(), other[0].float(), random.beta(8, 8)).round().byte()
+    image = torch.lerp(other[0].float(), image.float(), random.beta(8, 8)).round().byte()
     return image, torch.cat((boxes, other[1])), torch.cat((labels, other[2]))
 
 
