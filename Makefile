@@ -31,7 +31,7 @@ test: $(VENV)/installed ## run the tests: 8 to 15 minutes on 2 cores
 
 images: $(VENV)/installed ## update the README's images from the last runs (app screenshots need Chromium)
 	$(BIN) -m tools.notebook images
-	$(if $(wildcard space/app.py),$(BIN) -m tools.screenshots space --sample 4)
+	$(if $(wildcard space/app.py),$(BIN) -m tools.screenshots space)
 
 space-test: $(VENV)/installed ## run the exported Space in a new environment with only its own requirements
 	$(BIN) tests/space_alone.py

@@ -4,11 +4,12 @@
 """
 
 import os
+import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy the cores of loader processes
+if sys.argv[1:2] != ["peers"]:  # whose threads wait as they do for users
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy the cores of loader processes
 
 import importlib
-import sys
 import time
 import warnings
 

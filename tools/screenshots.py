@@ -1,4 +1,4 @@
-"""Take the README's screenshots of the app: python -m tools.screenshots SPACE [--sample 2]
+"""Take the README's screenshots of the app: python -m tools.screenshots SPACE [--sample 4]
 
 Serves an exported Space, clicks a sample image, and writes images/app_desktop.png and images/app_phone.png.
 """
@@ -18,7 +18,7 @@ SIZES = {"desktop": (1280, 1290, 1), "phone": (390, 1240, 1.25)}  # width and he
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.screenshots", description=__doc__.partition(":")[0])
     parser.add_argument("space", type=Path, help="folder of an exported Space")
-    parser.add_argument("--sample", type=int, default=2, help="number of the sample image that is shown")
+    parser.add_argument("--sample", type=int, default=4, help="number of the sample image that is shown")
     arguments = parser.parse_args()
     space, sample = arguments.space, arguments.sample
     if not (space / "app.py").exists():

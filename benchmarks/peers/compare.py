@@ -65,8 +65,7 @@ class Peer:
 
     def __init__(self, name: str, python: Path, module: str, settings: dict):
         cores = sorted(os.sched_getaffinity(0))[: settings["cores"]]
-        inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        environment = inherited | {
+        environment = os.environ | {
             "OMP_NUM_THREADS": str(len(cores)), "NO_ALBUMENTATIONS_UPDATE": "1",
             "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": str(WORK),
         }  # fmt: skip
