@@ -1,6 +1,5 @@
 """The changes that `run_ablations` compares: other settings, losses, anchors and initializations."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -205,13 +204,6 @@ def kmeans_anchors(config: Config) -> tuple:
     return tuple(tuple(map(tuple, scale)) for scale in anchors.view(3, 3, 2).tolist())
 
 
-def backbone(config: Config) -> str:
-    """The folder of pretrained weights that the environment variable BACKBONE names."""
-    if not os.environ.get("BACKBONE"):
-        raise SystemExit("This change starts from a pretrained backbone. Name its folder with --backbone FOLDER.")
-    return os.environ["BACKBONE"]
-
-
 @dataclass(frozen=True)
 class Change:
     """One difference to the baseline: settings, and replacements of names in `src`."""
@@ -253,6 +245,7 @@ CHANGES = {
     "decay-everything": Change("weight decay: also on biases and batch norm", replacements={
         "src.training.module.YOLOv3Module.configure_optimizers": decay_everything}),
     "lr-2e-3": Change("peak learning rate: 2e-3", {"max_lr": 2e-3}),
+    "lr-4e-3": Change("peak learning rate: 4e-3", {"max_lr": 4e-3}),
     "lr-1.2e-2": Change("peak learning rate: 1.2e-2", {"max_lr": 1.2e-2}),
     "warmup-0.3": Change("warm-up: 0.3 of the steps", {"warmup_fraction": 0.3}),
     "ema-0.99": Change("EMA decay: 0.99", {"ema_decay": 0.99}),
@@ -269,9 +262,6 @@ CHANGES = {
         "src.data.mosaic.augmentations": flip_only}),
     "mixup": Change("augmentation: mixup of half of the samples", replacements={
         "src.data.mosaic.MosaicDataset.__getitem__": mixup_sample}),
-    "backbone": Change("pretrained backbone", {"pretrained_weights": backbone}),
-    "backbone-frozen": Change("pretrained backbone, frozen for 2 epochs", {
-        "pretrained_weights": backbone, "freeze_epochs": 2}),
-    "backbone-lr-2e-3": Change("pretrained backbone, peak learning rate: 2e-3", {
-        "pretrained_weights": backbone, "max_lr": 2e-3}),
+    "frozen-2": Change("backbone: frozen for 2 epochs", {"freeze_epochs": 2}),
+    "scratch": Change("backbone: not pretrained", {"pretrained_weights": ""}),
 }  # fmt: skip

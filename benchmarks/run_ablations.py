@@ -2,14 +2,13 @@
 
 python -m benchmarks.run_ablations NAME [NAME ...]    trains each change of CHANGES that has no result yet
 python -m benchmarks.run_ablations --table            prints the results so far as Markdown
-Options of both: --epochs 6 --size 160 --splits 2012|both; for training also --seed 0 --backbone FOLDER.
+Options of both: --epochs 6 --size 160 --splits 2012|both --backbone FOLDER, pretrained weights to start from; --seed 0.
 The environment variable VOC_ROOT names the folder that holds VOCdevkit.
-Results are written to runs/ablations/SPLITS-SIZE-EPOCHS/NAME-SEED/result.json.
+Results are written to runs/ablations/SPLITS-SIZE-EPOCHS[-backbone]/NAME-SEED/result.json.
 """
 
 import argparse
 import json
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,12 +42,12 @@ def micro_average_precision(evaluation: Evaluation) -> float:
     return per_class_table(predictions, ground_truth, ("any",))[0]["ap"]
 
 
-def base_config(epochs: int, size: int, splits: str) -> Config:
+def base_config(epochs: int, size: int, splits: str, backbone: str = "") -> Config:
     """Settings of the baseline: `BASE` for N epochs, about a tenth of them without mosaics."""
     years = SPLITS[splits]
     return BASE.replace(
         train_splits=tuple(f"{year}/train" for year in years), val_splits=tuple(f"{year}/val" for year in years),
-        image_size=size, epochs=epochs, close_mosaic_epochs=max(1, epochs // 10),
+        image_size=size, epochs=epochs, close_mosaic_epochs=max(1, epochs // 10), pretrained_weights=backbone,
     )  # fmt: skip
 
 
@@ -105,18 +104,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--size", type=int, default=160, help="image size in pixels")
     parser.add_argument("--splits", choices=SPLITS, default="2012", help="years of VOC to train and validate on")
-    parser.add_argument("--backbone", help="folder of pretrained weights for the changes backbone...")
+    parser.add_argument("--backbone", default="", help="folder of pretrained weights to start from")
     parser.add_argument("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()
     if not arguments.names and not arguments.table:
         parser.error("Name at least one change, or use --table.")
     if unknown := set(arguments.names) - set(CHANGES):
         parser.error(f"Unknown changes {sorted(unknown)}. Choose from {', '.join(CHANGES)}.")
-    if arguments.backbone:
-        os.environ["BACKBONE"] = arguments.backbone
-    folder = RUNS / f"{arguments.splits}-{arguments.size}-{arguments.epochs}"
+    setting = f"{arguments.splits}-{arguments.size}-{arguments.epochs}"
+    folder = RUNS / (f"{setting}-backbone" if arguments.backbone else setting)
     for name in arguments.names:
-        base = base_config(arguments.epochs, arguments.size, arguments.splits)
+        base = base_config(arguments.epochs, arguments.size, arguments.splits, arguments.backbone)
         train(name, arguments.seed, base, folder / f"{name}-{arguments.seed}")
     if arguments.table:
         print(table(folder))

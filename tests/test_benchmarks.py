@@ -8,23 +8,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import complete_box_iou_loss
 
 from benchmarks import ablations, baselines, evaluation, loader, run_ablations, train_voc
 from benchmarks.__main__ import PARTS
-from benchmarks.synthetic_inputs import background_logits, plant, random_objects, write_jpegs
+from benchmarks.synthetic_inputs import background_logits, write_jpegs
 from benchmarks.timing import Row, seconds, table
 from src.config import Config
 from src.data.cache import ImageCache
 from src.data.mosaic import MosaicDataset
 from src.data.shapes import draw_shapes
-from src.model.boxes import cxcywh_to_xyxy, decode, decode_above
 from src.model.network import ANCHORS
-from src.serving.predictor import Predictor
 from src.training import module
-from src.training.loss import YOLOLoss, assign_targets, complete_iou_loss
+from src.training.loss import YOLOLoss, assign_targets
 from src.training.metrics import Evaluation, average_precision
-from tests.planted import planted_model
 from tests.test_loss import random_targets
 from tests.test_metrics import iou, random_results
 
@@ -50,39 +46,12 @@ def test_dense_targets_and_loss_equal_ours():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_complete_iou_equals_torchvision_with_its_gradient():
-    random = torch.Generator().manual_seed(0)
-    targets = torch.rand(50, 4, generator=random) * 0.5 + 0.1
-    results = []
-    for loss in (
-        lambda a, b: complete_iou_loss(a, b)[0],
-        lambda a, b: complete_box_iou_loss(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)),
-    ):
-        predictions = (torch.rand(50, 4, generator=random.manual_seed(1)) * 0.5 + 0.1).requires_grad_()
-        value = loss(predictions, targets)
-        results.append((value, *torch.autograd.grad(value.sum(), predictions)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
 def test_loops_compute_the_same_average_precision(monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH", 4)
     _, values, candidates = evaluation.evaluate(8)
     assert candidates > 0
     for loop_iou in (baselines.tensor_iou, baselines.float_iou):
         assert evaluation.evaluate_by_loops(8, loop_iou)[1] == pytest.approx(values["ap"], abs=1e-4)
-
-
-def test_decode_above_equals_decode_of_all_cells():
-    targets, logits = random_objects(3, 3), background_logits(3, image_size=96)
-    plant(logits, targets, ANCHOR)
-    boxes, scores = decode(logits, ANCHOR)
-    above = torch.cat([level[..., 0].flatten(1) for level in logits], dim=1).sigmoid() > 0.01
-    assert 0 < above.sum() < above.numel() / 2
-    for image, (some_boxes, some_scores) in enumerate(decode_above(logits, ANCHOR, 0.01)):
-        torch.testing.assert_close(some_boxes, boxes[image][above[image]])
-        torch.testing.assert_close(some_scores, scores[image][above[image]])
-        assert (scores[image][~above[image]] <= 0.01).all()
 
 
 def test_baseline_loaders_return_comparable_samples(tmp_path):
@@ -96,17 +65,6 @@ def test_baseline_loaders_return_comparable_samples(tmp_path):
             assert [scale.shape for scale in dense] == [(3, grid, grid, 6) for grid in GRIDS]
             rows = np.concatenate([scale[scale[..., 0] == 1][:, 1:5] for scale in dense])
             assert ((rows >= 0) & (rows <= 1)).all()
-
-
-def test_batch_prediction_equals_single_images():
-    predictor = Predictor(planted_model(64), device="cpu")
-    images = [np.random.default_rng(n).integers(256, size=(40 + 9 * n, 70, 3), dtype=np.uint8) for n in range(3)]
-    batch = predictor.batch(images)
-    assert sum(map(len, batch)) > 0
-    for image, detections in zip(images, batch, strict=True):
-        single = predictor(image)
-        np.testing.assert_array_equal(detections.labels, single.labels)
-        np.testing.assert_allclose(detections.boxes, single.boxes, atol=0.05)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -149,15 +107,13 @@ def test_each_change_of_the_loss_changes_its_value(name):
 
 
 @pytest.mark.parametrize("name", ablations.CHANGES)
-def test_each_change_replaces_names_and_settings_that_exist(name, monkeypatch):
-    monkeypatch.setenv("BACKBONE", "folder")
-    change = ablations.CHANGES[name]
+def test_each_change_replaces_names_and_settings_that_exist(name):
+    change, base = ablations.CHANGES[name], run_ablations.base_config(20, 160, "both", "folder")
     for target, replacement in change.replacements.items():
         with mock.patch(target, replacement):  # raises AttributeError if the name is gone
             pass
     if name != "anchors-kmeans":  # reads the data set
-        config = change.config(ablations.BASE)
-        assert (config == ablations.BASE) == (not change.settings)
+        assert (change.config(base) == base) == (not change.settings)
 
 
 def test_loader_and_evaluation_rows_at_small_size(monkeypatch):
@@ -184,20 +140,16 @@ def test_mixup_joins_the_objects_of_two_samples_until_mosaics_end():
     assert count > 0
 
 
-def test_a_backbone_change_asks_for_the_folder(monkeypatch):
-    monkeypatch.delenv("BACKBONE", raising=False)
-    with pytest.raises(SystemExit, match="--backbone FOLDER"):
-        ablations.CHANGES["backbone"].config(ablations.BASE)
-
-
 def test_settings_of_the_runs_on_voc():
     base = run_ablations.base_config(20, 224, "both")
     assert base.train_splits == ("2007/train", "2012/train") and base.val_splits == ("2007/val", "2012/val")
     assert (base.epochs, base.image_size, base.close_mosaic_epochs) == (20, 224, 2)
     assert run_ablations.base_config(6, 160, "2012") == ablations.BASE.replace(epochs=6, close_mosaic_epochs=1)
-    multi = train_voc.settings("multi", 80, "folder", "both")
-    assert multi.multiscale_sizes == train_voc.SIZES and multi.pretrained_weights == "folder"
-    assert multi.run_dir != train_voc.settings("multi", 80, "", "both").run_dir
+    multi = train_voc.settings("multi", 80, 224, "folder", "both", 6e-3, 0.1)
+    assert multi.multiscale_sizes == (160, 192, 224, 256, 288) and multi.pretrained_weights == "folder"
+    assert multi.close_mosaic_epochs == 8
+    assert multi.run_dir != train_voc.settings("multi", 80, 224, "", "both", 6e-3, 0.1).run_dir
+    assert train_voc.sizes(128) == (96, 128, 160) and train_voc.sizes(32) == (32,)
 
 
 def test_table_of_ablations_compares_runs_with_the_same_seed(tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from src.model.boxes import cxcywh_to_xyxy, decode, nms
+from src.model.boxes import cxcywh_to_xyxy, decode, decode_above, nms
 from src.model.network import ANCHORS
 
 ANCHOR = torch.tensor(ANCHORS)
@@ -37,6 +37,17 @@ def test_decode_equals_the_papers_equations():
 def test_decode_does_not_overflow_half_precision():
     boxes, scores = decode([torch.full((1, 3, g, g, 6), 60000.0, dtype=torch.float16) for g in (1, 2, 4)], ANCHOR)
     assert boxes.dtype == torch.float32 and boxes.isfinite().all() and scores.isfinite().all()
+
+
+def test_decode_above_equals_decode_of_all_cells():
+    logits = [torch.randn(3, 3, g, g, 7) for g in (1, 2, 4)]
+    boxes, scores = decode(logits, ANCHOR)
+    above = torch.cat([level[..., 0].flatten(1) for level in logits], dim=1).sigmoid() > 0.7
+    assert 0 < above.sum() < above.numel() / 2
+    for image, (some_boxes, some_scores) in enumerate(decode_above(logits, ANCHOR, 0.7)):
+        torch.testing.assert_close(some_boxes, boxes[image][above[image]])
+        torch.testing.assert_close(some_scores, scores[image][above[image]])
+        assert (scores[image][~above[image]] <= 0.7).all()
 
 
 def slow_nms(boxes, scores, confidence, iou_threshold):

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, complete_box_iou_loss
 
 from src.config import Config
 from src.model.boxes import cxcywh_to_xyxy, decode
 from src.model.network import ANCHORS
-from src.training.loss import YOLOLoss, assign_targets
+from src.training.loss import YOLOLoss, assign_targets, complete_iou_loss
 
 ANCHOR = torch.tensor(ANCHORS)
 GRIDS = [3, 6, 12]
@@ -150,6 +150,21 @@ def test_loss_of_a_perfect_prediction_and_of_a_wrong_box():
     moved = target.clone()
     moved[0, 4] *= 1.5
     assert loss(logits, moved, ANCHOR)["box_loss"] > 0.2
+
+
+def test_complete_iou_equals_torchvision_with_its_gradient():
+    random = torch.Generator().manual_seed(0)
+    targets = torch.rand(50, 4, generator=random) * 0.5 + 0.1
+    results = []
+    for loss in (
+        lambda a, b: complete_iou_loss(a, b)[0],
+        lambda a, b: complete_box_iou_loss(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)),
+    ):
+        predictions = (torch.rand(50, 4, generator=random.manual_seed(1)) * 0.5 + 0.1).requires_grad_()
+        value = loss(predictions, targets)
+        results.append((value, *torch.autograd.grad(value.sum(), predictions)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_logits_stay_finite():

@@ -170,6 +170,17 @@ def test_boxes_are_in_pixels_of_the_image(size, predictor):
         assert score == pytest.approx(scores[0, index, label].item(), abs=1e-5)
 
 
+def test_batch_prediction_equals_single_images():
+    predictor = Predictor(planted_model(64), device="cpu")
+    images = [np.random.default_rng(n).integers(256, size=(40 + 9 * n, 70, 3), dtype=np.uint8) for n in range(3)]
+    batch = predictor.batch(images)
+    assert sum(map(len, batch)) > 0
+    for image, detections in zip(images, batch, strict=True):
+        single = predictor(image)
+        np.testing.assert_array_equal(detections.labels, single.labels)
+        np.testing.assert_allclose(detections.boxes, single.boxes, atol=0.05)
+
+
 def test_thresholds_need_no_further_forward_pass(predictor):
     calls = []
     hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in (predictor.model, predictor.fused)]

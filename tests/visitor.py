@@ -27,22 +27,23 @@ def served(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, **variables: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """As `served`, with environment variables. Yields the address and the process."""
+def serving(folder: Path, python: str | Path = sys.executable, **variables: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """As `served`, with another Python and environment variables. Yields the address and the process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", **variables}
     environment.pop("PYTHONPATH", None)
-    server = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen([python, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(8 * TIMEOUT_S):
+        end = time.monotonic() + 4 * TIMEOUT_S
+        while time.monotonic() < end:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
                 break
             if server.poll() is not None:
                 raise RuntimeError("The Space stopped before it answered.")
-            time.sleep(0.5)
+            time.sleep(0.1)
         else:
             raise TimeoutError(f"The Space did not answer within {4 * TIMEOUT_S} s.")
         yield f"http://127.0.0.1:{port}/", server
