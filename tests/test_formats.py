@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from src.config import VOC_CLASSES, Config
-from src.data import coco
+from src.data import coco, voc
 from src.data.check import check, main
 from src.data.datamodule import DetectionDataModule
-from src.data.formats import detect_format, read_splits, resolve
+from src.data.formats import detect_format, read_splits, resolve, train_val_splits
 from src.training.fit import evaluate, fit
 from tests.test_voc import obj, write_tree
 
@@ -165,6 +165,7 @@ COCO_LAYOUTS = {  # JSON files and image folders of training and validation
     "roboflow": (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
     "fiftyone": (("train/labels.json", "train/data"), ("validation/labels.json", "validation/data")),
     "root": (("train.json", "images"), ("val.json", "images")),
+    "suffixes": (("annotations_train.json", "images"), ("lvis_v1_val.json", "images")),
 }
 
 
@@ -181,6 +182,26 @@ def test_coco_layouts(tmp_path, layout):
     assert train[0].labels.tolist() == [1] and val[0].labels.tolist() == [0]
     assert not train[0].difficult.any() and val[0].difficult.all()
     assert resolve(config) == config
+
+
+def test_roles_of_split_names():
+    names = ("annotations_test", "lvis_v1_train", "pascal_val2007", "contrast")
+    assert train_val_splits(names) == (("lvis_v1_train",), ("pascal_val2007",))
+    assert train_val_splits(("Training", "Valid", "test-dev")) == (("Training",), ("Valid",))
+    assert train_val_splits(("latest", "my_test")) == (("latest",), ())
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    hidden = ("images/train/._a.jpg", "images/train/.ipynb_checkpoints/a-checkpoint.jpg")
+    write_yolo(tmp_path / ".data", {"images/train/a.jpg": LINE, "images/val/b.jpg": LINE, **dict.fromkeys(hidden)})
+    _, train, _ = splits_of(tmp_path / ".data")
+    assert [Path(record.image).name for record in train] == ["a.jpg"]
+    for name in ("train.json", ".ipynb_checkpoints/train-checkpoint.json"):
+        write_coco(tmp_path / "coco" / name, coco_data(), tmp_path / "coco/images")
+    assert list(coco.find_files(tmp_path / "coco")) == ["train"]
+    root = write_tree(tmp_path / "voc", "2012", {"all": {"1": obj(), "._1": ""}})
+    (root / "VOCdevkit/VOC2012/ImageSets/Main/all.txt").unlink()
+    assert voc.list_images(root, ("2012/*",)) == [(root / "VOCdevkit/VOC2012", "1")]
 
 
 def test_coco_random_validation_split(tmp_path, capsys):

@@ -32,6 +32,7 @@ from src.training.checkpoints import (
     run_lock,
 )
 from src.training.fit import fit, load_detector, prepare_run
+from src.training.module import YOLOv3Module
 from tests.forking import begin
 from tests.test_training import metrics_rows
 
@@ -151,7 +152,7 @@ def test_resuming_a_finished_run_changes_nothing(run, copy):
 
 
 def prepare(folder: Path, ckpt_path: str | None) -> Path | None:
-    return prepare_run(tiny(folder), DetectionDataModule(tiny(folder)), ckpt_path)[1]
+    return prepare_run(YOLOv3Module, tiny(folder), DetectionDataModule(tiny(folder)), ckpt_path)[1]
 
 
 def test_new_run_deletes_the_former_checkpoints(copy):
@@ -161,6 +162,14 @@ def test_new_run_deletes_the_former_checkpoints(copy):
     assert prepare(copy, "auto") is None
     with pytest.raises(FileNotFoundError, match="there is no run to resume"):
         prepare(copy, "last")
+
+
+@pytest.mark.parametrize("changes", [{"pretrained_weights": "mistyped"}, {"dataset": "yolo", "data_root": "mistyped"}])
+def test_a_start_that_fails_deletes_nothing(copy, changes):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises((FileNotFoundError, ValueError), match="mistyped"):
+        fit(tiny(copy, **changes))
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
 def test_a_copied_run_keeps_its_best_checkpoint(run, copy):
@@ -178,12 +187,12 @@ def test_a_checkpoint_of_another_folder_is_resumed_with_the_settings_beside_it(r
     """As on Kaggle, where the output of an earlier session is read-only."""
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / PREVIOUS).touch()
-    _, checkpoint = prepare_run(tiny(tmp_path / "new"), None, str(run[0] / LAST))
+    checkpoint = prepare(tmp_path / "new", str(run[0] / LAST))
     assert checkpoint == run[0] / LAST
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "best.ckpt", "metrics.csv"}
     assert all((tmp_path / "new" / name).read_bytes() == (run[0] / name).read_bytes() for name in ("best.ckpt", "metrics.csv"))
     with pytest.raises(ValueError, match="Config.image_size is 96"):
-        prepare_run(tiny(tmp_path / "new", image_size=96), None, str(run[0] / LAST))
+        prepare_run(YOLOv3Module, tiny(tmp_path / "new", image_size=96), None, str(run[0] / LAST))
 
 
 def test_checkpoint_names_and_keys_of_older_runs(run, copy):

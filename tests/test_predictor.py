@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from src.model.boxes import decode, nms
 from src.serving.gradcam import Explainer
-from src.serving.images import letterbox, load_image
+from src.serving.images import get_image_size, letterbox, load_image
 from src.serving.predictor import MIN_SCORE, Predictor
 from tests.planted import planted_model
 
@@ -123,8 +123,11 @@ def test_transparency_becomes_white(mode, tmp_path):
 def test_images_are_upright(orientation, tmp_path):
     exif = Image.Exif()
     exif[274] = orientation
-    RGB.save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(load_image(tmp_path / "x.png"), ORIENTATIONS[orientation](quarters()))
+    for name in ("x.png", "x.tif"):
+        RGB.save(tmp_path / name, exif=exif)
+        image = load_image(tmp_path / name)
+        assert np.array_equal(image, ORIENTATIONS[orientation](quarters()))
+        assert get_image_size(tmp_path / name) == image.shape[1::-1]
 
 
 def test_unreadable_files_are_named(tmp_path):

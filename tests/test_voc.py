@@ -55,6 +55,14 @@ def test_an_image_without_objects_is_kept(tmp_path):
     assert record.boxes.shape == (0, 4) and record.labels.shape == record.difficult.shape == (0,)
 
 
+def test_lists_of_single_classes_and_names_with_spaces(tmp_path):
+    write_tree(tmp_path, "2012", {"train": {"photo one": obj(), "photo 1": obj(), "000001": obj()}})
+    lists = tmp_path / "VOCdevkit/VOC2012/ImageSets/Main"
+    (lists / "cat_train.txt").write_text("photo one -1\nphoto 1\n000001  1\nphoto 1  0\n")
+    names = [Path(record.image).stem for record in read_voc(tmp_path, ("2012/cat_train",), VOC_CLASSES)]
+    assert names == ["photo one", "photo 1", "000001", "photo 1"]
+
+
 def test_other_class_names(tmp_path):
     write_tree(tmp_path, "2012", {"train": {"1": obj("gnu") + obj("yak")}})
     assert read_voc(tmp_path, ("2012/train",), ("yak", "gnu"))[0].labels.tolist() == [1, 0]
@@ -233,6 +241,24 @@ def test_voc_is_downloaded_into_the_default_or_an_existing_folder_only(tmp_path,
     mistyped.prepare_data()
     DetectionDataModule(Config()).prepare_data()  # the folder "data" does not exist
     assert requests == [str(tmp_path / "mistyped")] * 3 + ["data"] * 3
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("sub/helmets.yaml", "nc: 1\nnames: [a]"), ("a/b/x.json", '{"images": 0, "annotations": 0, "categories": 0}')],
+)
+def test_voc_is_not_downloaded_beside_another_data_set(tmp_path, monkeypatch, file, text):
+    requests = []
+    monkeypatch.setattr("torchvision.datasets.VOCDetection", lambda root, **_: requests.append(root))
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(text)
+    data = DetectionDataModule(Config(data_root=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match=rf"has no VOCdevkit, but .*{Path(file).name}.*Config\.data_root"):
+        data.prepare_data()
+    assert not requests
+    (tmp_path / file).write_text("{}")
+    data.prepare_data()
+    assert requests
 
 
 def test_a_failed_download_names_the_solution(tmp_path, monkeypatch):

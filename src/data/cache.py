@@ -1,7 +1,9 @@
 """Cache of resized images, shared by all loader processes through a memory-mapped file."""
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +37,9 @@ class ImageCache:
                 try:
                     if hasattr(os, "posix_fallocate"):
                         os.posix_fallocate(file.fileno(), 0, size)
-                    else:
+                    else:  # macOS: the space is only checked
+                        if shutil.disk_usage(self.path.parent).free < size - file.tell():
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                         os.truncate(self.path, size)
                 except OSError:
                     self.path.unlink()

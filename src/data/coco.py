@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from src.data.records import Problem, Result, check_image, clip_box, make_result
+from src.data.records import Problem, Result, check_image, clip_box, is_hidden, make_result
 
 SECTIONS = ("images", "annotations", "categories")
 OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_")
@@ -17,15 +17,16 @@ def find_files(root: str | Path) -> dict[str, Path]:
     root: a folder, or a single JSON file.
     """
     root, files = Path(root).absolute(), {}
-    paths = [root] if root.suffix == ".json" else [*sorted(root.glob("*.json")), *sorted(root.glob("*/*.json"))]
-    for path in paths:
-        if path.is_file() and not path.name.startswith(OTHER_TASKS) and _has_sections(path):
+    paths = [*sorted(root.glob("*.json")), *sorted(root.glob("*/*.json"))]
+    for path in [root] if root.suffix == ".json" else [path for path in paths if not is_hidden(path, root)]:
+        if path.is_file() and not path.name.startswith(OTHER_TASKS) and has_sections(path):
             split = path.parent.name if path.stem in UNNAMED else path.stem.removeprefix("instances_")
             files.setdefault(split, path)
     return files
 
 
-def _has_sections(path: Path) -> bool:
+def has_sections(path: Path) -> bool:
+    """Return whether the text of a file names the sections of a COCO file."""
     content = path.read_bytes()
     return all(f'"{section}"'.encode() in content for section in SECTIONS)
 

@@ -1,5 +1,6 @@
 """Data set formats: recognize one, take settings from it, read its splits."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,10 +40,20 @@ def resolve(config: Config) -> Config:
 
 
 def train_val_splits(splits: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Select the training and the validation splits by their names. Validation splits may be missing."""
-    train = [split for split in splits if split.startswith("train")]
-    others = [split for split in splits if not split.startswith(("val", "test"))]
-    return tuple(train or others), tuple(split for split in splits if split.startswith("val"))
+    """Select the training and the validation splits by their names, such as "train", "valid" or "lvis_v1_val".
+
+    Without a name that says "train", those that say neither "val" nor "test" are for training. None may be for validation.
+    """
+    by_role = {"train": [], "val": [], "test": [], "": []}
+    for split in splits:
+        by_role[_role(split)].append(split)
+    return tuple(by_role["train"] or by_role[""]), tuple(by_role["val"])
+
+
+def _role(split: str) -> str:
+    """Return "train", "val" or "test", whichever starts a word of the name first, or ""."""
+    found = re.search(r"(?:^|[-_./ ])(train|val|test)", split.lower())
+    return found[1] if found else ""
 
 
 def read_splits(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:

@@ -67,6 +67,11 @@ def check_image(path: Path, decode: bool = False) -> tuple[tuple[int, int] | Non
         return None, [Problem("image", text)]
 
 
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Return whether a file, or a folder between `folder` and it, is hidden: macOS's ._a.jpg, Jupyter's .ipynb_checkpoints."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def read_list(path: Path) -> list[str]:
     """Return the lines of a list of images, without empty ones. Raises ValueError if it is not a text file."""
     try:

@@ -1,11 +1,13 @@
 """VOCdevkit trees: annotations, splits, download."""
 
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from src.config import DATA_ROOT, VOC_CLASSES
+from src.data.coco import has_sections
 from src.data.records import Problem, Result, check_image, clip_box, make_result, read_list
 from src.serving.images import IMAGE_SUFFIXES
 
@@ -149,28 +151,52 @@ def list_images(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str
     for split in splits:
         folder = split_folder(root, split)
         if split.endswith("/*"):
-            images += [(folder, path.stem) for path in sorted((folder / "Annotations").glob("*.xml"))]
+            images += [(folder, path.stem) for path in sorted((folder / "Annotations").glob("[!.]*.xml"))]
             continue
         path = folder / "ImageSets" / "Main" / f"{split.partition('/')[2]}.txt"
         if not path.exists():
             others = ", ".join(split for split in list_splits(root) if "_" not in split)  # without lists of single classes
             raise FileNotFoundError(
                 f"{path} is missing. "
-                + (f"There are {others}: set Config.train_splits and Config.val_splits to some of them, or " if others else "")
-                + "set Config.data_root or the environment variable VOC_ROOT to the folder that contains VOCdevkit, data.yaml "
-                'or COCO files, or use Config(dataset="shapes"), which needs no download.'
+                + (f"There are {others}: set Config.train_splits and Config.val_splits to some of them. " if others else "")
+                + "Set Config.data_root (or, before Python starts, the environment variable VOC_ROOT) to the folder that "
+                'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes"), which needs no download.'
             )
-        images += [(folder, line.split()[0]) for line in read_list(path)]
+        images += [(folder, _image_name(folder, line)) for line in read_list(path)]
     if not images:
         raise ValueError(f"The splits {tuple(splits)} under {root} list no images.")
     return images
+
+
+def _image_name(folder: Path, line: str) -> str:
+    """Return the file name in a line of a list. In the lists of single classes -1, 0 or 1 follows it."""
+    flagged = re.fullmatch(r"(.*\S)\s+-?[01]", line)
+    return flagged[1] if flagged and not (folder / "Annotations" / f"{line}.xml").exists() else line
+
+
+def check_download_folder(root: Path) -> None:
+    """Raise FileNotFoundError if `root` is missing or has another data set, up to two folders down. The default may be missing."""
+    if root == Path(DATA_ROOT):
+        return
+    if not root.exists():
+        raise FileNotFoundError(
+            f"The folder {root.resolve()} does not exist. Correct Config.data_root or VOC_ROOT if it is mistyped. "
+            "To download VOC (2.9 GB) into this folder, create it."
+        )
+    for path in (path for depth in DEPTHS[:3] for path in sorted(root.glob(f"{depth}[!.]*")) if path.is_file()):
+        is_yolo = path.suffix in (".yaml", ".yml") and re.search(rb"^names\s*:", path.read_bytes(), re.MULTILINE)
+        if is_yolo or path.suffix == ".json" and has_sections(path):
+            raise FileNotFoundError(
+                f"{root} has no VOCdevkit, but {path}. For a YOLO data set, set Config.data_root to its YAML file; for a COCO "
+                "data set, to the folder of its JSON files. To download VOC (2.9 GB), set it to another folder."
+            )
 
 
 def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
     """Download the published splits that are missing, through torchvision, with progress.
 
     An archive is not unpacked over a folder that has one of its lists: the folder may hold the user's own data.
-    Raises FileNotFoundError if `root` is missing and is not the default folder, RuntimeError if the download fails.
+    Raises FileNotFoundError as `check_download_folder`, RuntimeError if the download fails.
     """
     from torchvision.datasets import VOCDetection
 
@@ -182,11 +208,7 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
         lists = [folder / f"{other}.txt" for other in archive]
         if split not in PUBLISHED_SPLITS or any(path.exists() for path in lists) and not marker.exists():
             continue
-        if Path(root) != Path(DATA_ROOT) and not Path(root).exists():
-            raise FileNotFoundError(
-                f"The folder {Path(root).resolve()} does not exist. Correct Config.data_root or VOC_ROOT if it is mistyped. "
-                "To download VOC (2.9 GB) into this folder, create it."
-            )
+        check_download_folder(Path(root))
         print(f"VOC {split} is not under {root}, or not complete. Downloading it.")
         try:
             marker.parent.mkdir(parents=True, exist_ok=True)

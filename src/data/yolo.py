@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from src.data.records import Problem, Result, check_image, clip_box, make_result, read_list
+from src.data.records import Problem, Result, check_image, clip_box, is_hidden, make_result, read_list
 from src.serving.images import IMAGE_SUFFIXES
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -84,7 +84,8 @@ def _entry_images(path: Path, data: dict, split: str, entry: str) -> list[Path]:
     if place is None:
         raise FileNotFoundError(f"{path}: `{split}` is {entry}, but {places[0]} is missing. Correct `path` or `{split}`.")
     if place.is_dir():
-        return sorted(image for image in place.rglob("*") if image.suffix.lower() in IMAGE_SUFFIXES)
+        images = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        return sorted(image for image in images if not is_hidden(image, place))
     candidates = [[base / line for base in (place.parent, *bases)] for line in read_list(place)]
     return [next((image for image in images if image.exists()), images[0]) for images in candidates]
 

@@ -21,6 +21,7 @@ from src.training.loss import Assigned, assign_targets
 FONT_SIZE = FONT_POINTS / 72 * DPI  # pixels
 LINE_HEIGHT = 20  # pixels of one line of a title
 LEGEND_HEIGHT = 30
+COLUMNS = 4  # at most
 GAP = 8  # pixels between two images
 
 
@@ -70,17 +71,15 @@ def _draw_detections(image, detections: Detections, classes: Sequence[str], size
     return draw_detections(image, replace(detections, boxes=boxes), classes, font_size=FONT_SIZE)
 
 
-def plot_annotations(records: Sequence, classes: Sequence[str], columns: int = 4) -> NotebookFigure:
+def plot_annotations(records: Sequence, classes: Sequence[str]) -> NotebookFigure:
     """Plot the images of records with their boxes and classes; "?" marks difficult objects."""
-    columns = min(columns, len(records))
+    columns = min(COLUMNS, len(records))
     return _grid([_draw_record(record, classes, _tile_size(columns)) for record in records], columns)
 
 
-def plot_samples(
-    samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = (), columns: int = 4
-) -> NotebookFigure:
+def plot_samples(samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = ()) -> NotebookFigure:
     """Plot training samples: uint8 [3, S, S], boxes cxcywh in 0..1 [n, 4], labels [n]."""
-    columns = min(columns, len(samples))
+    columns = min(COLUMNS, len(samples))
     size, tiles = _tile_size(columns), []
     for image, boxes, labels, *_ in samples:
         tile, names = resize_long_side(image.permute(1, 2, 0).numpy(), size), [classes[label] for label in labels]
@@ -95,13 +94,12 @@ def plot_detections(
     classes: Sequence[str],
     ground_truth: Sequence = (),
     titles: Sequence[str] = (),
-    columns: int = 4,
 ) -> NotebookFigure:
     """Plot images (anything that `load_image` reads) with their detections.
 
     ground_truth: the records of the images. Each is then shown to the left of the detections, under titles of its own.
     """
-    columns = min(columns, len(images) * (2 if ground_truth else 1))
+    columns = min(COLUMNS, len(images) * (2 if ground_truth else 1))
     size = _tile_size(columns)
     tiles = [_draw_detections(image, found, classes, size) for image, found in zip(images, detections, strict=True)]
     if not ground_truth:
@@ -120,7 +118,7 @@ def plot_gradcam(images, explanations: Sequence, classes: Sequence[str], titles:
     """
     shared = not isinstance(images, list | tuple)
     count = len(explanations) + 1 if shared else 2 * len(explanations)
-    columns = 3 if shared and count > 4 else min(4, count)
+    columns = 3 if shared and count > COLUMNS else min(COLUMNS, count)
     size, tiles, tile_titles = _tile_size(columns), [], []
     for number, explanation in enumerate(explanations):
         image = images if shared else images[number]

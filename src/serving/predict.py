@@ -197,7 +197,7 @@ class PredictionRun:
 def output_stems(files: list[Path]) -> list[str]:
     """Return the file names of the results, without suffix: the images' stems, or their full names if results would collide."""
     stems = [file.stem for file in files]
-    names = {*stems, *(f"{stem}_heatmap" for stem in stems)}
+    names = {f"{stem}{suffix}".casefold() for stem in stems for suffix in ("", "_heatmap")}  # A and a are one file on macOS
     return stems if len(names) == 2 * len(files) else [file.name for file in files]
 
 

@@ -122,13 +122,13 @@ def format_duration(seconds: float) -> str:
     return next((f"{seconds / length:.1f} {unit}" for length, unit in DURATIONS if seconds >= 1.5 * length), f"{seconds:.0f} s")
 
 
-def remaining_size_factor(config, step: int, epoch: int) -> float:
-    """Return the mean number of pixels per image in multi-resolution training, relative to the TIMED_STEPS before `step`."""
+def remaining_size_factor(config, step: int, epoch: int, timed: int = TIMED_STEPS) -> float:
+    """Return the mean number of pixels per image in multi-resolution training, relative to the `timed` steps before `step`."""
     if not getattr(config, "multiscale_sizes", ()) or epoch >= config.close_mosaic_epoch:
         return 1.0
-    steps = range(max(0, step - TIMED_STEPS), step) or [0]  # fewer if gradients are accumulated
-    timed = [sample_image_size(config, earlier, epoch) for earlier in steps]
-    return float(np.square(config.multiscale_sizes).mean() / np.square(timed).mean())
+    steps = range(max(0, step - timed), step) or [0]  # fewer if gradients are accumulated
+    sizes = [sample_image_size(config, earlier, epoch) for earlier in steps]
+    return float(np.square(config.multiscale_sizes).mean() / np.square(sizes).mean())
 
 
 class Progress(pl.callbacks.ProgressBar):
@@ -154,13 +154,17 @@ class Progress(pl.callbacks.ProgressBar):
         self.write_row("epoch", *module.progress_columns, "minutes", titles=module.progress_columns)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        """Time the steps after the first, which is slower. At both ends a GPU has just been waited for (StopIfNotFinite)."""
+        """Time TIMED_STEPS steps, fewer in short epochs, but not the first, which is slower.
+
+        Before the first of them, and after ten, a GPU has just been waited for (StopIfNotFinite).
+        """
+        steps = min(TIMED_STEPS, trainer.num_training_batches - 2)
         if batch_idx == 1 and not self.estimated:
             self.timed_from = time.monotonic()
-        elif batch_idx == 1 + TIMED_STEPS and not self.estimated:
+        elif batch_idx == 1 + steps and not self.estimated:
             self.estimated = True
-            step_seconds = (time.monotonic() - self.timed_from) / TIMED_STEPS
-            step_seconds *= remaining_size_factor(module.config, trainer.global_step, trainer.current_epoch)
+            step_seconds = (time.monotonic() - self.timed_from) / steps
+            step_seconds *= remaining_size_factor(module.config, trainer.global_step, trainer.current_epoch, steps)
             self.write_estimate(step_seconds * trainer.num_training_batches, trainer.max_epochs - trainer.current_epoch)
 
     def write_estimate(self, seconds: float, epochs: int) -> None:

@@ -44,7 +44,7 @@ def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str 
 def train(module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None) -> OneCycleModule:
     """Train `module_class(config)` on `data`, see `fit`. config: a dataclass with the methods and training fields of Config."""
     with checkpoints.run_lock(Path(config.run_dir)):
-        config, checkpoint = prepare_run(config, data, ckpt_path)
+        config, checkpoint = prepare_run(module_class, config, data, ckpt_path)
         if checkpoint and checkpoint_progress(checkpoint)[1] >= config.epochs:
             print(f"{checkpoint} is of the last epoch. There is nothing left to train.")
             return load_ema_module(module_class, config, checkpoint)
@@ -82,10 +82,13 @@ def run_trainer(
     return module
 
 
-def prepare_run(config, data: pl.LightningDataModule, ckpt_path: str | None) -> tuple[Config, Path | None]:
+def prepare_run(
+    module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None
+) -> tuple[Config, Path | None]:
     """Write the run's config.json, and return the config to train by and the checkpoint to resume from.
 
-    Runs the learning-rate range test if `max_lr` is 0. Raises what `find_checkpoint` and `config_for_resume` raise.
+    Runs the learning-rate range test if `max_lr` is 0. A start deletes the former run, after module and data have been built
+    once: settings or data that can't be used raise before. Raises what `find_checkpoint` and `config_for_resume` raise.
     """
     folder = Path(config.run_dir)
     if rank_zero_only.rank and ckpt_path not in (None, "auto") and not Path(ckpt_path).exists():
@@ -100,6 +103,9 @@ def prepare_run(config, data: pl.LightningDataModule, ckpt_path: str | None) -> 
     if checkpoint in [folder / name for name in checkpoints.RESUME_CANDIDATES]:
         checkpoint = checkpoint.replace(folder / checkpoints.LAST)
     if not (checkpoint and checkpoint.parent.samefile(folder)):
+        module_class(config)
+        data.prepare_data()
+        data.setup("fit")
         for name in (checkpoints.BEST, *checkpoints.RESUME_CANDIDATES, "metrics.csv"):
             (folder / name).unlink(missing_ok=True)
         for path in (checkpoint.with_name(checkpoints.BEST), checkpoint.with_name("metrics.csv")) if checkpoint else ():

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from src.config import DATA_ROOT, DATASETS, Config
 from src.data.datamodule import DetectionDataModule
-from src.data.voc import list_images
 from src.model.network import YOLOv3
 from src.model.pretrained import is_backbone, read_metadata
 from src.serving.predictor import CONFIDENCE
@@ -78,21 +77,21 @@ def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
     model = load_detector(run).model.half()
     model.save_pretrained(folder)
     (config if config.dataset in OWN_DATA else config.replace(data_root=DATA_ROOT)).save(folder / "run.json")
-    evaluation, data = measure(folder)
+    evaluation, data = measure(folder, data_root=config.data_root)
     epochs = model.metadata["epochs"]
     model.metadata = training_metadata(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, epochs)
     model.save_pretrained(folder)
     shutil.copyfile(run / "metrics.csv", folder / "metrics.csv")
-    text = card(model, config, evaluation, data, limits, results_by_split(folder))
+    text = card(model, config, evaluation, data, limits, results_by_split(folder, config.data_root))
     (folder / "README.md").write_text(text, encoding="utf-8")
     return evaluation
 
 
-def results_by_split(folder: Path) -> str:
-    """Evaluate exported weights on each validation split alone, if there are several; return Markdown."""
+def results_by_split(folder: Path, data_root: str) -> str:
+    """Evaluate exported weights on each validation split in `data_root` alone, if there are several; return Markdown."""
     config, rows = Config.load(folder / "run.json"), []
     for split in config.val_splits if len(config.val_splits) > 1 else ():
-        evaluation, data = measure(folder, val_splits=(split,))
+        evaluation, data = measure(folder, data_root=data_root, val_splits=(split,))
         accuracies = [f"{row['value']:.1%}" for row in result_rows(evaluation.accuracies, config)]
         rows.append((split, len(data.val_records), *accuracies, f"{evaluation.precisions['VOC AP@.5, area']:.3f}"))
     header = ("split", "images", "class accuracy", "no-object accuracy", "object accuracy", "VOC AP@.5, area")
@@ -107,19 +106,6 @@ def measure(folder: Path, **changes) -> tuple[Evaluation, DetectionDataModule]:
     config = config.replace(**changes)
     data = DetectionDataModule(config)
     return evaluate(YOLOv3Module(config), data), data
-
-
-def require_voc(config: Config) -> None:
-    """Exit with a message if the splits of `config` are missing, before measuring would download 2.9 GB."""
-    root = Config().data_root
-    try:
-        if config.dataset == "voc":
-            list_images(root, config.train_splits + config.val_splits)
-    except FileNotFoundError:
-        splits = ", ".join(config.train_splits + config.val_splits)
-        sys.exit(f"These weights are measured on PASCAL VOC ({splits}), which is not in the folder {root!r}.\n"
-                 "Download it from http://host.robots.ox.ac.uk/pascal/VOC/ and set the environment variable VOC_ROOT to the "
-                 "folder that contains VOCdevkit.")  # fmt: skip
 
 
 def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionDataModule, limits: str, splits: str) -> str:
@@ -178,11 +164,13 @@ def main() -> None:
     export.add_argument("--limits", default="", help="a sentence on what these weights are bad at")
     commands.add_parser("check", help="measure exported weights").add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    if arguments.command == "write":
-        evaluation = write(arguments.run, arguments.folder, arguments.limits)
-    else:
-        require_voc(Config.load(arguments.folder / "run.json"))
-        evaluation, _ = measure(arguments.folder)
+    try:
+        if arguments.command == "write":
+            evaluation = write(arguments.run, arguments.folder, arguments.limits)
+        else:
+            evaluation, _ = measure(arguments.folder)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     print(ResultsTable(evaluation, Config.load(arguments.folder / "run.json").replace(run_dir=str(arguments.folder))))
 
 
