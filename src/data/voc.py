@@ -175,7 +175,7 @@ def _image_name(folder: Path, line: str) -> str:
 
 
 def check_download_folder(root: Path) -> None:
-    """Raise FileNotFoundError if `root` is missing or has another data set, up to two folders down. The default may be missing."""
+    """Raise FileNotFoundError if `root`, unless it is the default, is missing or has another data set (two folders down)."""
     if root == Path(DATA_ROOT):
         return
     if not root.exists():
