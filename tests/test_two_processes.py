@@ -61,13 +61,15 @@ class LoggedModule(YOLOv3Module):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.log_event("started", os.getpid())
         sys.addaudithook(lambda event, args: self.log_event("wrote", Path(args[1]).name) if event == "os.rename" else None)
         self.model.register_forward_pre_hook(self.log_size)
 
     def log_event(self, *event) -> None:
         with open(Path(self.config.run_dir) / "events", "a") as file:
             file.write(" ".join(map(str, (dist.get_rank() if dist.is_initialized() else -1, *event))) + "\n")
+
+    def on_fit_start(self) -> None:
+        self.log_event("started", os.getpid())
 
     def log_size(self, network, inputs) -> None:
         if network.training:
@@ -188,7 +190,7 @@ def test_interrupted_training_leaves_no_process_and_resumes(tmp_path, notebook, 
         assert "KeyboardInterrupt" in process.communicate(timeout=30)[0]
     finally:
         process.kill()
-    pids = [int(pid) for (pid,) in events(folder, "started", -1)]
+    pids = [int(pid) for rank in (0, 1) for (pid,) in events(folder, "started", rank)]
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
     monkeypatch.setattr(fitting, "YOLOv3Module", LoggedModule)
     resumed = fit(CONFIG.replace(run_dir=str(folder)), ckpt_path="auto")
