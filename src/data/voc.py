@@ -8,7 +8,7 @@ from pathlib import Path
 
 from src.config import DATA_ROOT, VOC_CLASSES
 from src.data.coco import has_sections
-from src.data.records import Problem, Result, check_image, clip_box, make_result, read_list
+from src.data.records import Problem, Result, check_image, clip_box, is_hidden, make_result, read_list
 from src.serving.images import IMAGE_SUFFIXES
 
 UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can't be read
@@ -183,7 +183,8 @@ def check_download_folder(root: Path) -> None:
             f"The folder {root.resolve()} does not exist. Correct Config.data_root or VOC_ROOT if it is mistyped. "
             "To download VOC (2.9 GB) into this folder, create it."
         )
-    for path in (path for depth in DEPTHS[:3] for path in sorted(root.glob(f"{depth}[!.]*")) if path.is_file()):
+    files = (path for depth in DEPTHS[:3] for path in sorted(root.glob(f"{depth}*")) if path.is_file())
+    for path in (path for path in files if not is_hidden(path, root)):
         is_yolo = path.suffix in (".yaml", ".yml") and re.search(rb"^names\s*:", path.read_bytes(), re.MULTILINE)
         if is_yolo or path.suffix == ".json" and has_sections(path):
             raise FileNotFoundError(
