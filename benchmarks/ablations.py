@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import albumentations as A
@@ -165,6 +165,37 @@ def mixup_sample(self, sample_id: int) -> Sample:
     return image, torch.cat((boxes, other[1])), torch.cat((labels, other[2]))
 
 
+plain_mosaic = MosaicDataset._mosaic
+
+
+@cache
+def rare_class_weights(dataset: MosaicDataset) -> np.ndarray:
+    """Probability of every image, proportional to 1 / sqrt(the fraction of images that show its rarest class).
+
+    Repeat factor sampling with threshold 1; Gupta et al. 2019, "LVIS".
+    """
+    present = [np.unique(record.labels) for record in dataset.records]
+    images_per_class = np.bincount(np.concatenate(present))
+    weights = np.array([(len(present) / images_per_class[labels].min(initial=len(present))) ** 0.5 for labels in present])
+    return weights / weights.sum()
+
+
+class WeightedImages(np.random.Generator):
+    """Random numbers whose `integers` are images, drawn with `probabilities`."""
+
+    probabilities: np.ndarray
+
+    def integers(self, count: int, size: int) -> np.ndarray:
+        return self.choice(count, size, p=self.probabilities)
+
+
+def rare_class_mosaic(self, index: int, random: np.random.Generator) -> tuple:
+    """Mosaic whose three other images are drawn with `rare_class_weights`."""
+    random = WeightedImages(random.bit_generator)
+    random.probabilities = rare_class_weights(self)
+    return plain_mosaic(self, index, random)
+
+
 configure_optimizers, initialize = YOLOv3Module.configure_optimizers, YOLOv3._initialize
 
 
@@ -262,6 +293,8 @@ CHANGES = {
         "src.data.mosaic.augmentations": flip_only}),
     "mixup": Change("augmentation: mixup of half of the samples", replacements={
         "src.data.mosaic.MosaicDataset.__getitem__": mixup_sample}),
+    "rare-classes": Change("mosaics: more images of rare classes", replacements={
+        "src.data.mosaic.MosaicDataset._mosaic": rare_class_mosaic}),
     "frozen-2": Change("backbone: frozen for 2 epochs", {"freeze_epochs": 2}),
     "scratch": Change("backbone: not pretrained", {"pretrained_weights": ""}),
 }  # fmt: skip

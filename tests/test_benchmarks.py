@@ -16,6 +16,7 @@ from benchmarks.timing import Row, seconds, table
 from src.config import Config
 from src.data.cache import ImageCache
 from src.data.mosaic import MosaicDataset
+from src.data.records import make_record
 from src.data.shapes import draw_shapes
 from src.model.network import ANCHORS
 from src.training import module
@@ -138,6 +139,24 @@ def test_mixup_joins_the_objects_of_two_samples_until_mosaics_end():
         count += mixed
         assert not (mixed and sample_id >= 2 * len(data))
     assert count > 0
+
+
+def test_rare_classes_are_drawn_more_often():
+    config = Config(dataset="shapes", image_size=64, mosaic_prob=1.0)
+    images = [record.image for record in draw_shapes(9)]
+    box = [0, 0, 9, 9]
+    records = [make_record(image, [box, box], [int(i == 0), 0], [0, 0]) for i, image in enumerate(images[:8])]
+    data = MosaicDataset([*records, make_record(images[8], [], [], [])], config)
+    weights = ablations.rare_class_weights(data)
+    assert weights.sum() == pytest.approx(1)
+    assert weights / weights[8] == pytest.approx([3, *[(9 / 8) ** 0.5] * 7, 1])
+    with mock.patch.object(data, "image", wraps=data.image) as image:
+        canvases = [ablations.rare_class_mosaic(data, 1, np.random.default_rng(seed))[0] for seed in (*range(300), 0)]
+    assert np.array_equal(canvases[0], canvases[-1])
+    drawn = [call.args[0] for call in image.call_args_list]
+    assert all(first == 1 for first in drawn[::4])
+    counts = np.bincount(drawn, minlength=9) - [0, 301, *[0] * 7]
+    assert counts / counts.sum() == pytest.approx(weights, abs=0.04)
 
 
 def test_settings_of_the_runs_on_voc():
