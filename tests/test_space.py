@@ -1,23 +1,29 @@
-"""The exported Space: complete, pinned, independent of the project, and never written over other files."""
+"""The exported Space: complete, ready for free accounts, independent of the project, and never written over other files."""
 
 import ast
 import json
 import os
-import re
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 
+import httpx
 import pytest
 import yaml
+from gradio_client import Client, handle_file
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file
 
 from src.serving.images import load_image
+from src.serving.predict import detections_to_dicts
 from src.serving.predictor import Predictor
 from src.serving.space import MARKER, export_space, push_space
 from tests.planted import blurred_noise, planted_model
+from tests.visitor import serving
 
 ROOT = Path(__file__).parents[1]
 # Run inside an exported folder: reports the files and modules that it opens, and the detections.
@@ -68,7 +74,7 @@ def test_the_readme_header_is_valid(folder):
     header = yaml.safe_load(header)
     assert header["sdk"] == "gradio" and header["sdk_version"] == version("gradio") and header["license"] == "mit"
     assert header["app_file"] == "app.py" and header["models"] == ["a/b"] and len(header["short_description"]) <= 60
-    assert re.fullmatch(r"3\.\d+", header["python_version"])
+    assert header["python_version"] == "3.12"
     assert {header["colorFrom"], header["colorTo"]} <= {*"red yellow green blue indigo purple pink gray".split()}
     assert "nothing yet" in text
     for link in ("https://example.org/code", "https://huggingface.co/a/b"):  # also in the app
@@ -90,11 +96,13 @@ def test_a_predictors_model_is_exported_unfused(tmp_path):
     assert load_file(folder / "weights" / "model.safetensors").keys() == planted_model().state_dict().keys()
 
 
-def test_requirements_are_pinned_to_the_installed_versions(folder):
-    lines = (folder / "requirements.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if not line.startswith(("#", "-")))
-    assert {"torch", "torchvision", "gradio", "grad-cam", "opencv-python-headless", "safetensors"} <= pins.keys()
-    assert all(version(name).split("+")[0] == pin for name, pin in pins.items())
+def test_requirements_are_pinned_to_the_installed_versions_except_torch(folder):
+    """ZeroGPU stops the build if torch is pinned to a version that it doesn't have."""
+    lines = [line for line in (folder / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert {*lines} - {f"{name}=={pin}" for name, pin in pins.items()} == {"torch", "torchvision"}
+    assert {"gradio", "grad-cam", "opencv-python-headless", "safetensors"} <= pins.keys()
+    assert all(version(name) == pin for name, pin in pins.items())
     assert not {"pytorch-lightning", "albumentations"} & pins.keys()
 
 
@@ -148,6 +156,30 @@ def test_it_starts_from_its_own_files_only(folder, model):
     assert index == Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2).index.tolist()
 
 
+def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(folder, model):
+    """Hugging Face's own package `spaces` reports the GPU function to its server, and makes torch claim a GPU."""
+    reports = []
+
+    class DeviceServer(BaseHTTPRequestHandler):
+        def do_POST(self):
+            reports.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), DeviceServer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    with server, serving(folder, SPACES_ZERO_GPU="true", SPACES_ZERO_DEVICE_API_URL=address) as (space, _):
+        answer = Client(space, verbose=False).predict(handle_file(folder / "samples" / "01.jpg"), 0.2, api_name="/detect")
+        server.shutdown()
+    assert reports == ["/startup-report"]
+    expected = Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2)
+    assert answer["detections"] == detections_to_dicts(expected, model.classes)
+
+
 def test_pushing_without_a_token_explains_what_to_do(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("src.serving.space.get_token", lambda: None)
     with pytest.raises(PermissionError, match="huggingface.co/settings/tokens"):
@@ -164,6 +196,7 @@ def test_pushing_uploads_the_folder(folder, monkeypatch):
             calls.append(token)
 
         def create_repo(self, name, **options):
+            calls.append(options)
             return f"https://huggingface.co/spaces/{name}"
 
         def upload_folder(self, **options):
@@ -171,4 +204,17 @@ def test_pushing_uploads_the_folder(folder, monkeypatch):
 
     monkeypatch.setattr("src.serving.space.HfApi", Hub)
     assert push_space(folder, "someone/space", token="secret") == "https://huggingface.co/spaces/someone/space"
-    assert calls[0] == "secret" and calls[1]["folder_path"] == folder and calls[1]["repo_type"] == "space"
+    assert calls[0] == "secret" and calls[1]["space_hardware"] == "zero-a10g" and calls[1]["exist_ok"]
+    assert calls[2]["folder_path"] == folder and calls[2]["repo_type"] == "space"
+
+
+@pytest.mark.parametrize("status, error", [(402, PermissionError), (403, PermissionError), (500, HfHubHTTPError)])
+def test_a_refused_space_explains_what_to_do(folder, monkeypatch, status, error):
+    response = httpx.Response(status, request=httpx.Request("POST", "https://huggingface.co/api/repos/create"))
+
+    def create_repo(*_, **__):
+        raise HfHubHTTPError("a PRO subscription is required", response=response)
+
+    monkeypatch.setattr("src.serving.space.HfApi.create_repo", create_repo)
+    with pytest.raises(error, match="(?s)PRO subscription is required" + ".*older than 30 days.*app.py" * (status < 500)):
+        push_space(folder, "someone/space", token="secret")

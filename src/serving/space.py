@@ -1,28 +1,27 @@
-"""Export of the app as a Hugging Face Space: code, weights, samples and pinned requirements in one folder."""
+"""Export of the app as a Hugging Face Space: code, weights, samples and requirements in one folder."""
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, SpaceHardware, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from src.model.network import YOLOv3
 from src.serving.images import load_image
 
-REQUIREMENTS = (
-    "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "safetensors", "huggingface_hub",
-    "grad-cam", "gradio",
-)  # fmt: skip
-CPU_NOTE = (
-    "# PyTorch from PyPI includes 2 GB of CUDA libraries. A Space without a GPU builds faster with this line:",
-    "# --extra-index-url https://download.pytorch.org/whl/cpu",
-)
+PINNED = "numpy", "opencv-python-headless", "pillow", "safetensors", "grad-cam", "gradio"  # gradio requires huggingface_hub
+REQUIREMENTS = """# Spaces choose the versions of torch and torchvision. ZeroGPU refuses others.
+torch
+torchvision
+"""
+PYTHON = "3.12"  # ZeroGPU has 3.10 and 3.12
+RUN_LOCALLY = "To run the folder without Hugging Face: `pip install -r requirements.txt`, then `python app.py`."
 MARKER = ".exported-space"  # a file in every exported folder; a folder without it is never replaced
 SAMPLE_SIZE = 640  # largest long side of a sample, in pixels
 APP = '''"""Start the app."""
@@ -31,12 +30,22 @@ import os
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ZERO_GPU = os.environ.get("SPACES_ZERO_GPU") == "true"  # https://huggingface.co/docs/hub/spaces-zerogpu
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+if ZERO_GPU:
+    import spaces  # before torch
+
+    @spaces.GPU
+    def gpu_function():
+        """Never called, because the app is fast enough on the CPU. ZeroGPU stops apps without a GPU function."""
+
+
 from src.serving.app import build_app
+from src.serving.predictor import Predictor
 
 demo = build_app(
-    HERE / "weights",
+    Predictor.load(HERE / "weights", device="cpu" if ZERO_GPU else ""),
     samples=sorted((HERE / "samples").glob("*.jpg")),
     links={links!r},
     title={title!r},
@@ -116,9 +125,8 @@ def _write_space(model: YOLOv3, folder: Path, samples: Sequence, links: dict, ti
 
 
 def requirements() -> str:
-    """Pin the packages of a Space to the installed versions."""
-    pins = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
-    return "\n".join([*CPU_NOTE, *pins]) + "\n"
+    """Pin the packages of a Space to the installed versions, except torch and torchvision."""
+    return REQUIREMENTS + "".join(f"{name}=={version(name)}\n" for name in PINNED)
 
 
 def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
@@ -127,7 +135,7 @@ def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
         title=title,
         quoted=json.dumps(title, ensure_ascii=False),
         gradio=version("gradio"),
-        python=".".join(map(str, sys.version_info[:2])),
+        python=PYTHON,
         models=f"models:\n- {hub_model}\n" if hub_model else "",
         parameters=model.num_parameters / 1e6,
         classes=len(model.classes),
@@ -137,20 +145,30 @@ def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
 
 
 def push_space(folder: str | Path, repo_id: str, token: str | None = None) -> str:
-    """Upload an exported folder to the Space `repo_id` ("name/space"), creating it if needed. Returns its address.
+    """Upload an exported folder to the Space `repo_id` ("name/space"). Returns its address.
 
+    A missing Space is created on ZeroGPU, the only hardware of free accounts; the app doesn't use its GPU.
     token: one with write access. Default: the one of `hf auth login` or of the variable HF_TOKEN.
-    Raises FileNotFoundError if the folder is not an export, and PermissionError if there is no token.
+    Raises FileNotFoundError if the folder is not an export, and PermissionError if there is no token or the account may
+    not create the Space.
     """
     if not (Path(folder) / MARKER).is_file():
         raise FileNotFoundError(f"{folder} is not an exported Space. Make one with export_space(model, {str(folder)!r}).")
     if not (token or get_token()):
         raise PermissionError(
             "No Hugging Face token. Create one with write access at https://huggingface.co/settings/tokens. Then run "
-            "`hf auth login`, set HF_TOKEN, or use push_space(..., token=...). To run the folder without Hugging Face: "
-            "`pip install -r requirements.txt`, then `python app.py`."
+            f"`hf auth login`, set HF_TOKEN, or use push_space(..., token=...). {RUN_LOCALLY}"
         )
-    api = HfApi(token=token)
-    address = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True)
+    api, hardware = HfApi(token=token), SpaceHardware.ZERO_A10G  # the name of ZeroGPU
+    try:
+        address = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", space_hardware=hardware, exist_ok=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (402, 403):
+            raise
+        raise PermissionError(
+            f"Hugging Face doesn't create the Space {repo_id}: {error}\nThe token needs write access. Free accounts can have "
+            "two Spaces if their e-mail address is verified and they are older than 30 days. Other accounts need PRO, "
+            f"organizations Team. {RUN_LOCALLY}"
+        ) from error
     api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, delete_patterns="*")
     return str(address)
