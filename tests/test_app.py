@@ -2,6 +2,8 @@
 
 import io
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -10,8 +12,20 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from src.serving.app import Page, analyze_image, build_app, detect, model_facts_html, render_detections, render_heatmap
+from src.serving.app import (
+    Page,
+    analyze_image,
+    build_app,
+    detect,
+    model_facts_html,
+    on_row_select,
+    on_threshold_change,
+    render_detections,
+    render_heatmap,
+)
 from src.serving.drawing import class_colours, draw_detections, draw_heatmap
+from src.serving.gradcam import explain
+from src.serving.images import resize_long_side
 from src.serving.predictor import Detections, Predictor
 from tests.planted import CLASSES, blurred_noise, planted_model
 
@@ -118,7 +132,7 @@ def test_the_table_equals_the_predictor(predictor, image_path):
     for row, label, score, box in zip(table, expected.labels, expected.scores, expected.boxes, strict=True):
         assert CLASSES[label] in row[1] and row[2] == f"{100 * score:.1f}%"
         assert [float(edge) for edge in row[3].split(", ")] == pytest.approx(box.tolist(), abs=0.51)
-    assert choices[0][1] == "all" and [value for _, value in choices[-len(expected) :]] == [*range(len(expected))]
+    assert choices[0][1] == "all" and [value for _, value in choices[-len(expected) :]] == expected.index.tolist()
     assert max(drawn.shape) == 480 and drawn.shape[0] == 288  # displayed larger, same aspect ratio
 
 
@@ -132,10 +146,38 @@ def test_class_names_are_escaped(image_path):
 
 def test_the_heatmap_has_a_message(predictor, image_path):
     session = analyze_image(predictor, image_path)
-    first, message = render_heatmap(session, 0, "own", "hirescam", 0.7, 0.2, 0.45)
-    second, _ = render_heatmap(session, 1, "own", "hirescam", 0.7, 0.2, 0.45)
+    best = session.detections(0.2, 0.45).index.tolist()
+    first, message = render_heatmap(session, best[0], "own", "hirescam", 0.7, 0.2, 0.45)
+    second, _ = render_heatmap(session, best[1], "own", "hirescam", 0.7, 0.2, 0.45)
     assert first.shape == session.view.shape and (first != second).any() and "Bright areas" in message
     assert "No detection above 99%" in render_heatmap(session, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
+
+
+def test_other_thresholds_keep_the_explained_detection(predictor, image_path):
+    """At another NMS threshold the same detection can be in another row."""
+    session = analyze_image(predictor, image_path)
+    few, many = session.detections(0.2, 0.1), session.detections(0.2, 0.95)
+    moved = [index for row, index in enumerate(few.index.tolist()) if many.index.tolist().index(index) != row]
+    assert moved
+    target = on_threshold_change(session, moved[0], 0.2, 0.95)[3].value
+    assert target == moved[0]
+    expected = explain(predictor, image_path, many.index.tolist().index(target), confidence=0.2, iou_threshold=0.95)
+    result = session.explain(target, "own", "hirescam", 0.2, 0.95)
+    assert result.explained.tolist() == expected.explained.tolist()
+    assert result.heatmap == pytest.approx(resize_long_side(expected.heatmap, 480), abs=1e-6)
+    gone = next(index for index in many.index.tolist() if index not in few.index)
+    assert on_threshold_change(session, gone, 0.2, 0.1)[3].value == "all"
+    assert on_row_select(session, 0.2, 0.95, SimpleNamespace(row_value=["3"])) == many.index[2]
+
+
+def test_other_opacities_use_the_same_heatmap(predictor, image_path):
+    session = analyze_image(predictor, image_path)
+    settings = "all", "own", "hirescam"
+    with mock.patch.object(session.explainer, "explain", wraps=session.explainer.explain) as computed:
+        images = [render_heatmap(session, *settings, opacity, 0.2, 0.45)[0] for opacity in (0.3, 0.7, 0.9)]
+        assert computed.call_count == 1
+        render_heatmap(session, *settings, 0.9, 0.3, 0.45)
+    assert computed.call_count == 2 and (images[0] != images[1]).any() and (images[1] != images[2]).any()
 
 
 def test_the_page_lists_the_metadata(predictor):
@@ -176,6 +218,8 @@ def test_unreadable_files_get_a_message(image_path, address, tmp_path):
 
 def test_files_of_the_server_are_not_read(address, image_path):
     """Only uploaded files are read: another path in a request is refused."""
+    with pytest.raises(AppError, match="handle_file"):
+        Client(address, verbose=False).predict(str(image_path), api_name="/detect")
     request = {"data": [{"path": str(image_path), "meta": {"_type": "gradio.FileData"}}, 0.3, 0.5]}
     event = httpx.post(f"{address}gradio_api/call/detect", json=request).json()["event_id"]
     answer = httpx.get(f"{address}gradio_api/call/detect/{event}").text

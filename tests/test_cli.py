@@ -100,9 +100,9 @@ def test_folder_of_images(photos, weights, predictor, tmp_path, monkeypatch, cap
         saved = load_image((folder / entry["image"]).with_suffix(".jpg"))
         assert difference(saved, drawn) < difference(saved, image) / 2
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 of 2: a.png: ") and lines[1].startswith("2 of 2: b.JPG: ") and len(lines) == 3
+    assert lines[1].startswith("1 of 2: a.png: ") and lines[2].startswith("2 of 2: b.JPG: ") and len(lines) == 4
     total = sum(len(entry["detections"]) for entry in entries)
-    assert lines[2].startswith(f"2 images, {total} detections, ") and "images per second" in lines[2]
+    assert lines[3].startswith(f"2 images, {total} detections, ") and "images per second" in lines[3]
 
 
 def test_yolo_labels_are_read_by_the_yolo_data_set(photos, predictor, tmp_path):
@@ -202,6 +202,13 @@ def test_camera_until_ctrl_c(predictor, tmp_path, monkeypatch):
     frames, fps = read_video("results/camera_0.mp4")
     assert len(frames) == 3 and fps == cli.DEFAULT_FPS
     assert json.loads((tmp_path / "results" / "predictions.json").read_text()) == entries
+
+
+def test_other_files_of_a_folder_are_named(photos, predictor, tmp_path, capsys):
+    for name in ("IMG_1.HEIC", "IMG_2.heic"):
+        (photos / name).write_bytes(b"")
+    assert len(predict(photos, predictor, tmp_path / "results")) == 2
+    assert "photos: other files are left out (3): .heic, .txt. Supported files: " in capsys.readouterr().out
 
 
 def test_errors_say_what_to_do(photos, weights, predictor, tmp_path, monkeypatch):

@@ -66,6 +66,8 @@ GREYS = {
     "16-bit png": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 257), "PNG"),
     "16-bit tiff": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 257), "TIFF"),
     "32-bit tiff": saved(Image.fromarray(grey_quarters().astype(np.int32)), "TIFF"),
+    "12-bit png": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 16), "PNG"),
+    "float tiff, 0 to 1": saved(Image.fromarray(np.float32(grey_quarters()) / 255), "TIFF"),
     "float tiff": saved(Image.fromarray(grey_quarters().astype(np.float32)), "TIFF"),
 }
 
@@ -100,8 +102,13 @@ def test_arrays_and_pil_images_are_accepted():
     for other in (quarters() / 255, (grey_quarters() / 255).astype(np.float32), quarters().astype(np.int64)):
         with pytest.raises(ValueError, match=rf"array of {other.dtype}, not uint8"):
             load_image(other)
-    with pytest.raises(ValueError, match="can't be read as an image"):
+    for shape in ((3, 40, 50), (40, 50, 1), (2, 40, 50, 3), (40,)):
+        with pytest.raises(ValueError, match=rf"shape {list(shape)}".replace("[", r"\[") + ", not .*Channels come last"):
+            load_image(np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match="is a tensor.*permute"):
         load_image(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="can't be read as an image"):
+        load_image(None)
 
 
 def test_bilevel_images_are_black_and_white(tmp_path):

@@ -22,7 +22,7 @@ from src.serving.images import load_image
 from src.serving.predict import detections_to_dicts
 from src.serving.predictor import Predictor
 from src.serving.space import MARKER, export_space, push_space
-from tests.planted import blurred_noise, planted_model
+from tests.planted import CLASSES, blurred_noise, planted_model
 from tests.visitor import serving
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ json.dump([sorted(opened), sorted(sys.modules), detections.index.tolist()], open
 
 @pytest.fixture(scope="module")
 def model():
-    return planted_model(metadata={"data": "nothing yet"})
+    return planted_model(metadata={"data": "nothing yet", "metrics": {"mAP50": 0.12345}})
 
 
 @pytest.fixture
@@ -79,6 +79,13 @@ def test_the_readme_header_is_valid(folder):
     assert "nothing yet" in text
     for link in ("https://example.org/code", "https://huggingface.co/a/b"):  # also in the app
         assert link in text and link in (folder / "app.py").read_text(encoding="utf-8")
+
+
+def test_the_weights_have_a_card(folder):
+    _, header, text = (folder / "weights" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert header["license"] == "mit" and header["pipeline_tag"] == "object-detection"
+    assert "| data | nothing yet |\n| mAP50 | 0.123 |\n" in text and ", ".join(CLASSES) in text and "width 0.05" in text
 
 
 def test_titles_may_contain_any_character(model, tmp_path):

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,6 +27,22 @@ ANCHORS = tuple(
     )
 )
 STRIDES = (32, 16, 8)
+CARD = """---
+{{ card_data }}
+---
+# YOLOv3, width {{ width }}, {{ image_size }} px
+
+{{ parameters }} million parameters. Detects: {{ classes }}.
+
+| | |
+| --- | --- |
+{{ facts }}
+
+```python
+from src.model.network import YOLOv3
+model = YOLOv3.from_pretrained(".")  # this folder, or the model's id on the Hub
+```
+"""  # a template of Jinja
 
 
 class ConvBlock(nn.Sequential):
@@ -104,7 +120,10 @@ class Head(nn.Module):
         return logits.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
 
 
-class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["object-detection", "yolov3"]):
+class YOLOv3(
+    nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["object-detection", "yolov3"], license="mit",
+    pipeline_tag="object-detection", model_card_template=CARD,
+):  # fmt: skip
     """Images float [B, 3, S, S] in 0..1 -> three logits [B, 3, S/stride, S/stride, 5 + C], strides 32, 16, 8.
 
     Per cell and anchor: objectness, x, y, w, h, classes. `width` multiplies the channels of every layer.
@@ -187,6 +206,14 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
             "anchors": self.anchor_sizes, "image_size": self.image_size, "metadata": self.metadata,
         }  # fmt: skip
 
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """Return the README.md that `save_pretrained` and `push_to_hub` write where there is none."""
+        facts = "\n".join(f"| {name} | {value} |" for name, value in format_metadata(self.metadata).items())
+        return super().generate_model_card(
+            width=f"{self.width:g}", image_size=self.image_size, parameters=f"{self.num_parameters / 1e6:.1f}",
+            classes=", ".join(self.classes), facts=facts,
+        )  # fmt: skip
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config.json and model.safetensors for `save_pretrained`; an interrupted call leaves no partial weights."""
         write_weights(self.state_dict(), save_directory / "model.safetensors")
@@ -236,6 +263,12 @@ class YOLOv3(nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["obj
         if part != "backbone":
             self.set_anchors(torch.tensor(ANCHORS, dtype=torch.float64) * (416 / self.image_size))
         return part
+
+
+def format_metadata(metadata: dict) -> dict:
+    """Return the metadata of weights with its metrics in one level, floats with three digits."""
+    flat = metadata | metadata.get("metrics", {})
+    return {name: f"{v:.3g}" if isinstance(v, float) else v for name, v in flat.items() if name != "metrics"}
 
 
 def fuse_batch_norms(model: YOLOv3) -> YOLOv3:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import gradio as gr
@@ -15,9 +16,10 @@ import numpy as np
 from gradio_client.utils import is_file_obj
 from starlette.middleware import Middleware
 
+from src.model.network import format_metadata
 from src.serving.drawing import class_colours, draw_detections, draw_heatmap
-from src.serving.gradcam import METHOD_NAMES, Explainer
-from src.serving.guard import MAX_UPLOAD_BYTES, BoundedRequests, GuardedBlocks
+from src.serving.gradcam import METHOD_NAMES, Explainer, Explanation
+from src.serving.guard import MAX_UPLOAD_BYTES, NOT_UPLOADED, BoundedRequests, GuardedBlocks
 from src.serving.images import load_image, resize_long_side
 from src.serving.predict import detections_to_dicts
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
@@ -56,6 +58,24 @@ class ImageSession:
     def detections(self, confidence: float, iou_threshold: float) -> Detections:
         """Return the detections, boxes in pixels of the original image."""
         return self.explainer.candidates.detections(confidence, iou_threshold)
+
+    def row(self, prediction: int, confidence: float, iou_threshold: float) -> int | str:
+        """Return the row of the detection that is this prediction of the network, "all" if it is not detected."""
+        rows = np.flatnonzero(self.detections(confidence, iou_threshold).index == prediction)
+        return int(rows[0]) if len(rows) else "all"
+
+    @cached_property
+    def explain(self):
+        """`Explainer.explain` in the size of the view; the last result is kept, for other opacities."""
+
+        @lru_cache(maxsize=1)
+        def explain(target: str | int, layer: str | int, method: str, *thresholds: float) -> Explanation:
+            if isinstance(target, int):
+                target = self.row(target, *thresholds)
+            result = self.explainer.explain(target, layer, method, *thresholds)
+            return replace(result, heatmap=resize_long_side(result.heatmap, max(self.view.shape)))
+
+        return explain
 
     def scale_to_view(self, detections: Detections) -> Detections:
         """Convert boxes from pixels of the original image to pixels of the view."""
@@ -106,7 +126,7 @@ def render_detections(
     for row, (label, score, box) in enumerate(zip(detections.labels, detections.scores, detections.boxes, strict=True)):
         name = f'<span style="color:rgb{colours[label]}">&#9632;</span> {html.escape(classes[label])}'
         table.append([row + 1, name, f"{100 * score:.1f}%", ", ".join(f"{edge:.0f}" for edge in box)])
-        single.append((f"{row + 1}: {classes[label]}, {100 * score:.0f}%", row))
+        single.append((f"{row + 1}: {classes[label]}, {100 * score:.0f}%", int(detections.index[row])))
     counts = Counter(classes[label] for label in detections.labels)
     choices = [ALL_DETECTIONS, *((f"Class {name} ({count})", name) for name, count in counts.items()), *single]
     n, (width, height) = len(detections), session.explainer.size
@@ -124,10 +144,10 @@ def render_heatmap(
     confidence: float,
     iou_threshold: float,
 ) -> tuple[np.ndarray, str]:
-    """Return the view with the heatmap and the explained boxes, and a message."""
+    """Return the view with the heatmap and the explained boxes, and a message; target as in the choices of the page."""
     classes = session.explainer.predictor.classes
-    result = session.explainer.explain(target, layer, method, confidence, iou_threshold)
-    image = draw_heatmap(session.view, resize_long_side(result.heatmap, max(session.view.shape)), opacity)
+    result = session.explain(target, layer, method, confidence, iou_threshold)
+    image = draw_heatmap(session.view, result.heatmap, opacity)
     detections = session.scale_to_view(result.detections)
     image = draw_detections(image, detections, classes, labels=result.is_candidate, rows=result.explained)
     return image, html.escape(result.message) or "Bright areas raise the scores of the outlined detections."
@@ -135,9 +155,7 @@ def render_heatmap(
 
 def model_facts_html(predictor: Predictor, links: dict[str, str]) -> str:
     """List the model's classes, metadata, metrics and links."""
-    metadata = {**predictor.model.metadata}
-    metadata.update(metadata.pop("metrics", {}))
-    facts = {METADATA_NAMES.get(k, k): f"{v:.3g}" if isinstance(v, float) else v for k, v in metadata.items()}
+    facts = {METADATA_NAMES.get(name, name): value for name, value in format_metadata(predictor.model.metadata).items()}
     facts["Parameters"] = f"{predictor.model.num_parameters / 1e6:.1f} million"
     facts["Input"] = f"{predictor.image_size} x {predictor.image_size} pixels"
     rows = "".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd></div>" for key, value in facts.items())
@@ -225,13 +243,16 @@ def _endpoint(predictor: Predictor):
     """Return the function behind /detect; its docstring is part of the page's API documentation."""
 
     def detect_file(image: gr.FileData, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD) -> dict:
-        """Detect objects in an image: class, confidence and box (left, top, right, bottom in pixels), best first."""
+        """Detect objects in an image: class, confidence and box (left, top, right, bottom in pixels), best first.
+
+        In Python: from gradio_client import handle_file, then image=handle_file("photo.jpg").
+        """
         if not is_file_obj(image):
-            raise gr.Error("image must be an uploaded file")
+            raise gr.Error(NOT_UPLOADED, print_exception=False)
         try:
             return detect(predictor, image["path"], confidence, iou_threshold)
         except ValueError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
     return detect_file
 
@@ -245,9 +266,11 @@ def on_threshold_change(session: ImageSession | None, selected: str | int, confi
     return drawn, summary, table, gr.Dropdown(options, value=selected)
 
 
-def on_row_select(event: gr.SelectData) -> int:
+def on_row_select(session: ImageSession | None, confidence: float, iou_threshold: float, event: gr.SelectData) -> int | str:
     """Answer with the target of a table row."""
-    return int(event.row_value[0]) - 1
+    row = int(event.row_value[0]) - 1
+    predictions = session.detections(confidence, iou_threshold).index if session else ()
+    return int(predictions[row]) if row < len(predictions) else "all"
 
 
 def explain(session: ImageSession | None, *settings) -> tuple:
@@ -286,7 +309,8 @@ def _connect(
                  **SERIALIZED, **LATEST_ONLY).then(**heatmap)  # fmt: skip
     gr.on([slider.change for slider in thresholds], on_threshold_change, [state, target, *thresholds], [*detections, target],
           show_progress="hidden", **LATEST_ONLY).then(**heatmap)  # fmt: skip
-    detections[2].select(on_row_select, None, target, api_visibility="private", show_progress="hidden").then(**heatmap)
+    detections[2].select(on_row_select, [state, *thresholds], target, api_visibility="private",
+                         show_progress="hidden").then(**heatmap)  # fmt: skip
     gr.on([choice.input for choice in choices], **heatmap)
 
 

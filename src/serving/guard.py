@@ -8,6 +8,7 @@ from gradio_client.utils import is_file_obj, traverse
 from starlette.exceptions import HTTPException
 
 MAX_UPLOAD_BYTES = 64 * 2**20  # per request with files
+NOT_UPLOADED = "Only uploaded files are read, no URLs and no paths. In Python, upload with gradio_client.handle_file(path)."
 MAX_REQUEST_BYTES = 256 * 2**10  # per other request; the page's own have a few thousand
 
 
@@ -45,4 +46,4 @@ class GuardedBlocks(gr.Blocks):
 
 def _require_upload(file: dict) -> None:
     if not (os.path.isfile(file["path"]) and is_in_or_equal(file["path"], get_upload_folder())):
-        raise gr.Error("Upload the image first. URLs and other files are not read.")
+        raise gr.Error(NOT_UPLOADED, print_exception=False)

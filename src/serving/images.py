@@ -21,12 +21,21 @@ UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, Ty
 def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
     """Load an image as uint8 [H, W, 3] RGB: upright (EXIF), first frame, transparency on white.
 
-    source: a path (FORMATS), a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4].
+    source: a path (FORMATS), a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Grey values of more than 8 bits
+        are scaled to 0..255 from 0..1, 255, 4095 or 65535, the smallest of these ranges that they fit in.
     min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 scale; its long side keeps at least min_size pixels.
     max_pixels: larger images are refused before they are decoded. Default: PIL's own limit.
-    Raises ValueError with the file's name if it is not an image, is truncated or too large; FileNotFoundError.
+    Raises ValueError with the file's name if it is not an image, is truncated or too large, or if an array has another type
+    or shape; FileNotFoundError.
     """
+    if isinstance(source, Tensor):
+        raise ValueError("The image is a tensor. Convert it to a uint8 array [H, W, 3]: image.permute(1, 2, 0).numpy().")
     if isinstance(source, np.ndarray):
+        if source.ndim != 2 and (source.ndim != 3 or source.shape[2] not in (3, 4)):
+            raise ValueError(
+                f"The image is an array of shape {list(source.shape)}, not [H, W], [H, W, 3] or [H, W, 4]. Channels come last: "
+                "image.transpose(1, 2, 0). Of a batch, give one image; of one channel, image[..., 0]."
+            )
         if source.dtype != np.uint8:
             raise ValueError(
                 f"The image is an array of {source.dtype}, not uint8. "
@@ -51,9 +60,9 @@ def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to 8-bit RGB, transparency to white."""
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel: scale its range to 0..255
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel
         values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
+        top = next((top for top in (1.0, 255.0, 4095.0) if values.max() <= top), 65535.0)
         image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")

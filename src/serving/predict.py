@@ -24,6 +24,7 @@ FORMATS = ("json", "yolo")
 DEFAULT_FPS = 25.0  # if a video or camera does not state its own
 PROGRESS_INTERVAL = 5.0  # seconds between two progress lines of a video
 BAD_VIDEO = "Check that it plays, or convert it to MP4."
+SUPPORTED = f"Supported files: {', '.join(sorted(IMAGE_SUFFIXES))}."
 WEIGHTS = Path(__file__).parents[2] / "weights"
 
 
@@ -87,12 +88,17 @@ def source_files(source: Path | int, folder: Path) -> list[Path]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files of a folder, without its subfolders, sorted. Raises FileNotFoundError if there are none."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [path for path in files if path.is_file() and not path.name.startswith(".")]  # macOS writes ._photo.jpg
-    if not files:
-        raise FileNotFoundError(f"{folder} has no images. Supported files: {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    return files
+    """Return the image files of a folder, without its subfolders, sorted. Prints how many other files it has.
+
+    Raises FileNotFoundError if there are no images.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))  # macOS: ._photo.jpg
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise FileNotFoundError(f"{folder} has no images. {SUPPORTED}")
+    if others := sorted({path.suffix.lower() or path.name for path in files if path not in images}):
+        print(f"{folder}: other files are left out ({len(files) - len(images)}): {', '.join(others)}. {SUPPORTED}")
+    return images
 
 
 def detections_to_dicts(detections: Detections, classes: list[str]) -> list[dict]:
