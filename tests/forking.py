@@ -6,6 +6,7 @@ import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -14,12 +15,12 @@ MODULES = ["src.training.fit", "tests.test_interrupted"]
 
 def begin(target, *args) -> tuple[multiprocessing.Process, Connection]:
     """Start a process that runs `target(*args, pipe)`. Returns it with the receiving end of the pipe."""
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(*args, sender))
-    process.start()
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1])):  # of the server, which the first call starts
+        process.start()
     sender.close()
     return process, receiver
 

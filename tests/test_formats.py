@@ -184,6 +184,16 @@ def test_coco_layouts(tmp_path, layout):
     assert resolve(config) == config
 
 
+def test_coco_crowds_are_validated_but_not_trained(tmp_path):
+    data = coco_data()
+    data["annotations"].append({**data["annotations"][0], "id": 6, "iscrowd": 1, "bbox": [0, 0, 90, 70]})
+    for name in ("train", "val"):
+        write_coco(tmp_path / f"{name}.json", data, tmp_path / "images")
+    _, train, val = splits_of(tmp_path)
+    assert train[0].boxes.tolist() == [[10, 20, 50, 60]] and len(train[0].labels) == len(train[0].difficult) == 1
+    assert val[0].difficult.tolist() == [False, True] and len(val[0].boxes) == 2
+
+
 def test_roles_of_split_names():
     names = ("annotations_test", "lvis_v1_train", "pascal_val2007", "contrast")
     assert train_val_splits(names) == (("lvis_v1_train",), ("pascal_val2007",))

@@ -53,6 +53,17 @@ def test_assignment_equals_the_loop(seed):
     assert collisions > 0
 
 
+def test_objectness_trains_no_boxes():
+    """The IoU is a target of objectness: no gradient goes through it."""
+    logits = [
+        torch.randn(1, 3, grid, grid, 9, generator=torch.Generator().manual_seed(grid)).requires_grad_() for grid in GRIDS
+    ]
+    loss = YOLOLoss(Config(box_weight=0.0, class_weight=0.0))
+    loss(logits, random_targets(10, images=1), ANCHOR)["loss"].backward()
+    for level in logits:
+        assert level.grad[..., 0].abs().sum() > 0 and (level.grad[..., 1:] == 0).all()
+
+
 def test_every_object_has_one_positive_per_scale():
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.3], [1, 2, 0.999, 1.0, 0.01, 0.01]])
     for assigned in assign_targets(targets, GRIDS, ANCHOR, batch=2):

@@ -208,6 +208,19 @@ def test_confusion_matrix_counts_every_object_and_detection_once():
     assert confusion(perfect, ground_truth, 3)[:3, :3].trace() == len(ground_truth) == confusion(perfect, ground_truth, 3).sum()
 
 
+def test_confusion_matrix_of_a_written_example():
+    left, right, small = (0, 0, 0.4, 1), (0.6, 0, 1, 1), (0, 0, 0.16, 1)  # IoU of small with left: 0.4
+    ground_truth = np.float32([[0, 0, 0, *left], [0, 1, 0, *right], [1, 1, 0, *left], [2, 0, 0, *left], [2, 1, 1, *right]])
+    predictions = np.float32([
+        [0, 0, 0.9, *left], [0, 0, 0.8, *left],  # right, and again
+        [0, 0, 0.7, *right],  # class 1 taken for class 0
+        [1, 1, 0.9, *small],  # too small
+        [1, 1, 0.1, *left],  # below the threshold
+    ])  # fmt: skip
+    # of image 2 nothing is found: one object is missed, and the difficult one doesn't count
+    assert confusion(predictions, ground_truth, 2, confidence=0.25).tolist() == [[1, 0, 1], [1, 0, 1], [1, 1, 0]]
+
+
 @pytest.mark.parametrize("size", [96, 300, 416, 500, 1000])
 def test_an_iou_of_exactly_half_is_kept_in_fractions(size):
     """VOC counts an IoU of 0.5, the course does not."""

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from src.config import SHAPE_CLASSES, Config
+from src.data.datamodule import DetectionDataModule
 from src.model.network import YOLOv3
 from src.model.pretrained import save_backbone
-from src.training.fit import fit
+from src.training.fit import evaluate, fit, load_detector
 from src.training.model_card import describe_start, measure, write
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,9 @@ def test_exported_weights_have_card_log_and_settings(tmp_path):
     assert f"| class accuracy | {evaluation.accuracies['class']:.1%} |" in card and "Bad at everything." in card
     assert "scratch (no pretrained weights)" in card and "6 images: synthetic" in card
     assert (tmp_path / "weights/metrics.csv").read_text() == (tmp_path / "run/metrics.csv").read_text()
+    trained = evaluate(load_detector(tmp_path / "run"), DetectionDataModule(config))
+    assert evaluation.precisions == pytest.approx(trained.precisions, abs=0.02)  # half precision
+    assert evaluation.accuracies == pytest.approx(trained.accuracies, abs=0.02)
     again, _ = measure(tmp_path / "weights")
     assert again.accuracies == evaluation.accuracies and again.precisions == evaluation.precisions
     assert Config.load(tmp_path / "weights/run.json").replace(run_dir=config.run_dir, data_root=config.data_root) == config

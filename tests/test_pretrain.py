@@ -59,8 +59,12 @@ def test_both_layouts_are_read_alike(folder, tmp_path):
     for split in ("train", "val"):
         for label, name in enumerate(("blue", "green", "red")):
             write_image(tmp_path / split / name / "deeper/still/1.jpg", label, 0)
+    write_image(tmp_path / "train/.ipynb_checkpoints/1.jpg", 0, 0)
+    (tmp_path / "val/.ipynb_checkpoints").mkdir()
+    (tmp_path / "train/red/._1.jpg").write_text("written by macOS")
     classes, train, val = read_image_folder(tmp_path)
     assert classes == ["blue", "green", "red"] and [label for _, label in train] == [label for _, label in val] == [0, 1, 2]
+    assert pretraining.Darknet53Classifier(tiny(tmp_path, tmp_path)).linear.out_features == 3
 
 
 def test_wrong_layouts_are_named(folder, tmp_path):
@@ -109,6 +113,14 @@ def test_it_learns_and_its_backbone_starts_detectors(run):
     state = torch.load(f"{config.run_dir}/{LAST}", weights_only=True)["state_dict"]
     for name, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, state[f"backbone.{name}"], rtol=1e-3, atol=1e-4)
+
+
+def test_accuracies_count_the_best_and_the_five_best_classes(folder, tmp_path):
+    module, logged = pretraining.Darknet53Classifier(tiny(folder, tmp_path)), {}
+    logits = torch.arange(7.0).repeat(4, 1)
+    module.forward, module.log_dict = lambda images: logits, lambda values, **_: logged.update(values)
+    module.validation_step((torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([6, 5, 2, 1])), 0)
+    assert logged["val/top1"] == 0.25 and logged["val/top5"] == 0.75
 
 
 def test_another_width_is_refused(run):

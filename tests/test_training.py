@@ -1,24 +1,30 @@
 """Training: the files it writes, resuming, and the errors it raises."""
 
+import copy
 import csv
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
 from src.config import SHAPE_CLASSES, Config
 from src.data.datamodule import DetectionDataModule, ValDataset, collate
 from src.data.records import make_record
-from src.model.network import ANCHORS
+from src.model.network import ANCHORS, YOLOv3
+from src.model.pretrained import transfer_weights
 from src.serving.images import to_network_input
 from src.training import callbacks, lr_finder, module
+from src.training.callbacks import EMA
 from src.training.fit import evaluate, fit, load_detector
 from src.training.loss import assign_targets
-from src.training.lr_finder import find_lr
+from src.training.lr_finder import find_lr, suggest_lr
 from src.training.module import YOLOv3Module, build_model, sample_image_size
-from src.training.optimizer import onecycle_adamw
+from src.training.optimizer import OneCycleModule, onecycle_adamw
 from src.training.report import course_targets, result_rows
 from src.training.trainer import make_trainer, resolve_precision
 
@@ -55,6 +61,13 @@ def test_run_writes_config_metrics_and_checkpoints(run):
     assert sum(bool(row["val/mAP50"]) for row in metrics_rows(folder)) == 3
 
 
+def test_best_checkpoint_is_of_the_epoch_with_the_highest_map(tmp_path):
+    with mock.patch("src.training.module.mean_average_precision", side_effect=[0.1, 0.3, 0.2]):
+        fit(tiny(tmp_path))
+    epochs = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("best", "last")}
+    assert epochs == {"best": 1, "last": 2}
+
+
 def test_onecycle_changes_the_learning_rate_every_step(run):
     folder, _ = run
     config = tiny(folder)
@@ -66,6 +79,60 @@ def test_onecycle_changes_the_learning_rate_every_step(run):
     assert len(rates) == len(set(rates)) == 12
     peak = rates.index(max(rates))
     assert max(rates) <= 1e-3 and rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:])[::-1]
+
+
+@pytest.mark.parametrize("warmup, peak", [(0.1, 3), (0.25, 9), (0.5, 19)])
+def test_onecycle_has_its_peak_at_the_end_of_the_warm_up(warmup, peak):
+    optimized = onecycle_adamw(torch.nn.Linear(2, 2), 1e-3, 0.0, warmup, 40)
+    scheduler, rates = optimized["lr_scheduler"]["scheduler"], []
+    for _ in range(40):
+        rates.append(scheduler.get_last_lr()[0])
+        optimized["optimizer"].step()
+        if len(rates) < 40:
+            scheduler.step()
+    assert rates.index(max(rates)) == peak and max(rates) == pytest.approx(1e-3)
+    assert rates[0] == pytest.approx(1e-3 / 25)
+
+
+@pytest.mark.parametrize("limit, norm", [(2.0, 2.0), (0.0, 5.0), (10.0, 5.0)])
+def test_gradients_are_clipped_to_the_norm(tmp_path, limit, norm):
+    module = OneCycleModule(tiny(tmp_path, gradient_clip_val=limit))
+    module.layer = torch.nn.Linear(1, 1)
+    module.layer.weight.grad, module.layer.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
+    module._trainer = SimpleNamespace(precision_plugin=None)
+    module.configure_gradient_clipping(None)
+    assert torch.cat((module.layer.weight.grad[0], module.layer.bias.grad)).norm().item() == pytest.approx(norm, rel=1e-4)
+
+
+class Line(pl.LightningModule):
+    """One weight, whose gradient is 1 at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([5.0]))
+        self.history = []
+
+    def training_step(self, *_):
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def on_train_batch_end(self, *_):
+        self.history.append(self.weight.item())
+
+
+def test_ema_equals_its_definition(tmp_path):
+    """Step n, from 0, has the decay min(0.5, (1 + n) / (10 + n)); the first weights are copied."""
+    module, ema = Line(), EMA(0.5)
+    options = {"enable_checkpointing": False, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=15, accelerator="cpu", callbacks=[ema], default_root_dir=tmp_path, **options)
+    trainer.fit(module, DataLoader(range(15), batch_size=1))
+    expected = module.history[0]
+    for number, value in enumerate(module.history[1:], start=1):
+        decay = min(0.5, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * value
+    assert len(module.history) == 15 and ema._average_model.module.weight.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("total_steps", range(1, 31))
@@ -231,12 +298,17 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypat
 def test_lr_finder_has_no_side_effects(tmp_path):
     config = tiny(tmp_path, max_lr=0.0)
     data = DetectionDataModule(config)
-    before = build_model(config).state_dict()
-    result = find_lr(config, data, steps=30)
-    assert 1e-5 <= result.suggestion <= 0.1 and len(result.rates) == len(result.losses) > 10
-    assert result.rates == sorted(result.rates)
-    for one, other in zip(before.values(), YOLOv3Module(config).model.state_dict().values(), strict=True):
-        assert torch.equal(one, other)
+    step, rates = YOLOv3Module.training_step, []
+
+    def record(self, *args):
+        rates.append({group["lr"] for group in self.optimizers().param_groups})
+        return step(self, *args)
+
+    with mock.patch.object(YOLOv3Module, "training_step", record):
+        result = find_lr(config, data, steps=30)
+    assert rates == [{rate} for rate in np.geomspace(1e-5, 0.1, 30)]
+    assert result.rates == np.geomspace(1e-5, 0.1, 30)[: len(result.losses)].tolist() and len(result.losses) > 10
+    assert result.suggestion == result.rates[suggest_lr(np.array(result.losses))]
     assert not list(tmp_path.iterdir())
 
 
@@ -314,13 +386,15 @@ def test_resized_batch_equals_a_batch_read_at_that_size(size):
 
 
 def test_frozen_backbone_epochs(tmp_path):
-    config = tiny(tmp_path, freeze_epochs=1, epochs=1)
-    detector = YOLOv3Module(config)
+    config = tiny(tmp_path, freeze_epochs=1, epochs=2)
+    detector, states = YOLOv3Module(config), []
+    detector.on_train_epoch_end = lambda: states.append({k: v.clone() for k, v in detector.model.state_dict().items()})
     before = {name: value.clone() for name, value in detector.model.state_dict().items()}
-    make_trainer(config, max_epochs=1, limit_val_batches=0).fit(detector, datamodule=DetectionDataModule(config))
-    after = detector.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
-    assert not torch.equal(before["heads.0.predict.weight"], after["heads.0.predict.weight"])
+    make_trainer(config, max_epochs=2, limit_val_batches=0).fit(detector, datamodule=DetectionDataModule(config))
+    first, second = states
+    assert all(torch.equal(before[name], first[name]) for name in before if name.startswith("backbone"))
+    assert not torch.equal(before["heads.0.predict.weight"], first["heads.0.predict.weight"])
+    assert not any(torch.equal(first[name], second[name]) for name in before if name.startswith("backbone"))
 
 
 def test_a_process_with_fewer_images_than_a_batch_has_one_batch(tmp_path, monkeypatch):
@@ -361,6 +435,18 @@ def test_training_starts_from_pretrained_weights(run, tmp_path):
     detector.model.save_pretrained(tmp_path)
     model = build_model(tiny(folder, pretrained_weights=str(tmp_path)))
     assert torch.equal(model.backbone.stem[0].weight, detector.model.backbone.stem[0].weight)
+
+
+def test_classes_in_common_keep_their_logits():
+    source, target = YOLOv3(3, 0.05, ["a", "b", "c"]), YOLOv3(3, 0.05, ["c", "x", "a"])
+    initial = copy.deepcopy(target)
+    transfer_weights(target, source)
+    rows = {"c": (5, 7), "a": (7, 5)}  # of target and source
+    for head, old, new in zip(source.heads, initial.heads, target.heads, strict=True):
+        for name in ("weight", "bias"):
+            given, before, after = (getattr(part.predict, name).unflatten(0, (3, 8)) for part in (head, old, new))
+            assert torch.equal(after[:, :5], given[:, :5]) and torch.equal(after[:, 6], before[:, 6])
+            assert all(torch.equal(after[:, one], given[:, other]) for one, other in rows.values())
 
 
 def test_precision_depends_on_the_machine(monkeypatch):

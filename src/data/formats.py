@@ -11,6 +11,7 @@ from src.data import coco, voc, yolo
 from src.data.records import ImageRecord, usable_records
 
 FORMATS = {"voc": voc, "yolo": yolo, "coco": coco}
+OBJECT_FIELDS = ("boxes", "labels", "difficult")  # of an ImageRecord, one entry per object
 
 
 def detect_format(root: str | Path) -> str:
@@ -60,7 +61,15 @@ def read_splits(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Read the training and validation records.
 
     Without `val_splits`, a random fraction `val_fraction` of the training images is used for validation.
+    Training leaves out COCO's crowds: the box of many objects is no example of one.
     """
+    train, val = _read_splits(config)
+    if config.dataset == "coco":
+        train = [record._replace(**{n: getattr(record, n)[~record.difficult] for n in OBJECT_FIELDS}) for record in train]
+    return train, val
+
+
+def _read_splits(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     if config.val_splits:
         val = read_records(config, config.val_splits)
         return read_records(config, config.train_splits), val

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension
 
 from src.data.cache import open_cache
+from src.data.records import is_hidden
 from src.serving.images import get_image_size, load_image, resize_long_side
 
 LAYOUT = "Expected train/CLASS/**/*.jpg and val/CLASS/**/*.jpg, or Tiny ImageNet's val/images and val/val_annotations.txt."
@@ -35,9 +37,25 @@ def read_image_folder(root: str | Path) -> tuple[list[str], list[tuple[str, int]
     return classes, train, [(path, classes.index(val_classes[label])) for path, label in val]
 
 
+def list_classes(folder: str | Path) -> list[str]:
+    """Return the names of a split's classes: its folders, without hidden ones such as .ipynb_checkpoints."""
+    return [name for name in find_classes(folder)[0] if not name.startswith(".")]
+
+
+class VisibleImageFolder(ImageFolder):
+    """ImageFolder of `list_classes`."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = list_classes(directory)
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
 def _read_split(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    def is_image(path: str) -> bool:
+        return has_file_allowed_extension(path, IMG_EXTENSIONS) and not is_hidden(Path(path), folder)
+
     try:
-        split = ImageFolder(folder)
+        split = VisibleImageFolder(folder, is_valid_file=is_image)
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is not in ImageNet's layout: {error}. {LAYOUT}") from None
     return split.classes, split.samples

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import find_classes
 
 from src.config import Settings
 from src.data.datamodule import SampleIdSampler, single_thread_worker
-from src.data.imagefolder import ClassificationDataset, collate_classification, read_image_folder
+from src.data.imagefolder import ClassificationDataset, collate_classification, list_classes, read_image_folder
 from src.model.network import YOLOv3
 from src.model.pretrained import save_backbone
 from src.serving.images import to_network_input
@@ -114,7 +113,7 @@ class Darknet53Classifier(OneCycleModule):
         super().__init__(config)
         torch.manual_seed(config.seed)
         self.backbone = YOLOv3(1, config.width).backbone
-        num_classes = len(find_classes(Path(config.data_root) / "train")[0])
+        num_classes = len(list_classes(Path(config.data_root) / "train"))
         self.linear = nn.Linear(self.backbone.stages[-1][0][0].out_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
