@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import random
+import re
 import time
 import zipfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from src.serving.app import MAX_PIXELS
-from src.serving.guard import MAX_REQUEST_BYTES
+from src.serving.guard import MAX_REQUEST_BYTES, NOT_UPLOADED
 from tests.planted import blurred_noise
 from tests.visitor import TIMEOUT_S
 
@@ -213,7 +214,7 @@ def forged_paths(folder: Path) -> list[Case]:
                                               "10.0.0.1", "2130706433:1", "[::ffff:127.0.0.1]:1", "example.com")),
         "https://127.0.0.1:1/a.png", "HTTP://127.0.0.1:1/a.png", "data:image/png;base64,iVBORw0KGgo=",
     ]  # fmt: skip
-    cases, pattern = [], "Upload the image first"
+    cases, pattern = [], re.escape(NOT_UPLOADED)
     for path in paths:
         for file in (file_data(path), {"path": path}):
             name = f"{'un' * ('meta' not in file)}marked {path[:50]!r}"
@@ -248,7 +249,7 @@ def invalid_values() -> list[Case]:
     def without_image(function, *data):
         return lambda client: client.call_page(function, None, *data)
 
-    cases = [Case(f"image {file!r}", lambda client, f=file: client.detect(f), "error", "image must be") for file in files]
+    cases = [Case(f"image {file!r}", lambda client, f=file: client.detect(f), "error", re.escape(NOT_UPLOADED)) for file in files]
     for number in numbers:
         name = repr(number)[:40]
         cases.append(Case(f"confidence {name}", with_thresholds(number, 0.5), "error", "confidence must be a number"))
