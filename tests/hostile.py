@@ -249,7 +249,8 @@ def invalid_values() -> list[Case]:
     def without_image(function, *data):
         return lambda client: client.call_page(function, None, *data)
 
-    cases = [Case(f"image {file!r}", lambda client, f=file: client.detect(f), "error", re.escape(NOT_UPLOADED)) for file in files]
+    pattern = re.escape(NOT_UPLOADED)
+    cases = [Case(f"image {file!r}", lambda client, f=file: client.detect(f), "error", pattern) for file in files]
     for number in numbers:
         name = repr(number)[:40]
         cases.append(Case(f"confidence {name}", with_thresholds(number, 0.5), "error", "confidence must be a number"))
