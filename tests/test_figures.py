@@ -194,6 +194,8 @@ def test_the_axis_of_the_size_comparison_shows_small_differences():
     assert 0.85 < low < 0.90 and 0.93 < high < 0.97
     assert f"{low:.2f} to {high:.2f}" in figure.axes[0].get_ylabel()
     assert len(figure.axes[0].lines) == 2 and len(figure.axes[1].lines) == 1
+    figure = curves.plot_size_comparison([128, 160], {str(run): [0.9, 0.9] for run in range(5)}, [3.0, 5.0])
+    assert len({(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}) == 5
 
 
 def test_class_loss_and_class_accuracy_have_their_own_panels(tmp_path):

@@ -1,6 +1,7 @@
 """Figures of numbers: data sets, training curves, average precision, latency."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +256,7 @@ def plot_size_comparison(sizes: Sequence[int], map50: dict[str, Sequence[float]]
     figure = NotebookFigure(3.3)
     left, right = figure.subplots(1, 2)
     style = {"markersize": 6, "markeredgecolor": "white"}
-    for (name, values), colour, marker in zip(map50.items(), SERIES, "os^", strict=False):
+    for (name, values), colour, marker in zip(map50.items(), cycle(SERIES), cycle("os^D"), strict=False):
         left.plot(sizes, values, color=colour, marker=marker, label=name, **style)
     right.plot(sizes, latencies, color=INK, marker="o", **style)
     low, high = min(map(min, map50.values())), max(map(max, map50.values()))
