@@ -96,7 +96,7 @@ def list_images(folder: Path) -> list[Path]:
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise FileNotFoundError(f"{folder} has no images. {SUPPORTED}")
-    if others := sorted({path.suffix.lower() or path.name for path in files if path not in images}):
+    if others := sorted({path.suffix.lower() or path.name for path in set(files) - set(images)}):
         print(f"{folder}: other files are left out ({len(files) - len(images)}): {', '.join(others)}. {SUPPORTED}")
     return images
 
