@@ -26,7 +26,7 @@ multi: $(VENV)/installed ## train at several resolutions and compare, after make
 app: $(VENV)/installed ## serve the app with the last run's weights, or the shipped weights, on localhost
 	GRADIO_ANALYTICS_ENABLED=False $(BIN) $(if $(wildcard space/app.py),space/app.py,-m src.serving.app weights)
 
-test: $(VENV)/installed ## run the tests: 8 to 15 minutes on 2 cores
+test: $(VENV)/installed ## run the tests: 8 to 17 minutes on 2 cores
 	$(BIN) -m pytest
 
 images: $(VENV)/installed ## update the README's images from the last runs (app screenshots need Chromium)
