@@ -81,15 +81,21 @@ def test_onecycle_changes_the_learning_rate_every_step(run):
     assert max(rates) <= 1e-3 and rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:])[::-1]
 
 
-@pytest.mark.parametrize("warmup, peak", [(0.1, 3), (0.25, 9), (0.5, 19)])
-def test_onecycle_has_its_peak_at_the_end_of_the_warm_up(warmup, peak):
-    optimized = onecycle_adamw(torch.nn.Linear(2, 2), 1e-3, 0.0, warmup, 40)
+def onecycle_rates(warmup: float, total_steps: int) -> list[float]:
+    """Learning rates of all steps of a schedule with the peak 1e-3."""
+    optimized = onecycle_adamw(torch.nn.Linear(2, 2), 1e-3, 0.0, warmup, total_steps)
     scheduler, rates = optimized["lr_scheduler"]["scheduler"], []
-    for _ in range(40):
+    for _ in range(total_steps):
         rates.append(scheduler.get_last_lr()[0])
         optimized["optimizer"].step()
-        if len(rates) < 40:
+        if len(rates) < total_steps:
             scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("warmup, peak", [(0.1, 3), (0.25, 9), (0.5, 19)])
+def test_onecycle_has_its_peak_at_the_end_of_the_warm_up(warmup, peak):
+    rates = onecycle_rates(warmup, 40)
     assert rates.index(max(rates)) == peak and max(rates) == pytest.approx(1e-3)
     assert rates[0] == pytest.approx(1e-3 / 25)
 
@@ -138,13 +144,7 @@ def test_ema_equals_its_definition(tmp_path):
 @pytest.mark.parametrize("total_steps", range(1, 31))
 def test_onecycle_of_short_runs(total_steps):
     """10 steps have exactly one step of warm-up."""
-    optimized = onecycle_adamw(torch.nn.Linear(2, 2), 1e-3, 0.0, 0.1, total_steps)
-    scheduler, rates = optimized["lr_scheduler"]["scheduler"], []
-    for _ in range(total_steps):
-        rates.append(scheduler.get_last_lr()[0])
-        optimized["optimizer"].step()
-        if len(rates) < total_steps:
-            scheduler.step()
+    rates = onecycle_rates(0.1, total_steps)
     assert 0 < max(rates) <= 1e-3 and rates[-1] < 1e-5
 
 

@@ -8,8 +8,8 @@ from gradio_client.utils import is_file_obj, traverse
 from starlette.exceptions import HTTPException
 
 MAX_UPLOAD_BYTES = 64 * 2**20  # per request with files
-NOT_UPLOADED = "Only uploaded files are read, no URLs and no paths. In Python, upload with gradio_client.handle_file(path)."
 MAX_REQUEST_BYTES = 256 * 2**10  # per other request; the page's own have a few thousand
+NOT_UPLOADED = "Only uploaded files are read, no URLs and no paths. In Python, upload with gradio_client.handle_file(path)."
 
 
 class BoundedRequests:
