@@ -7,14 +7,20 @@ import os
 import sys
 
 if sys.argv[1:2] != ["peers"]:  # whose threads wait as they do for users
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy the cores of loader processes
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # waiting threads must not occupy the cores of loader processes
 
 import importlib
 import time
 import warnings
 
 PARTS = ("loader", "training", "evaluation", "inference")
-COMMANDS = {"peers": "benchmarks.peers.compare", "gpu": "benchmarks.gpu", "memory": "benchmarks.memory"}
+COMMANDS = {
+    "peers": "benchmarks.peers.compare",
+    "gpu": "benchmarks.gpu",
+    "memory": "benchmarks.memory",
+}
 
 
 def main(names: list[str]) -> None:
@@ -28,7 +34,11 @@ def main(names: list[str]) -> None:
     for name in names or PARTS:
         for row in importlib.import_module(f"benchmarks.{name}").rows():
             rows.append(row)
-            print(f"[{time.perf_counter() - start:4.0f} s] " + "  ".join(row.cells()), file=sys.stderr, flush=True)
+            print(
+                f"[{time.perf_counter() - start:4.0f} s] " + "  ".join(row.cells()),
+                file=sys.stderr,
+                flush=True,
+            )
     print("\n" + table(rows))
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes on {os.cpu_count()} cores")
 

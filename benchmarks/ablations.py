@@ -21,9 +21,14 @@ from src.training.loss import Assigned, YOLOLoss, assign_targets, complete_iou_l
 from src.training.module import YOLOv3Module
 
 BASE = Config(
-    train_splits=("2012/train",), val_splits=("2012/val",), image_size=160, width=0.25, batch_size=16, max_lr=6e-3,
+    train_splits=("2012/train",),
+    val_splits=("2012/val",),
+    image_size=160,
+    width=0.25,
+    batch_size=16,
+    max_lr=6e-3,
     num_workers=0,
-)  # fmt: skip
+)
 
 BoxLoss = tuple[Tensor, Tensor]  # as `complete_iou_loss` returns: loss and IoU of each box
 
@@ -40,7 +45,9 @@ def course_box_loss(predictions: Tensor, targets: Tensor, grids: Tensor) -> BoxL
     grids [N]: cells per side of each box's scale.
     """
     centre = (predictions[:, :2] - targets[:, :2]) * grids[:, None]
-    cost = torch.cat((centre, (predictions[:, 2:] / targets[:, 2:]).log()), dim=1).square().mean(dim=1)
+    cost = (
+        torch.cat((centre, (predictions[:, 2:] / targets[:, 2:]).log()), dim=1).square().mean(dim=1)
+    )
     return cost, box_iou(cxcywh_to_xyxy(predictions), cxcywh_to_xyxy(targets)).diagonal()
 
 
@@ -49,7 +56,9 @@ class CourseBoxLoss(YOLOLoss):
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         grids = torch.tensor([level.shape[2] for level in logits]).repeat_interleave(len(targets))
-        with mock.patch("src.training.loss.complete_iou_loss", partial(course_box_loss, grids=grids)):
+        with mock.patch(
+            "src.training.loss.complete_iou_loss", partial(course_box_loss, grids=grids)
+        ):
             return super().forward(logits, targets, anchors)
 
 
@@ -92,17 +101,25 @@ class FittingAnchorsPositive(YOLOLoss):
 
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         terms = super().forward(logits, targets, anchors)
-        assigned = assign_targets(targets, [level.shape[2] for level in logits], anchors, len(logits[0]))
+        assigned = assign_targets(
+            targets, [level.shape[2] for level in logits], anchors, len(logits[0])
+        )
         extra = 0.0
         for level, part, scale in zip(logits, assigned, anchors, strict=True):
             for number, shape_iou in enumerate(wh_iou(targets[:, 4:6], scale).unbind(dim=1)):
                 cell = part.image, number, part.row, part.column
                 rows, fits = level[cell].float(), (shape_iou > 0.5) & ~part.positive[cell]
-                boxes = decode_boxes(rows[:, 1:5], part.column, part.row, scale[number], level.shape[2])
+                boxes = decode_boxes(
+                    rows[:, 1:5], part.column, part.row, scale[number], level.shape[2]
+                )
                 box, iou = complete_iou_loss(boxes, targets[:, 2:6])
                 label = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5)).float()
-                cost = self.config.box_weight * box + self.config.object_weight * self._objectness(rows[:, 0], iou)
-                cost = cost + binary_cross_entropy_with_logits(rows[:, 5:], label, reduction="none").sum(dim=1)
+                cost = self.config.box_weight * box + self.config.object_weight * self._objectness(
+                    rows[:, 0], iou
+                )
+                cost = cost + binary_cross_entropy_with_logits(
+                    rows[:, 5:], label, reduction="none"
+                ).sum(dim=1)
                 extra = extra + (cost * fits).sum()
         return terms | {"loss": terms["loss"] + extra / max(1, 3 * len(targets))}
 
@@ -133,7 +150,9 @@ def softmax_decode_above(logits: list[Tensor], anchors: Tensor, confidence: floa
     levels = []
     for level in logits:
         level = level.float()
-        levels.append(torch.cat((level[..., :5], level[..., 5:].softmax(dim=-1).logit(eps=1e-6)), dim=-1))
+        levels.append(
+            torch.cat((level[..., :5], level[..., 5:].softmax(dim=-1).logit(eps=1e-6)), dim=-1)
+        )
     return decode_above(levels, anchors, confidence)
 
 
@@ -176,7 +195,12 @@ def rare_class_weights(dataset: MosaicDataset) -> np.ndarray:
     """
     present = [np.unique(record.labels) for record in dataset.records]
     images_per_class = np.bincount(np.concatenate(present))
-    weights = np.array([(len(present) / images_per_class[labels].min(initial=len(present))) ** 0.5 for labels in present])
+    weights = np.array(
+        [
+            (len(present) / images_per_class[labels].min(initial=len(present))) ** 0.5
+            for labels in present
+        ]
+    )
     return weights / weights.sum()
 
 
@@ -245,7 +269,12 @@ class Change:
 
     def config(self, base: Config) -> Config:
         """Apply the settings to `base`."""
-        return base.replace(**{name: value(base) if callable(value) else value for name, value in self.settings.items()})
+        return base.replace(
+            **{
+                name: value(base) if callable(value) else value
+                for name, value in self.settings.items()
+            }
+        )
 
 
 def loss(replacement: type[YOLOLoss]) -> dict:
@@ -254,47 +283,85 @@ def loss(replacement: type[YOLOLoss]) -> dict:
 
 CHANGES = {
     "baseline": Change("none"),
-    "box-giou": Change("box loss: generalized IoU", replacements={"src.training.loss.complete_iou_loss": generalized_iou}),
+    "box-giou": Change(
+        "box loss: generalized IoU",
+        replacements={"src.training.loss.complete_iou_loss": generalized_iou},
+    ),
     "box-course": Change("box loss: the course's squared errors", replacements=loss(CourseBoxLoss)),
     "box-1": Change("box weight: 1", {"box_weight": 1.0}),
-    "object-certain": Change("objectness target of positives: 1, as in the paper", replacements=loss(CertainObjectness)),
-    "object-half": Change("objectness target of positives: mean of 1 and IoU", replacements=loss(HalfCertainObjectness)),
+    "object-certain": Change(
+        "objectness target of positives: 1, as in the paper", replacements=loss(CertainObjectness)
+    ),
+    "object-half": Change(
+        "objectness target of positives: mean of 1 and IoU",
+        replacements=loss(HalfCertainObjectness),
+    ),
     "object-focal": Change("objectness loss: quality focal", replacements=loss(FocalObjectness)),
     "object-1": Change("objectness weight of positives: 1", {"object_weight": 1.0}),
     "object-4": Change("objectness weight of positives: 4", {"object_weight": 4.0}),
-    "bias-zero": Change("initial bias: 0", replacements={"src.model.network.YOLOv3._initialize": zero_bias}),
-    "class-softmax": Change("class loss: softmax, as in the course", replacements={
-        "src.training.loss.bce": softmax_classes, "src.training.metrics.decode_above": softmax_decode_above}),
-    "class-focal": Change("class loss: focal, gamma 2", replacements={"src.training.loss.bce": focal_classes}),
+    "bias-zero": Change(
+        "initial bias: 0", replacements={"src.model.network.YOLOv3._initialize": zero_bias}
+    ),
+    "class-softmax": Change(
+        "class loss: softmax, as in the course",
+        replacements={
+            "src.training.loss.bce": softmax_classes,
+            "src.training.metrics.decode_above": softmax_decode_above,
+        },
+    ),
+    "class-focal": Change(
+        "class loss: focal, gamma 2", replacements={"src.training.loss.bce": focal_classes}
+    ),
     "class-smooth": Change("class loss: label smoothing 0.1", {"label_smoothing": 0.1}),
     "class-3": Change("class weight: 3", {"class_weight": 3.0}),
-    "ignore-shape": Change("ignored: anchors with wh_iou above 0.5, as in the course", replacements=loss(IgnoreFittingAnchors)),
+    "ignore-shape": Change(
+        "ignored: anchors with wh_iou above 0.5, as in the course",
+        replacements=loss(IgnoreFittingAnchors),
+    ),
     "ignore-never": Change("ignored: nothing", replacements=loss(IgnoreNothing)),
-    "positives-fitting": Change("positives: all anchors with wh_iou above 0.5", replacements=loss(FittingAnchorsPositive)),
-    "anchors-kmeans": Change("anchors: k-means on the training samples", {"anchors": kmeans_anchors}),
+    "positives-fitting": Change(
+        "positives: all anchors with wh_iou above 0.5", replacements=loss(FittingAnchorsPositive)
+    ),
+    "anchors-kmeans": Change(
+        "anchors: k-means on the training samples", {"anchors": kmeans_anchors}
+    ),
     "decay-0.005": Change("weight decay: 0.005", {"weight_decay": 0.005}),
-    "decay-everything": Change("weight decay: also on biases and batch norm", replacements={
-        "src.training.module.YOLOv3Module.configure_optimizers": decay_everything}),
+    "decay-everything": Change(
+        "weight decay: also on biases and batch norm",
+        replacements={"src.training.module.YOLOv3Module.configure_optimizers": decay_everything},
+    ),
     "lr-2e-3": Change("peak learning rate: 2e-3", {"max_lr": 2e-3}),
     "lr-4e-3": Change("peak learning rate: 4e-3", {"max_lr": 4e-3}),
     "lr-1.2e-2": Change("peak learning rate: 1.2e-2", {"max_lr": 1.2e-2}),
     "warmup-0.3": Change("warm-up: 0.3 of the steps", {"warmup_fraction": 0.3}),
     "ema-0.99": Change("EMA decay: 0.99", {"ema_decay": 0.99}),
     "ema-none": Change("EMA: none", {"ema_decay": 0.0}),
-    "residual-nonzero": Change("initial residual blocks: not the identity", replacements={
-        "src.model.network.YOLOv3._initialize": nonzero_residuals}),
+    "residual-nonzero": Change(
+        "initial residual blocks: not the identity",
+        replacements={"src.model.network.YOLOv3._initialize": nonzero_residuals},
+    ),
     "batch-8": Change("batch size: 8, twice the steps", {"batch_size": 8}),
     "mosaic-0": Change("mosaics: none", {"mosaic_prob": 0.0}),
     "mosaic-end": Change("mosaics: until the end", {"close_mosaic_epochs": 0}),
     "mosaic-off-3": Change("mosaics: none in the last 3 epochs", {"close_mosaic_epochs": 3}),
-    "scale-wide": Change("image scales: 0.45 to 1.25", {"mosaic_scale": (0.45, 1.25), "image_scale": (0.45, 1.25)}),
-    "single-as-mosaic": Change("image scales: single images as in mosaics", {"image_scale": BASE.mosaic_scale}),
-    "colour-none": Change("augmentation: no change of brightness and colour", replacements={
-        "src.data.mosaic.augmentations": flip_only}),
-    "mixup": Change("augmentation: mixup of half of the samples", replacements={
-        "src.data.mosaic.MosaicDataset.__getitem__": mixup_sample}),
-    "rare-classes": Change("mosaics: more images of rare classes", replacements={
-        "src.data.mosaic.MosaicDataset._mosaic": rare_class_mosaic}),
+    "scale-wide": Change(
+        "image scales: 0.45 to 1.25", {"mosaic_scale": (0.45, 1.25), "image_scale": (0.45, 1.25)}
+    ),
+    "single-as-mosaic": Change(
+        "image scales: single images as in mosaics", {"image_scale": BASE.mosaic_scale}
+    ),
+    "colour-none": Change(
+        "augmentation: no change of brightness and colour",
+        replacements={"src.data.mosaic.augmentations": flip_only},
+    ),
+    "mixup": Change(
+        "augmentation: mixup of half of the samples",
+        replacements={"src.data.mosaic.MosaicDataset.__getitem__": mixup_sample},
+    ),
+    "rare-classes": Change(
+        "mosaics: more images of rare classes",
+        replacements={"src.data.mosaic.MosaicDataset._mosaic": rare_class_mosaic},
+    ),
     "frozen-2": Change("backbone: frozen for 2 epochs", {"freeze_epochs": 2}),
     "scratch": Change("backbone: not pretrained", {"pretrained_weights": ""}),
-}  # fmt: skip
+}

@@ -7,7 +7,9 @@ YOLOv3) and return the same results as `src`, so that their times can be compare
 import os
 import random
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look-up of newer versions on the network
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # no look-up of newer versions on the network
 
 import albumentations as A
 import cv2
@@ -34,20 +36,35 @@ def course_augmentations(image_size: int) -> A.Compose:
             A.PadIfNeeded(min_height=larger, min_width=larger, **grey),
             A.Rotate(limit=10, p=0.5, **grey),
             A.RandomCrop(width=image_size, height=image_size),
-            A.ColorJitter(brightness=(0.4, 1.6), contrast=(0.4, 1.6), saturation=(0.4, 1.6), hue=(-0.4, 0.4), p=0.4),
-            A.Affine(scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-20, 20), p=0.5, **grey),
+            A.ColorJitter(
+                brightness=(0.4, 1.6),
+                contrast=(0.4, 1.6),
+                saturation=(0.4, 1.6),
+                hue=(-0.4, 0.4),
+                p=0.4,
+            ),
+            A.Affine(
+                scale=(0.9, 1.1), translate_percent=(-0.06, 0.06), rotate=(-20, 20), p=0.5, **grey
+            ),
             A.HorizontalFlip(p=0.5),
-            A.Blur(p=0.1), A.CLAHE(p=0.1), A.Posterize(p=0.1), A.ToGray(p=0.1), A.ChannelShuffle(p=0.05),
+            A.Blur(p=0.1),
+            A.CLAHE(p=0.1),
+            A.Posterize(p=0.1),
+            A.ToGray(p=0.1),
+            A.ChannelShuffle(p=0.05),
             A.Normalize(mean=(0, 0, 0), std=(1, 1, 1), max_pixel_value=255),
             ToTensorV2(),
         ],
         bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels"], min_visibility=0.4),
-    )  # fmt: skip
+    )
 
 
 def same_augmentations(image_size: int) -> A.Compose:
     """This project's augmentation after a resize; the remaining difference is how images are loaded."""
-    resize = [A.LongestMaxSize(max_size=image_size), A.PadIfNeeded(min_height=image_size, min_width=image_size, fill=114)]
+    resize = [
+        A.LongestMaxSize(max_size=image_size),
+        A.PadIfNeeded(min_height=image_size, min_width=image_size, fill=114),
+    ]
     end = [A.Normalize(mean=(0, 0, 0), std=(1, 1, 1), max_pixel_value=255), ToTensorV2()]
     boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], min_visibility=0.25)
     return A.Compose([*resize, *augmentations().transforms, *end], bbox_params=boxes)
@@ -57,7 +74,12 @@ class BaselineDataset(Dataset):
     """Decode every image of a sample at full size, and build dense targets: float [3, S, S], `dense_targets`."""
 
     def __init__(
-        self, records: list[ImageRecord], image_size: int, anchors: Tensor, augment: A.Compose, mosaic_prob: float = 0.75
+        self,
+        records: list[ImageRecord],
+        image_size: int,
+        anchors: Tensor,
+        augment: A.Compose,
+        mosaic_prob: float = 0.75,
     ):
         self.records, self.image_size, self.anchors = records, image_size, anchors
         self.augment, self.mosaic_prob = augment, mosaic_prob
@@ -66,11 +88,21 @@ class BaselineDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        image, boxes, labels = self.load_mosaic(index) if random.random() < self.mosaic_prob else self.load(index)
+        image, boxes, labels = (
+            self.load_mosaic(index) if random.random() < self.mosaic_prob else self.load(index)
+        )
         out = self.augment(image=image, bboxes=boxes, labels=labels)
         size, rows = self.image_size, []
         for (x1, y1, x2, y2), label in zip(out["bboxes"], out["labels"], strict=True):
-            rows.append([label, (x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size])
+            rows.append(
+                [
+                    label,
+                    (x1 + x2) / 2 / size,
+                    (y1 + y2) / 2 / size,
+                    (x2 - x1) / size,
+                    (y2 - y1) / size,
+                ]
+            )
         return out["image"], dense_targets(rows, [size // 32, size // 16, size // 8], self.anchors)
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,7 +113,10 @@ class BaselineDataset(Dataset):
     def load_mosaic(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Four images at full size around a random point of a canvas of twice the image size."""
         size = 2 * self.image_size
-        x, y = int(random.uniform(size / 4, 3 * size / 4)), int(random.uniform(size / 4, 3 * size / 4))
+        x, y = (
+            int(random.uniform(size / 4, 3 * size / 4)),
+            int(random.uniform(size / 4, 3 * size / 4)),
+        )
         canvas = np.full((size, size, 3), 114, dtype=np.uint8)
         all_boxes, all_labels = [], []
         for corner, number in enumerate([index] + random.choices(range(len(self)), k=3)):
@@ -89,7 +124,12 @@ class BaselineDataset(Dataset):
             height, width = image.shape[:2]
             left = x - width if corner in (0, 2) else x
             top = y - height if corner in (0, 1) else y
-            x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, size), min(top + height, size)
+            x1, y1, x2, y2 = (
+                max(left, 0),
+                max(top, 0),
+                min(left + width, size),
+                min(top + height, size),
+            )
             canvas[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
             for box, label in zip(boxes, labels, strict=True):
                 box = np.clip(box + [left, top, left, top], 0, size)
@@ -130,14 +170,21 @@ def anchor_ious(size: Tensor, anchors: Tensor) -> Tensor:
     return intersection / (size[0] * size[1] + anchors[:, 0] * anchors[:, 1] - intersection)
 
 
-def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def dense_loss(
+    logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
     """The terms of `YOLOLoss` from dense targets [B, 3, G, G, 6] per scale; targets [N, 6]: image, class, cx, cy, w, h."""
-    sums = {name: torch.tensor(0.0) for name in ("box_loss", "object_loss", "no_object_loss", "class_loss")}
+    sums = {
+        name: torch.tensor(0.0)
+        for name in ("box_loss", "object_loss", "no_object_loss", "class_loss")
+    }
     for level, target, scale_anchors in zip(logits, dense, anchors, strict=True):
         positive, boxes = target[..., 0] == 1, dense_boxes(level, scale_anchors)
         background = ~positive
         for image in range(len(level)):
-            iou = box_iou(corners(boxes[image]).reshape(-1, 4), corners(targets[targets[:, 0] == image, 2:6]))
+            iou = box_iou(
+                corners(boxes[image]).reshape(-1, 4), corners(targets[targets[:, 0] == image, 2:6])
+            )
             background[image] &= (iou <= 0.5).all(dim=1).reshape(background[image].shape)
         positive_boxes, target_boxes = corners(boxes[positive]), corners(target[..., 1:5][positive])
         classes = torch.zeros(len(target_boxes), level.shape[-1] - 5)
@@ -146,7 +193,9 @@ def dense_loss(logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targe
         sums["box_loss"] += complete_box_iou_loss(positive_boxes, target_boxes, reduction="sum")
         iou = box_iou(positive_boxes, target_boxes).diagonal().detach()
         sums["object_loss"] += bce(level[..., 0][positive], iou, reduction="sum")
-        sums["no_object_loss"] += bce(level[..., 0][background], torch.zeros(background.sum()), reduction="sum")
+        sums["no_object_loss"] += bce(
+            level[..., 0][background], torch.zeros(background.sum()), reduction="sum"
+        )
         sums["class_loss"] += bce(level[..., 5:][positive], classes, reduction="sum")
     return {name: value / max(1, 3 * len(targets)) for name, value in sums.items()}
 
@@ -163,7 +212,9 @@ def dense_boxes(level: Tensor, anchors: Tensor) -> Tensor:
 
 def corners(boxes: Tensor) -> Tensor:
     """[..., 4] cxcywh -> xyxy."""
-    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
+    return torch.cat(
+        [boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1
+    )
 
 
 def detections(logits: list[Tensor], anchors: Tensor, confidence: float) -> list[list[list[float]]]:
@@ -172,9 +223,13 @@ def detections(logits: list[Tensor], anchors: Tensor, confidence: float) -> list
     for level, scale_anchors in zip(logits, anchors, strict=True):
         probability = level[..., :1].sigmoid() * level[..., 5:].sigmoid()
         score, label = probability.max(dim=-1)
-        rows = torch.cat([label[..., None], score[..., None], corners(dense_boxes(level, scale_anchors))], dim=-1)
+        rows = torch.cat(
+            [label[..., None], score[..., None], corners(dense_boxes(level, scale_anchors))], dim=-1
+        )
         cells.append(rows.flatten(1, 3))
-    return [[row for row in image if row[1] > confidence] for image in torch.cat(cells, dim=1).tolist()]
+    return [
+        [row for row in image if row[1] > confidence] for image in torch.cat(cells, dim=1).tolist()
+    ]
 
 
 def tensor_iou(one: list[float], two: list[float]) -> float:
@@ -182,16 +237,25 @@ def tensor_iou(one: list[float], two: list[float]) -> float:
     a, b = torch.tensor(one), torch.tensor(two)
     inter_w = (torch.min(a[2], b[2]) - torch.max(a[0], b[0])).clamp(0)
     intersection = inter_w * (torch.min(a[3], b[3]) - torch.max(a[1], b[1])).clamp(0)
-    return (intersection / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)).item()
+    return (
+        intersection
+        / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
+    ).item()
 
 
 def float_iou(one: list[float], two: list[float]) -> float:
     """IoU of two boxes xyxy, computed with Python floats."""
-    intersection = max(0, min(one[2], two[2]) - max(one[0], two[0])) * max(0, min(one[3], two[3]) - max(one[1], two[1]))
-    return intersection / ((one[2] - one[0]) * (one[3] - one[1]) + (two[2] - two[0]) * (two[3] - two[1]) - intersection)
+    intersection = max(0, min(one[2], two[2]) - max(one[0], two[0])) * max(
+        0, min(one[3], two[3]) - max(one[1], two[1])
+    )
+    return intersection / (
+        (one[2] - one[0]) * (one[3] - one[1]) + (two[2] - two[0]) * (two[3] - two[1]) - intersection
+    )
 
 
-def loop_nms(rows: list[list[float]], iou_threshold: float, max_detections: int, iou=tensor_iou) -> list[list[float]]:
+def loop_nms(
+    rows: list[list[float]], iou_threshold: float, max_detections: int, iou=tensor_iou
+) -> list[list[float]]:
     """Non-maximum suppression within each class, of rows [class, score, x1, y1, x2, y2]."""
     rows = sorted(rows, key=lambda row: row[1], reverse=True)
     kept = []
@@ -210,7 +274,9 @@ def average_precision(predictions: list, ground_truth: list, label: int, iou=ten
     objects = [row for row in ground_truth if row[1] == label]
     total = len([row for row in objects if not row[2]])
     matched, true_positives, false_positives, curve = set(), 0, 0, []
-    for row in sorted((row for row in predictions if row[1] == label), key=lambda row: row[2], reverse=True):
+    for row in sorted(
+        (row for row in predictions if row[1] == label), key=lambda row: row[2], reverse=True
+    ):
         best, best_iou = -1, 0.0
         for number, object_ in enumerate(objects):
             if object_[0] == row[0]:

@@ -21,7 +21,7 @@ from src.training.metrics import (
     confusion,
     mean_average_precision,
     per_class_table,
-)  # fmt: skip
+)
 
 IMAGES, BATCH, SUBSET = 4952, 32, 96
 
@@ -42,17 +42,28 @@ def evaluate(images: int, all_metrics: bool = True) -> tuple[Stopwatch, dict[str
 
     all_metrics False: decoding, NMS and VOC's average precision only.
     """
-    cells, store, anchors, clock, candidates = CellAccuracy(), DetectionAccumulator(), torch.tensor(ANCHORS), Stopwatch(), 0.0
+    cells, store, anchors, clock, candidates = (
+        CellAccuracy(),
+        DetectionAccumulator(),
+        torch.tensor(ANCHORS),
+        Stopwatch(),
+        0.0,
+    )
     for logits, targets in batches(images):
         with clock:
             if all_metrics:
                 cells.update(logits, targets, anchors)
             store.update(logits, targets, torch.zeros(len(targets), dtype=torch.bool), anchors)
-        candidates = candidates or (decode(logits, anchors)[1].amax(dim=2) > MIN_SCORE).sum().item() / len(logits[0])
+        candidates = candidates or (
+            decode(logits, anchors)[1].amax(dim=2) > MIN_SCORE
+        ).sum().item() / len(logits[0])
     with clock:
         predictions, ground_truth = store.compute()
         table = per_class_table(predictions, ground_truth, VOC_CLASSES)
-        values = {column: mean_average_precision(table, column) for column in ("ap", "ap_11pt", "ap_course")}
+        values = {
+            column: mean_average_precision(table, column)
+            for column in ("ap", "ap_11pt", "ap_course")
+        }
         if all_metrics:
             values |= {name: float(value) for name, value in cells.compute().items()}
             values |= coco_average_precision(predictions, ground_truth)
@@ -67,8 +78,12 @@ def evaluate_by_loops(images: int, iou: Callable) -> tuple[Stopwatch, float]:
         with clock:
             for number, rows in enumerate(detections(logits, anchors, MIN_SCORE)):
                 for label, score, *box in loop_nms(rows, NMS_IOU, 100, iou):
-                    predictions.append([first + number, label, score, *(min(max(x, 0), 1) for x in box)])
-            for row, box in zip(targets.tolist(), cxcywh_to_xyxy(targets[:, 2:]).tolist(), strict=True):
+                    predictions.append(
+                        [first + number, label, score, *(min(max(x, 0), 1) for x in box)]
+                    )
+            for row, box in zip(
+                targets.tolist(), cxcywh_to_xyxy(targets[:, 2:]).tolist(), strict=True
+            ):
                 ground_truth.append([first + row[0], row[1], 0, *box])
             first += len(logits[0])
     with clock:
@@ -84,14 +99,24 @@ def rows() -> Iterator[Row]:
     whole, _, _ = evaluate(IMAGES)
     growth = peak_memory() - before
     name = f"Evaluation, {IMAGES:,} images, {candidates:.0f} candidates each"
-    yield Row(name, f"{whole.wall:.1f} s, {growth:.0f} MB more", "limit of 60 s", whole.wall / 60, 1, True)
+    yield Row(
+        name, f"{whole.wall:.1f} s, {growth:.0f} MB more", "limit of 60 s", whole.wall / 60, 1, True
+    )
     with threads(1):
         ours = evaluate(SUBSET, all_metrics=False)[0].core / SUBSET
     for kind, iou, target in (("torch", tensor_iou, 20), ("float", float_iou, 0)):
         with threads(1):
             clock, value = evaluate_by_loops(SUBSET, iou)
         if abs(value - subset["ap"]) > 1e-3:
-            raise AssertionError(f"The loops compute a mAP of {value:.4f}, the metrics {subset['ap']:.4f}.")
+            raise AssertionError(
+                f"The loops compute a mAP of {value:.4f}, the metrics {subset['ap']:.4f}."
+            )
         loops = clock.core / SUBSET
         baseline = f"Python loops, {kind} IoU, {milliseconds(loops)}"
-        yield Row("Decode, NMS and VOC mAP per image, one core", milliseconds(ours), baseline, loops / ours, target)
+        yield Row(
+            "Decode, NMS and VOC mAP per image, one core",
+            milliseconds(ours),
+            baseline,
+            loops / ours,
+            target,
+        )

@@ -26,27 +26,56 @@ import torch
 from benchmarks.gpu_parts import Result, device_name, loader, multiscale, smoke, throughput
 from benchmarks.gpu_training import train
 
-Part = Callable[[argparse.Namespace, float], Iterator[Result]]  # called with the options and its limit in seconds
+Part = Callable[
+    [argparse.Namespace, float], Iterator[Result]
+]  # called with the options and its limit in seconds
 PARTS: dict[str, Part] = {
-    "smoke": smoke, "throughput": throughput, "multiscale": multiscale, "loader": loader, "train": train,
-}  # fmt: skip
+    "smoke": smoke,
+    "throughput": throughput,
+    "multiscale": multiscale,
+    "loader": loader,
+    "train": train,
+}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line; `out` becomes a Path."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )  # fmt: skip
+        prog="python -m benchmarks gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
-    parser.add_argument("--minutes", type=float, default=10.0, help="limit of all parts together, default 10")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results, default runs/gpu")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="limit of all parts together, default 10"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu"), help="folder of the results, default runs/gpu"
+    )
     parser.add_argument("--width", type=float, default=1.0, help="width multiplier, default 1")
     parser.add_argument("--size", type=int, default=416, help="image size in pixels, default 416")
     parser.add_argument("--batch", type=int, default=32, help="images per batch, default 32")
-    parser.add_argument("--seconds", type=float, default=5.0, help="minimum time of a measurement of speed, default 5")
-    parser.add_argument("--backbone", default="", help="folder of pretrained weights that train starts from")
-    parser.add_argument("--epochs", type=int, default=0, help="maximum number of epochs of train, default: what fits")
-    parser.add_argument("--max-lr", type=float, default=0.0, help="peak learning rate of train, default: by the range test")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=5.0,
+        help="minimum time of a measurement of speed, default 5",
+    )
+    parser.add_argument(
+        "--backbone", default="", help="folder of pretrained weights that train starts from"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=0,
+        help="maximum number of epochs of train, default: what fits",
+    )
+    parser.add_argument(
+        "--max-lr",
+        type=float,
+        default=0.0,
+        help="peak learning rate of train, default: by the range test",
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"Unknown parts {sorted(unknown)}. Choose from {', '.join(PARTS)}.")
@@ -81,10 +110,16 @@ def run_part(name: str, options: argparse.Namespace, seconds: float) -> bool:
     def write(result: Result) -> None:
         results.append(result | {"seconds_since_start": round(time.monotonic() - start, 1)})
         content = {"device": device_name(), "options": vars(options), "results": results}
-        (options.out / f"{name}.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        (options.out / f"{name}.json").write_text(
+            json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8"
+        )
         line = f"| {name} | {result['measured']} | {result['result']} |"
         with open(options.out / "results.md", "a", encoding="utf-8") as file:
-            file.write(line + "\n" if file.tell() else f"| part | measured | result |\n| --- | --- | --- |\n{line}\n")
+            file.write(
+                line + "\n"
+                if file.tell()
+                else f"| part | measured | result |\n| --- | --- | --- |\n{line}\n"
+            )
         print(line, flush=True)
 
     gc.collect()
@@ -98,7 +133,13 @@ def run_part(name: str, options: argparse.Namespace, seconds: float) -> bool:
         signal.setitimer(signal.ITIMER_REAL, 0)
         traceback.print_exc()
         text = " ".join(str(error).split())
-        write({"measured": "failed", "result": f"{type(error).__name__}: {text}"[:500], "traceback": traceback.format_exc()})
+        write(
+            {
+                "measured": "failed",
+                "result": f"{type(error).__name__}: {text}"[:500],
+                "traceback": traceback.format_exc(),
+            }
+        )
         return False
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

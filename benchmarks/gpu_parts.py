@@ -30,23 +30,39 @@ from src.training.fit import fit
 from src.training.module import sample_image_size
 
 Result = dict[str, object]  # "measured" and "result" are a line of results.md; the rest are figures
-WARMUP, NETWORK_STEPS = 10, 10  # steps before a measurement, and of which the network's share is measured
-GOAL_RATE, GOAL_OUTSIDE = 1000, 0.05  # images per second, and the largest share of a step outside the network
+WARMUP, NETWORK_STEPS = (
+    10,
+    10,
+)  # steps before a measurement, and of which the network's share is measured
+GOAL_RATE, GOAL_OUTSIDE = (
+    1000,
+    0.05,
+)  # images per second, and the largest share of a step outside the network
 GOAL_AT = "H100", 1.0, 416  # GPU, width and pixels of the goals
 WORKERS = (1, 2, 4, 8)
 
 
 def device_name() -> str:
     """The GPU's name, or the CPU's architecture."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    )
 
 
 def environment() -> dict[str, object]:
     """Versions, and name and memory of the GPU."""
-    figures = {"device": device_name(), "python": platform.python_version(), "torch": torch.__version__}
+    figures = {
+        "device": device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     if torch.cuda.is_available():
         memory = round(torch.cuda.mem_get_info()[1] / 1e9, 1)
-        figures |= {"memory GB": memory, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+        figures |= {
+            "memory GB": memory,
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
+        }
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         figures["driver"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -55,26 +71,47 @@ def environment() -> dict[str, object]:
 
 def speed_config(options: Namespace, **changes) -> Config:
     """Settings of a run whose speed is measured: low learning rate, one epoch, multi-resolution in all of it."""
-    config = Config(width=options.width, image_size=options.size, batch_size=options.batch, max_lr=1e-4, epochs=1)
+    config = Config(
+        width=options.width,
+        image_size=options.size,
+        batch_size=options.batch,
+        max_lr=1e-4,
+        epochs=1,
+    )
     return config.replace(close_mosaic_epochs=0, **changes)
 
 
 def smoke(options: Namespace, _: float) -> Iterator[Result]:
     """Two steps of a whole run on the synthetic data set, its validation, and a prediction with its weights."""
     figures = environment()
-    yield {"measured": "environment", "result": ", ".join(f"{name} {value}" for name, value in figures.items())} | figures
+    yield {
+        "measured": "environment",
+        "result": ", ".join(f"{name} {value}" for name, value in figures.items()),
+    } | figures
     start, folder = now(), options.out / "smoke"
     config = speed_config(
-        options, dataset="shapes", classes=SHAPE_CLASSES, shapes_train=2 * options.batch, shapes_val=options.batch,
-        cache_gb=0, num_workers=0, run_dir=str(folder),
-    )  # fmt: skip
+        options,
+        dataset="shapes",
+        classes=SHAPE_CLASSES,
+        shapes_train=2 * options.batch,
+        shapes_val=options.batch,
+        cache_gb=0,
+        num_workers=0,
+        run_dir=str(folder),
+    )
     detector = fit(config)
     candidates = Predictor(detector.model).candidates(draw_shapes(1)[0].image)
     delete_checkpoints(folder)
     if not (candidates.boxes.isfinite().all() and candidates.scores.isfinite().all()):
-        raise ArithmeticError("The Predictor's boxes or scores are not finite after two training steps.")
+        raise ArithmeticError(
+            "The Predictor's boxes or scores are not finite after two training steps."
+        )
     seconds = now() - start
-    yield {"measured": "2 training steps, validation, prediction", "result": f"{seconds:.1f} s", "metrics": detector.results}
+    yield {
+        "measured": "2 training steps, validation, prediction",
+        "result": f"{seconds:.1f} s",
+        "metrics": detector.results,
+    }
 
 
 def delete_checkpoints(folder: Path) -> None:
@@ -114,7 +151,10 @@ def training_rate(config: Config, warmup: int, seconds: float) -> Result:
     train_steps(config, batch, clock, 100_000)
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
     figures = {"images_per_s": clock.steps * config.batch_size / clock.seconds, "peak_gb": peak}
-    return figures | {"warmup_s": clock.start - clock.created, "graphs": counters["stats"]["unique_graphs"]}
+    return figures | {
+        "warmup_s": clock.start - clock.created,
+        "graphs": counters["stats"]["unique_graphs"],
+    }
 
 
 def describe(config: Config) -> str:
@@ -134,7 +174,9 @@ def throughput(options: Namespace, _: float) -> Iterator[Result]:
         step, network = clock.means(WARMUP)
         row |= {"measured": f"{describe(config)}, {options.size} px", "outside": 1 - network / step}
         memory = f", peak {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
-        row["result"] = f"{row['images_per_s']:,.1f} images/s, {row['outside']:.1%} outside the network{memory}"
+        row["result"] = (
+            f"{row['images_per_s']:,.1f} images/s, {row['outside']:.1%} outside the network{memory}"
+        )
         rows.append(row)
         yield row
     yield goals(options, max(rows, key=lambda row: row["images_per_s"]))
@@ -148,14 +190,21 @@ def goals(options: Namespace, best: Result) -> Result:
     if gpu in device_name() and (options.width, options.size) == (width, size):
         result = f"at least {GOAL_RATE:,} images/s: {met[rate >= GOAL_RATE]} ({rate:,.0f}); "
         result += f"at most {GOAL_OUTSIDE:.0%} outside the network: {met[outside <= GOAL_OUTSIDE]} ({outside:.1%})"
-    return {"measured": f"fastest: {best['measured']}", "result": result, "images_per_s": rate, "outside": outside}
+    return {
+        "measured": f"fastest: {best['measured']}",
+        "result": result,
+        "images_per_s": rate,
+        "outside": outside,
+    }
 
 
 def multiscale(options: Namespace, _: float) -> Iterator[Result]:
     """Rate of multi-resolution training with torch.compile. Raises RuntimeError unless it has one graph per image size."""
     sizes = tuple(range(max(32, options.size - 160), options.size + 33, 32))
     precision = "16-mixed" if torch.cuda.is_available() else "bf16-mixed"
-    config = speed_config(options, precision=precision, compile=True, multiscale_sizes=sizes, multiscale_interval=1)
+    config = speed_config(
+        options, precision=precision, compile=True, multiscale_sizes=sizes, multiscale_interval=1
+    )
     seen, warmup = set(), 0
     while seen != set(sizes):
         seen.add(sample_image_size(config, warmup, 0))
@@ -164,8 +213,8 @@ def multiscale(options: Namespace, _: float) -> Iterator[Result]:
     yield row | {
         "measured": f"{describe(config)}, {sizes[0]} to {sizes[-1]} px",
         "result": f"{row['images_per_s']:,.1f} images/s, {row['graphs']} graphs of {len(sizes)} image sizes, "
-                  f"{row['warmup_s']:.0f} s until all were compiled",
-    }  # fmt: skip
+        f"{row['warmup_s']:.0f} s until all were compiled",
+    }
     if row["graphs"] != len(sizes):
         raise RuntimeError(
             f"torch.compile made {row['graphs']} graphs for {len(sizes)} image sizes. With fewer, the rest ran uncompiled "
@@ -176,17 +225,31 @@ def multiscale(options: Namespace, _: float) -> Iterator[Result]:
 
 def loader(options: Namespace, _: float) -> Iterator[Result]:
     """Samples per second of the training loader with a filled cache, and the number of processes that training needs."""
-    config = Config(image_size=options.size, epochs=1000, num_workers=available_cores(), batch_size=options.batch)
-    possible, rates = DetectionDataModule(config).num_workers, {}  # no more than shared memory has space for
+    config = Config(
+        image_size=options.size,
+        epochs=1000,
+        num_workers=available_cores(),
+        batch_size=options.batch,
+    )
+    possible, rates = (
+        DetectionDataModule(config).num_workers,
+        {},
+    )  # no more than shared memory has space for
     with tempfile.TemporaryDirectory() as name, threads(1):
         cache = ImageCache(Path(name) / "cache.u8", IMAGES, options.size)
         dataset = MosaicDataset(write_jpegs(Path(name), IMAGES), config, cache)
         for index in range(IMAGES):
             dataset.image(index)
         for workers in sorted({count for count in (*WORKERS, possible) if 0 < count <= possible}):
-            rate = rates[workers] = samples_per_second(dataset, options.batch, workers, batches=max(24, 8 * workers))
-            yield {"measured": f"loader, {workers} processes, {options.size} px, cache warm",
-                   "result": f"{rate:,.0f} samples/s", "workers": workers, "samples_per_s": rate}  # fmt: skip
+            rate = rates[workers] = samples_per_second(
+                dataset, options.batch, workers, batches=max(24, 8 * workers)
+            )
+            yield {
+                "measured": f"loader, {workers} processes, {options.size} px, cache warm",
+                "result": f"{rate:,.0f} samples/s",
+                "workers": workers,
+                "samples_per_s": rate,
+            }
     yield required_workers(options.out / "throughput.json", rates)
 
 
@@ -195,7 +258,14 @@ def required_workers(path: Path, rates: dict[int, float]) -> Result:
     rows = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
     needed = max((row.get("images_per_s", 0) for row in rows), default=0)
     if not (needed and rates):
-        return {"measured": "loader processes that training needs", "result": "unknown: run throughput and loader first"}
+        return {
+            "measured": "loader processes that training needs",
+            "result": "unknown: run throughput and loader first",
+        }
     workers = next((workers for workers, rate in rates.items() if rate >= needed), None)
     result = f"{workers}" if workers else f"not reached by {max(rates)}"
-    return {"measured": f"loader processes for {needed:,.0f} images/s", "result": result, "workers": workers}
+    return {
+        "measured": f"loader processes for {needed:,.0f} images/s",
+        "result": result,
+        "workers": workers,
+    }

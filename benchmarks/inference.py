@@ -34,14 +34,32 @@ def rows() -> Iterator[Row]:
 
     predict, forward = seconds(lambda: predictor(image), forward_pass, rounds=5)
     baseline = f"forward pass alone, fused batch norm, {milliseconds(forward)}"
-    yield Row("Predictor, one 500 x 375 image", milliseconds(predict), baseline, predict / forward, 1.1, True)
+    yield Row(
+        "Predictor, one 500 x 375 image",
+        milliseconds(predict),
+        baseline,
+        predict / forward,
+        1.1,
+        True,
+    )
     yield from _gradcam(predictor, image, forward_pass)
     bf16 = Predictor(copy.deepcopy(predictor.model).bfloat16(), IMAGE_SIZE, device="cpu")
-    jobs = lambda: [predictor(i) for i in images], lambda: predictor.batch(images), lambda: bf16.batch(images)
+    jobs = (
+        lambda: [predictor(i) for i in images],
+        lambda: predictor.batch(images),
+        lambda: bf16.batch(images),
+    )
     single, batch, bf16_batch = seconds(*jobs, rounds=2)
     baseline = f"one image at a time, {BATCH / single:.2f} images/s"
-    yield Row(f"Predictor, batches of {BATCH}", f"{BATCH / batch:.2f} images/s", baseline, single / batch)
-    yield Row(f"Predictor, batches of {BATCH}, bfloat16", f"{BATCH / bf16_batch:.2f} images/s", baseline, single / bf16_batch)
+    yield Row(
+        f"Predictor, batches of {BATCH}", f"{BATCH / batch:.2f} images/s", baseline, single / batch
+    )
+    yield Row(
+        f"Predictor, batches of {BATCH}, bfloat16",
+        f"{BATCH / bf16_batch:.2f} images/s",
+        baseline,
+        single / bf16_batch,
+    )
     yield _onnx(image)
 
 
@@ -62,13 +80,20 @@ def _responsive_predictor(images: list[np.ndarray]) -> Predictor:
     return predictor
 
 
-def _gradcam(predictor: Predictor, image: np.ndarray, forward_pass: Callable[[], None]) -> Iterator[Row]:
+def _gradcam(
+    predictor: Predictor, image: np.ndarray, forward_pass: Callable[[], None]
+) -> Iterator[Row]:
     """Grad-CAM with its detections: of the best detection, and of the maximum number of detections."""
     scores = predictor(image, confidence=0.01).scores
     confidence = float(scores[MAX_EXPLAINED - 1] + scores[MAX_EXPLAINED]) / 2
-    per_scale = Counter(np.searchsorted((507, 2535), predictor(image, confidence).index, side="right").tolist())
+    per_scale = Counter(
+        np.searchsorted((507, 2535), predictor(image, confidence).index, side="right").tolist()
+    )
     best, everything, forward = seconds(
-        lambda: explain(predictor, image, 0), lambda: explain(predictor, image, confidence=confidence), forward_pass, rounds=3
+        lambda: explain(predictor, image, 0),
+        lambda: explain(predictor, image, confidence=confidence),
+        forward_pass,
+        rounds=3,
     )
     baseline = f"forward pass alone, fused batch norm, {milliseconds(forward)}"
     yield Row("Grad-CAM, best detection", milliseconds(best), baseline, best / forward, 3.5, True)
@@ -83,4 +108,9 @@ def _onnx(image: np.ndarray) -> Row:
         onnx = Predictor.load(export_onnx(pytorch.model, Path(folder) / "model.onnx"))
         baseline, ours = seconds(lambda: pytorch(image), lambda: onnx(image), rounds=30)
     name = f"Predictor with an ONNX file, shipped weights, {onnx.image_size} pixels, one thread"
-    return Row(name, milliseconds(ours), f"Predictor with PyTorch, {milliseconds(baseline)}", baseline / ours)
+    return Row(
+        name,
+        milliseconds(ours),
+        f"Predictor with PyTorch, {milliseconds(baseline)}",
+        baseline / ours,
+    )

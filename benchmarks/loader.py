@@ -38,13 +38,25 @@ def rows() -> Iterator[Row]:
         same = BaselineDataset(records, IMAGE_SIZE, anchors, same_augmentations(IMAGE_SIZE))
         cv2.setNumThreads(0)
         cold = milliseconds_per_sample([cached], range(IMAGES))[0]
-        warm, off, slow, plain = milliseconds_per_sample([cached, uncached, course, same], range(IMAGES, 5 * IMAGES))
+        warm, off, slow, plain = milliseconds_per_sample(
+            [cached, uncached, course, same], range(IMAGES, 5 * IMAGES)
+        )
         baseline = f"course's loader, {slow:.1f} ms"
-        yield Row("Loader, one core, cache warm", f"{warm:.2f} ms per sample", baseline, slow / warm, 5)
-        yield Row("Loader, one core, cache cold (first epoch)", f"{cold:.2f} ms per sample", baseline, slow / cold, 1.5)
+        yield Row(
+            "Loader, one core, cache warm", f"{warm:.2f} ms per sample", baseline, slow / warm, 5
+        )
+        yield Row(
+            "Loader, one core, cache cold (first epoch)",
+            f"{cold:.2f} ms per sample",
+            baseline,
+            slow / cold,
+            1.5,
+        )
         yield Row("Loader, one core, cache off", f"{off:.2f} ms per sample", baseline, slow / off)
         baseline = f"course's loader with this project's augmentation, {plain:.1f} ms"
-        yield Row("Loader, one core, cache warm", f"{warm:.2f} ms per sample", baseline, plain / warm)
+        yield Row(
+            "Loader, one core, cache warm", f"{warm:.2f} ms per sample", baseline, plain / warm
+        )
         yield _workers(cached, config)
         yield _memory(cached, records)
 
@@ -62,7 +74,9 @@ def milliseconds_per_sample(datasets: list[Dataset], sample_ids: range) -> list[
     return [1e3 * value / len(sample_ids) for value in times]
 
 
-def samples_per_second(dataset: MosaicDataset, batch_size: int, workers: int, batches: int = 24) -> float:
+def samples_per_second(
+    dataset: MosaicDataset, batch_size: int, workers: int, batches: int = 24
+) -> float:
     """Samples per second of the real loader over `batches` batches, without the start of the processes."""
     warmup = 4 * workers
     sample_ids = range(10 * len(dataset), 10 * len(dataset) + (warmup + batches) * batch_size)
@@ -74,10 +88,18 @@ def samples_per_second(dataset: MosaicDataset, batch_size: int, workers: int, ba
 
 def _workers(dataset: MosaicDataset, config: Config, rounds: int = 3) -> Row:
     """The real loader with two processes against one: the best of several rounds, in turns."""
-    turns = [[samples_per_second(dataset, config.batch_size, count) for count in (1, WORKERS)] for _ in range(rounds)]
+    turns = [
+        [samples_per_second(dataset, config.batch_size, count) for count in (1, WORKERS)]
+        for _ in range(rounds)
+    ]
     one, two = map(max, zip(*turns, strict=True))
-    return Row(f"Loader, {WORKERS} processes, cache warm", f"{two:.0f} samples/s", f"one process, {one:.0f} samples/s",
-               two / one, 1.8)  # fmt: skip
+    return Row(
+        f"Loader, {WORKERS} processes, cache warm",
+        f"{two:.0f} samples/s",
+        f"one process, {one:.0f} samples/s",
+        two / one,
+        1.8,
+    )
 
 
 def _memory(dataset: MosaicDataset, records: list[ImageRecord]) -> Row:
@@ -87,4 +109,9 @@ def _memory(dataset: MosaicDataset, records: list[ImageRecord]) -> Row:
     limit = VOC_IMAGES * (IMAGE_SIZE * IMAGE_SIZE * 3 + 16) / 1e9
     ours = f"{shared:.1f} GB once, at most {limit:.1f} GB"
     baseline = f"decoded images in each of 8 processes, {8 * decoded:.0f} GB"
-    return Row("Cache of all 16,551 images of 07+12 at 416 (arithmetic)", ours, baseline, 8 * decoded / shared)
+    return Row(
+        "Cache of all 16,551 images of 07+12 at 416 (arithmetic)",
+        ours,
+        baseline,
+        8 * decoded / shared,
+    )

@@ -19,24 +19,48 @@ from src.training.memory import suggest_batch, training_gb
 WIDTHS, SIZES = (0.25, 0.5, 1.0), (224, 320, 416, 448)
 BATCH, CARD_GB, LARGEST_BATCH = 32, 16, 1024
 ON_A_CPU = ((0.25, 416), (0.5, 224))  # widths and sizes
-HEADER = ("width", "pixels", "activations per image, MB", "fixed, GB", f"batch of {BATCH}, GB",
-          f"largest batch in {CARD_GB} GB", f"accumulate_grad_batches for {BATCH}")  # fmt: skip
+HEADER = (
+    "width",
+    "pixels",
+    "activations per image, MB",
+    "fixed, GB",
+    f"batch of {BATCH}, GB",
+    f"largest batch in {CARD_GB} GB",
+    f"accumulate_grad_batches for {BATCH}",
+)
 
 
 def main(arguments: list[str]) -> None:
     """Print the table. Takes no options."""
     if arguments:
-        raise SystemExit(f"python -m benchmarks memory takes no options, not {' '.join(arguments)}.")
+        raise SystemExit(
+            f"python -m benchmarks memory takes no options, not {' '.join(arguments)}."
+        )
     cuda, lines = torch.cuda.is_available(), []
     for width in WIDTHS:
         for size in SIZES:
-            config = Config(width=width, image_size=size, batch_size=BATCH, precision="16-mixed", max_lr=1e-4, epochs=1)
+            config = Config(
+                width=width,
+                image_size=size,
+                batch_size=BATCH,
+                precision="16-mixed",
+                max_lr=1e-4,
+                epochs=1,
+            )
             lines.append(estimate(config) + ((measure(config),) if cuda else ()))
     print(markdown([HEADER + (("measured, GB",) if cuda else ()), *lines]))
     for width, size in () if cuda else ON_A_CPU:
-        config, network = Config(width=width, image_size=size, precision="32-true"), YOLOv3(20, width).train()
-        kept, expected = kept_bytes(network, torch.rand(1, 3, size, size)) / 1e6, activation_mb(config)
-        print(f"\nWidth {width:g}, {size} px, float32: autograd keeps {kept:.1f} MB per image, estimated {expected:.1f} MB.")
+        config, network = (
+            Config(width=width, image_size=size, precision="32-true"),
+            YOLOv3(20, width).train(),
+        )
+        kept, expected = (
+            kept_bytes(network, torch.rand(1, 3, size, size)) / 1e6,
+            activation_mb(config),
+        )
+        print(
+            f"\nWidth {width:g}, {size} px, float32: autograd keeps {kept:.1f} MB per image, estimated {expected:.1f} MB."
+        )
 
 
 def activation_mb(config: Config) -> float:
@@ -48,9 +72,14 @@ def estimate(config: Config) -> tuple[str, ...]:
     """The row of HEADER for a config. Fixed: weights, gradients, AdamW's moments, EMA and half-precision weights."""
     largest, _ = suggest_batch(config.replace(batch_size=2 * LARGEST_BATCH), CARD_GB)
     return (
-        f"{config.width:g}", f"{config.image_size}", f"{activation_mb(config):.1f}", f"{training_gb(config, 0):.2f}",
-        f"{training_gb(config, BATCH):.2f}", f"{largest}", f"{max(1, BATCH // largest)}",
-    )  # fmt: skip
+        f"{config.width:g}",
+        f"{config.image_size}",
+        f"{activation_mb(config):.1f}",
+        f"{training_gb(config, 0):.2f}",
+        f"{training_gb(config, BATCH):.2f}",
+        f"{largest}",
+        f"{max(1, BATCH // largest)}",
+    )
 
 
 def measure(config: Config) -> str:
@@ -77,4 +106,8 @@ def kept_bytes(network: nn.Module, images: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _ = network(images)
     weights = {parameter.data_ptr() for parameter in network.parameters()}
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for address, tensor in kept.items()
+        if address not in weights
+    )

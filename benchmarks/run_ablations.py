@@ -25,7 +25,10 @@ from src.training.fit import evaluate, fit
 from src.training.metrics import Evaluation, per_class_table
 
 RUNS = Path("runs/ablations")
-SPLITS = {"2012": ("2012",), "both": ("2007", "2012")}  # years of VOC that training and validation use
+SPLITS = {
+    "2012": ("2012",),
+    "both": ("2007", "2012"),
+}  # years of VOC that training and validation use
 
 
 def micro_average_precision(evaluation: Evaluation) -> float:
@@ -34,7 +37,9 @@ def micro_average_precision(evaluation: Evaluation) -> float:
     It varies less than the mean over the classes, some of which have ten objects. The rows get one label, and an
     image index for each pair of image and class, so detections match only objects of their class.
     """
-    labels = 1 + int(max(rows[:, 1].max(initial=0) for rows in (evaluation.predictions, evaluation.ground_truth)))
+    labels = 1 + int(
+        max(rows[:, 1].max(initial=0) for rows in (evaluation.predictions, evaluation.ground_truth))
+    )
     predictions, ground_truth = (
         np.c_[rows[:, 0] * labels + rows[:, 1], np.zeros(len(rows)), rows[:, 2:]].astype(np.float32)
         for rows in (evaluation.predictions, evaluation.ground_truth)
@@ -46,18 +51,27 @@ def base_config(epochs: int, size: int, splits: str, backbone: str = "") -> Conf
     """Settings of the baseline: `BASE` for N epochs, about a tenth of them without mosaics."""
     years = SPLITS[splits]
     return BASE.replace(
-        train_splits=tuple(f"{year}/train" for year in years), val_splits=tuple(f"{year}/val" for year in years),
-        image_size=size, epochs=epochs, close_mosaic_epochs=max(1, epochs // 10), pretrained_weights=backbone,
-    )  # fmt: skip
+        train_splits=tuple(f"{year}/train" for year in years),
+        val_splits=tuple(f"{year}/val" for year in years),
+        image_size=size,
+        epochs=epochs,
+        close_mosaic_epochs=max(1, epochs // 10),
+        pretrained_weights=backbone,
+    )
 
 
 def train(name: str, seed: int, base: Config, folder: Path) -> None:
     """Train with one change and write the results of the last epoch to `folder`/result.json, unless they exist."""
-    config, result = CHANGES[name].config(base).replace(seed=seed, run_dir=str(folder)), folder / "result.json"
+    config, result = (
+        CHANGES[name].config(base).replace(seed=seed, run_dir=str(folder)),
+        folder / "result.json",
+    )
     if result.exists():
         former = json.loads(result.read_text()).get("pretrained_weights", "")
         if former != config.pretrained_weights:
-            raise SystemExit(f"{result} is of the backbone {former!r}. Delete it to train from {config.pretrained_weights!r}.")
+            raise SystemExit(
+                f"{result} is of the backbone {former!r}. Delete it to train from {config.pretrained_weights!r}."
+            )
         return
     start = time.monotonic()
     with ExitStack() as stack:
@@ -65,10 +79,12 @@ def train(name: str, seed: int, base: Config, folder: Path) -> None:
             stack.enter_context(mock.patch(target, replacement))
         evaluation = evaluate(fit(config, ckpt_path="auto"), DetectionDataModule(config))
     results = {
-        **evaluation.accuracies, "mAP50": evaluation.precisions["VOC AP@.5, area"],
-        "micro_AP50": micro_average_precision(evaluation), "pretrained_weights": config.pretrained_weights,
+        **evaluation.accuracies,
+        "mAP50": evaluation.precisions["VOC AP@.5, area"],
+        "micro_AP50": micro_average_precision(evaluation),
+        "pretrained_weights": config.pretrained_weights,
         "minutes": (time.monotonic() - start) / 60,
-    }  # fmt: skip
+    }
     for checkpoint in folder.glob("*.ckpt"):
         checkpoint.unlink()
     atomic_write(result, lambda file: json.dump(results, file), "w")
@@ -84,13 +100,20 @@ def table(folder: Path) -> str:
         name, seed = path.parent.name.rsplit("-", 1)
         results.setdefault(name, {})[int(seed)] = json.loads(path.read_text())
     baseline = results.get("baseline", {})
-    lines = ["| change | micro AP | difference to the baseline | mAP | class | object |", "| --- " * 6 + "|"]
+    lines = [
+        "| change | micro AP | difference to the baseline | mAP | class | object |",
+        "| --- " * 6 + "|",
+    ]
     for name in sorted(results, key=list(CHANGES).index):
         runs = {seed: run["micro_AP50"] for seed, run in results[name].items()}
         values = " ".join(f"{value:.3f}" for value in runs.values())
-        gains = " ".join(f"{v - baseline[seed]['micro_AP50']:+.3f}" if seed in baseline else "?" for seed, v in runs.items())
+        gains = " ".join(
+            f"{v - baseline[seed]['micro_AP50']:+.3f}" if seed in baseline else "?"
+            for seed, v in runs.items()
+        )
         map50, class_accuracy, object_accuracy = (
-            mean(run[key] for run in results[name].values()) for key in ("mAP50", "class", "object@0.05")
+            mean(run[key] for run in results[name].values())
+            for key in ("mAP50", "class", "object@0.05")
         )
         cells = f"{values} | {gains} | {map50:.3f} | {100 * class_accuracy:.1f} | {100 * object_accuracy:.1f}"
         lines.append(f"| {CHANGES[name].description} (`{name}`) | {cells} |")
@@ -103,7 +126,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--size", type=int, default=160, help="image size in pixels")
-    parser.add_argument("--splits", choices=SPLITS, default="2012", help="years of VOC to train and validate on")
+    parser.add_argument(
+        "--splits", choices=SPLITS, default="2012", help="years of VOC to train and validate on"
+    )
     parser.add_argument("--backbone", default="", help="folder of pretrained weights to start from")
     parser.add_argument("--table", action="store_true", help="print the results so far")
     arguments = parser.parse_args()

@@ -25,7 +25,11 @@ def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[ImageRecord]:
         Image.fromarray(image).save(path, quality=QUALITY)
         boxes = np.minimum(record.boxes, np.float32([WIDTH, HEIGHT, WIDTH, HEIGHT]))
         visible = boxes[:, 3] - boxes[:, 1] > 8
-        records.append(make_record(str(path), boxes[visible], record.labels[visible], record.difficult[visible]))
+        records.append(
+            make_record(
+                str(path), boxes[visible], record.labels[visible], record.difficult[visible]
+            )
+        )
     return records
 
 
@@ -33,14 +37,20 @@ def random_objects(images: int, mean: int, classes: int = 20, seed: int = 0) -> 
     """Targets [N, 6] (image, class, cx, cy, w, h in 0..1) with 1 to 2 * mean - 1 objects per image."""
     random = np.random.default_rng(seed)
     image = np.repeat(np.arange(images), random.integers(1, 2 * mean, images))
-    size = 0.06 * 12 ** random.random((len(image), 1)) * np.exp(random.uniform(-0.3, 0.3, (len(image), 2)))
+    size = (
+        0.06
+        * 12 ** random.random((len(image), 1))
+        * np.exp(random.uniform(-0.3, 0.3, (len(image), 2)))
+    )
     size = size.clip(0.02, 0.95)
     centre = size / 2 + random.random(size.shape) * (1 - size)
     label = random.integers(classes, size=len(image))
     return torch.from_numpy(np.column_stack([image, label, centre, size])).float()
 
 
-def background_logits(images: int, image_size: int = 416, classes: int = 20, seed: int = 0) -> list[Tensor]:
+def background_logits(
+    images: int, image_size: int = 416, classes: int = 20, seed: int = 0
+) -> list[Tensor]:
     """Logits of a trained network on images without objects: three [B, 3, G, G, 5 + C], few objectnesses above 0.01."""
     random, levels = torch.Generator().manual_seed(seed), []
     for stride in (32, 16, 8):

@@ -27,11 +27,19 @@ class Row:
         """ "met", "not met", or a dash if there is no target."""
         if not self.target:
             return "-"
-        return "met" if (self.ratio <= self.target if self.upper_bound else self.ratio >= self.target) else "not met"
+        return (
+            "met"
+            if (self.ratio <= self.target if self.upper_bound else self.ratio >= self.target)
+            else "not met"
+        )
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
-        target = f"{'at most' if self.upper_bound else 'at least'} {self.target:g}{self.unit}" if self.target else "-"
+        target = (
+            f"{'at most' if self.upper_bound else 'at least'} {self.target:g}{self.unit}"
+            if self.target
+            else "-"
+        )
         ratio = f"{self.ratio:.0f}" if self.ratio >= 100 else f"{self.ratio:.3g}"
         return self.name, self.ours, self.baseline, ratio + self.unit, target, self.met
 
@@ -47,7 +55,9 @@ def table(rows: list[Row]) -> str:
 def markdown(lines: list[tuple[str, ...]]) -> str:
     """Format lines of cells, the header first, as a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
+    padded = [
+        [text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines
+    ]
     padded.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
@@ -105,4 +115,10 @@ def threads(count: int):
 
 def milliseconds(value: float) -> str:
     """Format a time in seconds."""
-    return f"{value * 1e3:.2f} ms" if value < 0.01 else f"{value * 1e3:.0f} ms" if value < 10 else f"{value:.1f} s"
+    return (
+        f"{value * 1e3:.2f} ms"
+        if value < 0.01
+        else f"{value * 1e3:.0f} ms"
+        if value < 10
+        else f"{value:.1f} s"
+    )

@@ -11,7 +11,11 @@ from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training.fit import evaluate, fit, load_detector
 
-VAL_SPLITS = {"2007/val and 2012/val": ("2007/val", "2012/val"), "2007/val": ("2007/val",), "2012/val": ("2012/val",)}
+VAL_SPLITS = {
+    "2007/val and 2012/val": ("2007/val", "2012/val"),
+    "2007/val": ("2007/val",),
+    "2012/val": ("2012/val",),
+}
 
 
 def sizes(size: int) -> tuple[int, ...]:
@@ -19,27 +23,47 @@ def sizes(size: int) -> tuple[int, ...]:
     return tuple(side for side in range(32, 2 * size, 32) if 0.7 * size <= side <= 1.3 * size)
 
 
-def settings(run: str, epochs: int, size: int, backbone: str, splits: str, max_lr: float, warmup_fraction: float) -> Config:
+def settings(
+    run: str,
+    epochs: int,
+    size: int,
+    backbone: str,
+    splits: str,
+    max_lr: float,
+    warmup_fraction: float,
+) -> Config:
     """Settings of the run "single" or "multi"."""
     name = f"{run}-{splits}-{size}-{epochs}" + ("-backbone" if backbone else "")
     return base_config(epochs, size, splits, backbone).replace(
-        multiscale_sizes=sizes(size) if run == "multi" else (), max_lr=max_lr, warmup_fraction=warmup_fraction,
-        num_workers=1, run_dir=f"runs/train_voc/{name}",
-    )  # fmt: skip
+        multiscale_sizes=sizes(size) if run == "multi" else (),
+        max_lr=max_lr,
+        warmup_fraction=warmup_fraction,
+        num_workers=1,
+        run_dir=f"runs/train_voc/{name}",
+    )
 
 
 def by_size(folder: str) -> str:
     """Measure the weights of the last epoch on each validation split at `sizes` and one step beyond; return Markdown."""
     detector = load_detector(folder, "last")
     trained = sizes(detector.config.image_size)
-    lines = ["| split | size | class | no-object | object | mAP@.5 | micro AP |", "| --- " * 7 + "|"]
+    lines = [
+        "| split | size | class | no-object | object | mAP@.5 | micro AP |",
+        "| --- " * 7 + "|",
+    ]
     for split, val_splits in VAL_SPLITS.items():
         for size in sorted({max(32, trained[0] - 32), *trained, trained[-1] + 32}):
             config = detector.config.replace(image_size=size, val_splits=val_splits, cache_gb=0)
             evaluation = evaluate(detector, DetectionDataModule(config))
-            values = [100 * evaluation.accuracies[name] for name in ("class", "no_object@0.05", "object@0.05")]
+            values = [
+                100 * evaluation.accuracies[name]
+                for name in ("class", "no_object@0.05", "object@0.05")
+            ]
             percent = " | ".join(f"{value:.1f}" for value in values)
-            map50, micro = evaluation.precisions["VOC AP@.5, area"], micro_average_precision(evaluation)
+            map50, micro = (
+                evaluation.precisions["VOC AP@.5, area"],
+                micro_average_precision(evaluation),
+            )
             lines.append(f"| {split} | {size} | {percent} | {map50:.3f} | {micro:.3f} |")
     return "\n".join(lines)
 

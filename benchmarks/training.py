@@ -40,13 +40,18 @@ def _targets_and_loss() -> Iterator[Row]:
     logits, loss = background_logits(BATCH), YOLOLoss(Config())
 
     def grids() -> list[Tensor]:
-        images = [dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, anchors) for i in range(BATCH)]
+        images = [
+            dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, anchors)
+            for i in range(BATCH)
+        ]
         return [torch.stack(scale) for scale in zip(*images, strict=True)]
 
     jobs = (
-        lambda: assign_targets(targets, GRIDS, anchors, BATCH), grids,
-        lambda: loss(logits, targets, anchors), lambda: dense_loss(logits, grids(), anchors, targets),
-    )  # fmt: skip
+        lambda: assign_targets(targets, GRIDS, anchors, BATCH),
+        grids,
+        lambda: loss(logits, targets, anchors),
+        lambda: dense_loss(logits, grids(), anchors, targets),
+    )
     with threads(1):
         assign, loop, both, loop_both = seconds(*jobs, rounds=8)
     batch = f"{BATCH} images, {len(targets)} objects, one core"
@@ -97,15 +102,20 @@ class NetworkClock(pl.Callback):
 def random_batch(config: Config) -> dict[str, Tensor]:
     """A batch of noise with 1 to 11 objects per image, as `collate` returns it, on the GPU if there is one."""
     device, size = "cuda" if torch.cuda.is_available() else "cpu", config.canvas_size
-    images = torch.randint(256, (config.batch_size, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    images = torch.randint(256, (config.batch_size, size, size, 3), dtype=torch.uint8).permute(
+        0, 3, 1, 2
+    )
     return {"images": images.to(device), "targets": random_objects(config.batch_size, 6).to(device)}
 
 
 def train_steps(config: Config, batch: dict[str, Tensor], clock: pl.Callback, steps: int) -> None:
     """Train on one batch again and again, with the callbacks of a real run: Lightning, loss, clipping, fused AdamW, EMA."""
     trainer = make_trainer(
-        config, max_epochs=1, log_every_n_steps=10, callbacks=[StopIfNotFinite(), EMA(config.ema_decay), clock]
-    )  # fmt: skip
+        config,
+        max_epochs=1,
+        log_every_n_steps=10,
+        callbacks=[StopIfNotFinite(), EMA(config.ema_decay), clock],
+    )
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         trainer.fit(YOLOv3Module(config), DataLoader([batch] * steps, batch_size=None))
@@ -119,12 +129,26 @@ def _outside_the_network(steps: int = 3) -> Row:
     step, network = clock.means(warmup=1)
     ours = f"{1e3 * (step - network):.0f} ms outside the network"
     baseline = f"whole step, {BATCH} images, {resolve_precision(config)}, {step:.2f} s"
-    return Row("Step at width 1, 416, outside the network", ours, baseline, 100 * (1 - network / step), 5, True, "%")
+    return Row(
+        "Step at width 1, 416, outside the network",
+        ours,
+        baseline,
+        100 * (1 - network / step),
+        5,
+        True,
+        "%",
+    )
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, bf16: bool) -> Callable[[], None]:
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, bf16: bool
+) -> Callable[[], None]:
     """Return a training step of the network and the loss."""
-    loss, targets, anchors = YOLOLoss(Config()), random_objects(len(images), 6), torch.tensor(ANCHORS)
+    loss, targets, anchors = (
+        YOLOLoss(Config()),
+        random_objects(len(images), 6),
+        torch.tensor(ANCHORS),
+    )
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -143,15 +167,30 @@ def _variants() -> Iterator[Row]:
     pixels = torch.randint(256, (SMALL_BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
     images = to_network_input(pixels.permute(0, 3, 1, 2))
     jobs = (
-        _step(model, fused, images, True), _step(model, fused, images.contiguous(), True), _step(model, fused, images, False)
-    )  # fmt: skip
+        _step(model, fused, images, True),
+        _step(model, fused, images.contiguous(), True),
+        _step(model, fused, images, False),
+    )
     channels_last, contiguous, float32 = seconds(*jobs, rounds=2)
-    rates = [f"{SMALL_BATCH / value:.2f} images/s" for value in (channels_last, contiguous, float32)]
-    yield Row("Step, channels last, bfloat16", rates[0], f"contiguous, {rates[1]}", contiguous / channels_last)
-    yield Row("Step, channels last, bfloat16", rates[0], f"float32, {rates[2]}", float32 / channels_last)
+    rates = [
+        f"{SMALL_BATCH / value:.2f} images/s" for value in (channels_last, contiguous, float32)
+    ]
+    yield Row(
+        "Step, channels last, bfloat16",
+        rates[0],
+        f"contiguous, {rates[1]}",
+        contiguous / channels_last,
+    )
+    yield Row(
+        "Step, channels last, bfloat16", rates[0], f"float32, {rates[2]}", float32 / channels_last
+    )
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     plain = torch.optim.AdamW(model.parameters(), 1e-5, foreach=False)
     ours, baseline = seconds(fused.step, plain.step, rounds=3)
-    yield Row("Optimizer step, 61.6 M weights, fused", milliseconds(ours), f"plain AdamW, {milliseconds(baseline)}",
-              baseline / ours)  # fmt: skip
+    yield Row(
+        "Optimizer step, 61.6 M weights, fused",
+        milliseconds(ours),
+        f"plain AdamW, {milliseconds(baseline)}",
+        baseline / ours,
+    )

@@ -19,7 +19,9 @@ def begin(target, *args) -> tuple[multiprocessing.Process, Connection]:
     context.set_forkserver_preload(MODULES)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(*args, sender))
-    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1])):  # of the server, which the first call starts
+    with mock.patch.dict(
+        os.environ, PYTHONPATH=str(Path(__file__).parents[1])
+    ):  # of the server, which the first call starts
         process.start()
     sender.close()
     return process, receiver
@@ -33,4 +35,8 @@ def end_second_process(how: str, folder: Path) -> None:
         time.sleep(0.1)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    raise FileNotFoundError("some.jpg is missing") if how == "missing" else torch.OutOfMemoryError("CUDA out of memory.")
+    raise (
+        FileNotFoundError("some.jpg is missing")
+        if how == "missing"
+        else torch.OutOfMemoryError("CUDA out of memory.")
+    )

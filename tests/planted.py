@@ -16,8 +16,12 @@ def planted_model(image_size: int = 96, **options) -> YOLOv3:
         model = YOLOv3(len(CLASSES), width=0.05, classes=CLASSES, image_size=image_size, **options)
         model.eval()
         with torch.no_grad():
-            for head, level in zip(model.heads, model(torch.rand(1, 3, image_size, image_size)), strict=True):
-                head.predict.weight.mul_(0.4 / level.std(dim=(0, 2, 3)).mean())  # logits vary by about 0.4
+            for head, level in zip(
+                model.heads, model(torch.rand(1, 3, image_size, image_size)), strict=True
+            ):
+                head.predict.weight.mul_(
+                    0.4 / level.std(dim=(0, 2, 3)).mean()
+                )  # logits vary by about 0.4
             large, middle = (head.predict.bias.view(3, -1) for head in model.heads[:2])
             large[0] = torch.tensor([0.5, 0, 0, 0.2, 0.2, 2, -3, -3])
             large[1] = torch.tensor([0, 0, 0, 0.2, 0.2, -3, 2, -3])

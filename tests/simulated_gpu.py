@@ -20,9 +20,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 GPU = torch.device("meta")
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
-READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
-INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-PACKAGES = tuple(str(Path(path).parent) for path in (pl.__file__, Path(__file__).parents[1] / "src" / "config.py"))
+READS = (
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+)
+INDEXING = (
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+)
+PACKAGES = tuple(
+    str(Path(path).parent)
+    for path in (pl.__file__, Path(__file__).parents[1] / "src" / "config.py")
+)
 
 
 class GPUTensor(torch.Tensor):
@@ -30,7 +43,11 @@ class GPUTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: torch.Tensor):
-        layout = {"strides": values.stride(), "storage_offset": values.storage_offset(), "dtype": values.dtype}
+        layout = {
+            "strides": values.stride(),
+            "storage_offset": values.storage_offset(),
+            "dtype": values.dtype,
+        }
         return torch.Tensor._make_wrapper_subclass(cls, values.shape, **layout, device=GPU)
 
     def __init__(self, values: torch.Tensor):
@@ -58,9 +75,13 @@ class Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        tensors = [
+            value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
+        ]
         from_gpu = any(isinstance(tensor, GPUTensor) for tensor in tensors)
-        on_cpu = [tensor for tensor in tensors if not isinstance(tensor, GPUTensor) and tensor.dim()]
+        on_cpu = [
+            tensor for tensor in tensors if not isinstance(tensor, GPUTensor) and tensor.dim()
+        ]
         if from_gpu and on_cpu and func not in COPIES:
             raise RuntimeError(f"{func}: a tensor on the CPU meets one on the GPU")
         to_gpu = from_gpu
@@ -74,17 +95,29 @@ class Dispatch(TorchDispatchMode):
         result = func(*values[0], **values[1])
         if to_gpu:
             result = tree_map_only(torch.Tensor, GPUTensor, result)
-        return return_and_correct_aliasing(func, args, kwargs, result) if from_gpu and to_gpu else result
+        return (
+            return_and_correct_aliasing(func, args, kwargs, result)
+            if from_gpu and to_gpu
+            else result
+        )
 
     @staticmethod
     def _waits(func, args, kwargs, from_gpu: bool, to_gpu: bool) -> bool:
         if func in COPIES:
             both = (
-                all(isinstance(tensor, GPUTensor) for tensor in args[:2]) if func is aten.copy_.default else from_gpu and to_gpu
+                all(isinstance(tensor, GPUTensor) for tensor in args[:2])
+                if func is aten.copy_.default
+                else from_gpu and to_gpu
             )
-            return (from_gpu or to_gpu) and not both and not (kwargs.get("non_blocking") or args[2:] == (True,))
+            return (
+                (from_gpu or to_gpu)
+                and not both
+                and not (kwargs.get("non_blocking") or args[2:] == (True,))
+            )
         if func in INDEXING:
-            return from_gpu and any(index is not None and index.dtype == torch.bool for index in args[1])
+            return from_gpu and any(
+                index is not None and index.dtype == torch.bool for index in args[1]
+            )
         return from_gpu and func in READS
 
 
@@ -114,12 +147,19 @@ def simulate_gpu():
 
     def make_trainer(**options) -> pl.Trainer:
         strategy = SingleDeviceStrategy(device=GPU, accelerator=SimulatedAccelerator())
-        return make(**options | {"strategy": strategy, "accelerator": "auto", "devices": 1, "precision": "32-true"})
+        return make(
+            **options
+            | {"strategy": strategy, "accelerator": "auto", "devices": 1, "precision": "32-true"}
+        )
 
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(pl, "Trainer", make_trainer)
-        patch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["cpu", GPU.type])
+        patch.setattr(
+            sys.modules["torch.optim.optimizer"],
+            "_get_fused_kernels_supported_devices",
+            lambda: ["cpu", GPU.type],
+        )
         stack.enter_context(dispatch)
         stack.enter_context(Functions())
         yield dispatch.waits

@@ -34,12 +34,21 @@ print(answer["width"], answer["height"], f'{answer["seconds"]:.2f}')
 
 def memory(pid: int) -> int:
     """Peak memory of a process in bytes (Linux)."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1))
+    return 1024 * int(
+        re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)
+    )
 
 
 def size(folder: Path) -> float:
     """Size of a folder's files in megabytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
+    return (
+        sum(
+            path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file() and not path.is_symlink()
+        )
+        / 1e6
+    )
 
 
 def install(folder: Path, requirements: Path) -> Path:
@@ -59,16 +68,22 @@ def main(width: float) -> None:
         space = export_space(model, Path(scratch) / "space", samples)
         begin = time.perf_counter()
         python = install(Path(scratch) / "venv", space / "requirements.txt")
-        print(f"installed in {time.perf_counter() - begin:.0f} s: {size(python.parents[1]):,.0f} MB")
+        print(
+            f"installed in {time.perf_counter() - begin:.0f} s: {size(python.parents[1]):,.0f} MB"
+        )
         seconds = []
         for _ in range(2):  # the first start compiles bytecode
             begin = time.perf_counter()
             with serving(space, python, HF_HUB_OFFLINE="1") as (address, server):
                 seconds.append(time.perf_counter() - begin)
                 command = [python, "-c", REQUEST, address, space / "samples" / "01.jpg"]
-                answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+                answer = subprocess.run(
+                    command, check=True, capture_output=True, text=True
+                ).stdout.split()
                 peak = memory(server.pid)
-        print(f"Space: {size(space):,.0f} MB; first start {seconds[0]:.1f} s, second start {seconds[1]:.1f} s")
+        print(
+            f"Space: {size(space):,.0f} MB; first start {seconds[0]:.1f} s, second start {seconds[1]:.1f} s"
+        )
         print(f"peak memory {peak / 1e6:,.0f} MB")
         print(f"detection of {answer[0]} x {answer[1]} pixels: {answer[2]} s")
         if seconds[1] > MAX_SECONDS or peak > MAX_BYTES:

@@ -61,14 +61,22 @@ def objects(boxes, labels=None, scores=None) -> Detections:
 def test_colours_are_fixed_and_distinct():
     assert class_colours(3) == class_colours(20)[:3] == class_colours(80)[:3]
     assert len(set(class_colours(80))) == 80
-    assert all(isinstance(part, int) and 0 <= part <= 255 for colour in class_colours(200) for part in colour)
+    assert all(
+        isinstance(part, int) and 0 <= part <= 255
+        for colour in class_colours(200)
+        for part in colour
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (640, 480), (4000, 50), (50, 4000)])
 def test_boxes_are_drawn_on_any_size(size):
     width, height = size
     image = np.full((height, width, 3), 128, np.uint8)
-    boxes = [[0, 0, width, height], [width / 2, height / 2, width / 2, height / 2], [-5, -5, width + 9, height + 9]]
+    boxes = [
+        [0, 0, width, height],
+        [width / 2, height / 2, width / 2, height / 2],
+        [-5, -5, width + 9, height + 9],
+    ]
     drawn = draw_detections(image, objects(boxes, [0, 1, 2]), CLASSES)
     assert drawn.shape == image.shape and drawn.dtype == np.uint8
     assert (image == 128).all() and (drawn != image).any()
@@ -84,7 +92,9 @@ def test_boxes_and_labels_are_visible_on_any_background(background):
     """A line and its edge, or they and the background, have WCAG's contrast for graphics; labels have that for text."""
     image = np.full((800, 800, 3), background, np.uint8)
     for label, colour in enumerate(class_colours(20)):
-        drawn = draw_detections(image, objects([[160, 200, 640, 700]], [label]), [f"class {i}" for i in range(20)])
+        drawn = draw_detections(
+            image, objects([[160, 200, 640, 700]], [label]), [f"class {i}" for i in range(20)]
+        )
         profile = luminance(drawn[450, 140:180])
         assert profile.max() / profile.min() > 2
         rows, columns = np.nonzero((drawn[:190] == colour).all(axis=-1))
@@ -126,13 +136,24 @@ def test_one_forward_pass_is_enough_for_all_thresholds(predictor, image_path):
 
 def test_the_table_equals_the_predictor(predictor, image_path):
     expected = predictor(image_path, 0.2)
-    drawn, summary, table, choices = render_detections(analyze_image(predictor, image_path), 0.2, 0.45)
-    assert f"{len(expected)} detections" in summary and "150 &times; 90" in summary and " s " in summary
+    drawn, summary, table, choices = render_detections(
+        analyze_image(predictor, image_path), 0.2, 0.45
+    )
+    assert (
+        f"{len(expected)} detections" in summary
+        and "150 &times; 90" in summary
+        and " s " in summary
+    )
     assert [row[0] for row in table] == [*range(1, len(expected) + 1)]
-    for row, label, score, box in zip(table, expected.labels, expected.scores, expected.boxes, strict=True):
+    for row, label, score, box in zip(
+        table, expected.labels, expected.scores, expected.boxes, strict=True
+    ):
         assert CLASSES[label] in row[1] and row[2] == f"{100 * score:.1f}%"
         assert [float(edge) for edge in row[3].split(", ")] == pytest.approx(box.tolist(), abs=0.51)
-    assert choices[0][1] == "all" and [value for _, value in choices[-len(expected) :]] == expected.index.tolist()
+    assert (
+        choices[0][1] == "all"
+        and [value for _, value in choices[-len(expected) :]] == expected.index.tolist()
+    )
     assert max(drawn.shape) == 480 and drawn.shape[0] == 288  # displayed larger, same aspect ratio
 
 
@@ -141,7 +162,9 @@ def test_class_names_are_escaped(image_path):
     model.classes = ["<script>", "b", "c"]
     predictor = Predictor(model, device="cpu")
     table = render_detections(analyze_image(predictor, image_path), 0.2, 0.45)[2]
-    assert "<script>" not in model_facts_html(predictor, {"<b>": 'x"y'}) + "".join(row[1] for row in table)
+    assert "<script>" not in model_facts_html(predictor, {"<b>": 'x"y'}) + "".join(
+        row[1] for row in table
+    )
 
 
 def test_the_heatmap_has_a_message(predictor, image_path):
@@ -149,19 +172,30 @@ def test_the_heatmap_has_a_message(predictor, image_path):
     best = session.detections(0.2, 0.45).index.tolist()
     first, message = render_heatmap(session, best[0], "own", "hirescam", 0.7, 0.2, 0.45)
     second, _ = render_heatmap(session, best[1], "own", "hirescam", 0.7, 0.2, 0.45)
-    assert first.shape == session.view.shape and (first != second).any() and "Bright areas" in message
-    assert "No detection above 99%" in render_heatmap(session, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
+    assert (
+        first.shape == session.view.shape and (first != second).any() and "Bright areas" in message
+    )
+    assert (
+        "No detection above 99%"
+        in render_heatmap(session, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
+    )
 
 
 def test_other_thresholds_keep_the_explained_detection(predictor, image_path):
     """At another NMS threshold the same detection can be in another row."""
     session = analyze_image(predictor, image_path)
     few, many = session.detections(0.2, 0.1), session.detections(0.2, 0.95)
-    moved = [index for row, index in enumerate(few.index.tolist()) if many.index.tolist().index(index) != row]
+    moved = [
+        index
+        for row, index in enumerate(few.index.tolist())
+        if many.index.tolist().index(index) != row
+    ]
     assert moved
     target = on_threshold_change(session, moved[0], 0.2, 0.95)[3].value
     assert target == moved[0]
-    expected = explain(predictor, image_path, many.index.tolist().index(target), confidence=0.2, iou_threshold=0.95)
+    expected = explain(
+        predictor, image_path, many.index.tolist().index(target), confidence=0.2, iou_threshold=0.95
+    )
     result = session.explain(target, "own", "hirescam", 0.2, 0.95)
     assert result.explained.tolist() == expected.explained.tolist()
     assert result.heatmap == pytest.approx(resize_long_side(expected.heatmap, 480), abs=1e-6)
@@ -173,11 +207,19 @@ def test_other_thresholds_keep_the_explained_detection(predictor, image_path):
 def test_other_opacities_use_the_same_heatmap(predictor, image_path):
     session = analyze_image(predictor, image_path)
     settings = "all", "own", "hirescam"
-    with mock.patch.object(session.explainer, "explain", wraps=session.explainer.explain) as computed:
-        images = [render_heatmap(session, *settings, opacity, 0.2, 0.45)[0] for opacity in (0.3, 0.7, 0.9)]
+    with mock.patch.object(
+        session.explainer, "explain", wraps=session.explainer.explain
+    ) as computed:
+        images = [
+            render_heatmap(session, *settings, opacity, 0.2, 0.45)[0] for opacity in (0.3, 0.7, 0.9)
+        ]
         assert computed.call_count == 1
         render_heatmap(session, *settings, 0.9, 0.3, 0.45)
-    assert computed.call_count == 2 and (images[0] != images[1]).any() and (images[1] != images[2]).any()
+    assert (
+        computed.call_count == 2
+        and (images[0] != images[1]).any()
+        and (images[1] != images[2]).any()
+    )
 
 
 def test_the_page_lists_the_metadata(predictor):
@@ -193,11 +235,17 @@ def test_weights_are_loaded_from_a_folder(tmp_path, image_path):
 
 
 def test_the_endpoint_equals_the_predictor(predictor, image_path, address):
-    answer = Client(address, verbose=False).predict(handle_file(image_path), 0.3, 0.5, api_name="/detect")
+    answer = Client(address, verbose=False).predict(
+        handle_file(image_path), 0.3, 0.5, api_name="/detect"
+    )
     expected = predictor(image_path, 0.3, 0.5)
     assert (answer["width"], answer["height"]) == (150, 90) and answer["seconds"] > 0
-    assert [row["class"] for row in answer["detections"]] == [CLASSES[label] for label in expected.labels]
-    assert [row["box"] for row in answer["detections"]] == pytest.approx(expected.boxes.round(1), abs=0.06)
+    assert [row["class"] for row in answer["detections"]] == [
+        CLASSES[label] for label in expected.labels
+    ]
+    assert [row["box"] for row in answer["detections"]] == pytest.approx(
+        expected.boxes.round(1), abs=0.06
+    )
     assert answer["detections"] == detect(predictor, image_path, 0.3, 0.5)["detections"]
 
 
@@ -207,12 +255,18 @@ def test_unreadable_files_get_a_message(image_path, address, tmp_path):
     Image.new("1", (14_000, 14_000)).save(bomb, "PNG")
     large = io.BytesIO()
     Image.new("1", (9_000, 6_000)).save(large, "PNG")
-    invalid = {"text.png": b"not an image", "short.png": image_path.read_bytes()[:200], "bomb.png": bomb.getvalue()}
+    invalid = {
+        "text.png": b"not an image",
+        "short.png": image_path.read_bytes()[:200],
+        "bomb.png": bomb.getvalue(),
+    }
     for name, content in {**invalid, "large.png": large.getvalue()}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(AppError, match="This file can't be read as an image") as error:
             client.predict(handle_file(tmp_path / name), api_name="/detect")
-        assert "tmp" not in str(error.value) and ("more than 50 million" in str(error.value)) == (name == "large.png")
+        assert "tmp" not in str(error.value) and ("more than 50 million" in str(error.value)) == (
+            name == "large.png"
+        )
     assert client.predict(handle_file(image_path), api_name="/detect")["width"] == 150
 
 
@@ -229,12 +283,18 @@ def test_files_of_the_server_are_not_read(address, image_path):
 def test_fifty_requests_at_once_are_answered_in_order(address):
     """All are in the queue of one session, whose stream shows the exact order of the answers."""
     with httpx.Client(base_url=f"{address}gradio_api/", timeout=60) as http:
-        detect = next(each["id"] for each in http.get("../config").json()["dependencies"] if each["api_name"] == "detect")
+        detect = next(
+            each["id"]
+            for each in http.get("../config").json()["dependencies"]
+            if each["api_name"] == "detect"
+        )
         uploads, events = [], []
         for number in range(50):
             file = io.BytesIO()
             Image.new("RGB", (100 + number, 60)).save(file, "PNG")
-            path = http.post("upload", files={"files": (f"{number}.png", file.getvalue())}).json()[0]
+            path = http.post("upload", files={"files": (f"{number}.png", file.getvalue())}).json()[
+                0
+            ]
             uploads.append({"path": path, "meta": {"_type": "gradio.FileData"}})
         for upload in uploads:
             request = {"data": [upload, 0.3, 0.5], "fn_index": detect, "session_hash": "many"}

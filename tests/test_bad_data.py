@@ -50,7 +50,9 @@ OBJECT = (
 VALID = "<annotation><size><width>100</width><height>80</height></size>{}</annotation>".format(
     "".join(map(OBJECT.format, CLASSES))
 )
-CONFIG = Config(image_size=64, classes=CLASSES, epochs=10, close_mosaic_epochs=0, cache_gb=0, num_workers=0)
+CONFIG = Config(
+    image_size=64, classes=CLASSES, epochs=10, close_mosaic_epochs=0, cache_gb=0, num_workers=0
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,9 @@ def no_hang():
 
 def change(text: str, field: str, random, new) -> str:
     """Replace one random element `field` of `text` by new(element)."""
-    start, end = random.choice([match.span() for match in re.finditer(rf"<{field}>.*?</{field}>", text)])
+    start, end = random.choice(
+        [match.span() for match in re.finditer(rf"<{field}>.*?</{field}>", text)]
+    )
     return text[:start] + new(text[start:end]) + text[end:]
 
 
@@ -83,46 +87,86 @@ def mutations(random) -> dict:
     for _ in range(random.integers(1, 9)):
         flipped[random.integers(len(raw))] ^= 1 << random.integers(8)
     twisted = f"<{number}>{random.integers(61, 70) if number.endswith('min') else random.integers(1, 10)}</{number}>"
-    encoding = random.choice(["utf-16", "utf-8-sig", "utf-16-le", "utf-7", "ebcdic-cp-be", "latin-1", "no-such-encoding"])
+    encoding = random.choice(
+        ["utf-16", "utf-8-sig", "utf-16-le", "utf-7", "ebcdic-cp-be", "latin-1", "no-such-encoding"]
+    )
     declared = f'<?xml version="1.0" encoding="{encoding}"?>{VALID.replace("Left", "é")}'
     return {
-        "missing field": (change(VALID, field, random, lambda _: ""), "" if field == "difficult" else field),
+        "missing field": (
+            change(VALID, field, random, lambda _: ""),
+            "" if field == "difficult" else field,
+        ),
         "repeated field": (change(VALID, field, random, lambda old: old * 2), field),
         "empty field": (
-            change(VALID, field, random, lambda _: f"<{field}/>"), {"bndbox": "xmin", "name": "''"}.get(field, field)),
+            change(VALID, field, random, lambda _: f"<{field}/>"),
+            {"bndbox": "xmin", "name": "''"}.get(field, field),
+        ),
         "no number": (with_number(number, random, random.choice(WORDS)), "box|" + number),
         "negative": (with_number(number, random, str(-random.integers(1, 1000))), "box"),
         "swapped": (change(VALID, number, random, lambda _: twisted), "box"),
-        "zero area": (with_number(number, random, {"xmin": "51", "xmax": "10", "ymin": "61", "ymax": "20"}[number]), "box"),
+        "zero area": (
+            with_number(
+                number, random, {"xmin": "51", "xmax": "10", "ymin": "61", "ymax": "20"}[number]
+            ),
+            "box",
+        ),
         "outside": (with_number(number, random, str(random.integers(102, 10**6))), "box"),
         "huge": (with_number(number, random, "9" * int(random.integers(7, 4000))), "box|number"),
         "fraction": (with_number(number, random, f"{random.uniform(-3, 110):.3f}"), ""),
         "other class": (
-            with_number("name", random, random.choice(["Cat", "unicorn", "cat dog", "a" * 5000, "&lt;b&gt;", "猫"])),
-            "Config.classes"),
+            with_number(
+                "name",
+                random,
+                random.choice(["Cat", "unicorn", "cat dog", "a" * 5000, "&lt;b&gt;", "猫"]),
+            ),
+            "Config.classes",
+        ),
         "wrong size": (with_number("width", random, str(random.integers(101, 4000))), "<size>"),
         "size no number": (with_number("height", random, random.choice(WORDS[:6])), "size/height"),
         "other element": (VALID.replace(f"<{field}>", f"<{field}><b/>"), ""),
-        "other encoding": (declared.encode("utf-8" if encoding.startswith(("no", "eb")) else encoding), ""),
-        "entities": ((ENTITIES + VALID.replace("cat", "&i;")).encode(random.choice(["utf-8", "utf-16"])), "DOCTYPE"),
-        "outside file": (f'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>{VALID.replace("cat", "&x;")}', "DOCTYPE"),
+        "other encoding": (
+            declared.encode("utf-8" if encoding.startswith(("no", "eb")) else encoding),
+            "",
+        ),
+        "entities": (
+            (ENTITIES + VALID.replace("cat", "&i;")).encode(random.choice(["utf-8", "utf-16"])),
+            "DOCTYPE",
+        ),
+        "outside file": (
+            f'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>{VALID.replace("cat", "&x;")}',
+            "DOCTYPE",
+        ),
         "cut": (raw[:place], "XML"),
         "bits": (bytes(flipped), ""),
         "no XML": (
-            random.choice(["", "{}", "null", "a,b\n1,2", "\x00" * 99, "<" * 999, "%PDF-1.4", "<html></html>"]),
-            "XML|root element"),
+            random.choice(
+                ["", "{}", "null", "a,b\n1,2", "\x00" * 99, "<" * 999, "%PDF-1.4", "<html></html>"]
+            ),
+            "XML|root element",
+        ),
         "noise": (random.bytes(place), "XML"),
-        "deep": ("<annotation>" + "<object>" * 20_000 + "</object>" * 20_000 + "</annotation>", "object 1 has no <name>"),
+        "deep": (
+            "<annotation>" + "<object>" * 20_000 + "</object>" * 20_000 + "</annotation>",
+            "object 1 has no <name>",
+        ),
         "other root": (VALID.replace("annotation", f"a{place}"), "root element"),
-        "name space": (VALID.replace("<annotation>", '<annotation xmlns="http://a.b/c">'), "root element"),
+        "name space": (
+            VALID.replace("<annotation>", '<annotation xmlns="http://a.b/c">'),
+            "root element",
+        ),
         "joined": (raw[: -len("</annotation>")] + raw, "XML"),
-    }  # fmt: skip
+    }
 
 
 def check_sample(boxes, labels, note) -> None:
     """Check that boxes cxcywh are within 0..1 and not empty, and that labels are valid."""
     edges = cxcywh_to_xyxy(boxes)
-    assert boxes.isfinite().all() and (edges >= -1e-6).all() and (edges <= 1 + 1e-6).all() and (boxes[:, 2:] > 0).all(), note
+    assert (
+        boxes.isfinite().all()
+        and (edges >= -1e-6).all()
+        and (edges <= 1 + 1e-6).all()
+        and (boxes[:, 2:] > 0).all()
+    ), note
     assert ((labels >= 0) & (labels < len(CLASSES))).all(), note
 
 
@@ -149,7 +193,10 @@ def test_damaged_annotations(tree, seed):
             record, problems = read_image_record(tree, "valid", CLASSES)
             note = way, content[:2000], problems[:3]
             if record is None:
-                assert all(p.text.startswith(str(file)) and len(p.text) < len(str(file)) + 300 for p in problems), note
+                assert all(
+                    p.text.startswith(str(file)) and len(p.text) < len(str(file)) + 300
+                    for p in problems
+                ), note
                 assert re.search(named, "\n".join(p.text for p in problems)), note
                 refused += 1
             else:
@@ -177,16 +224,29 @@ def image_files(valid: bytes) -> dict[str, tuple[bytes, bool | None]]:
         b"\x00\x00\x00\x01\x00\x00\x00\x01", b"\x00\x01\x00\x00\x00\x01\x00\x00"
     )
     files = {
-        "empty": (b"", False), "text": (b"not an image", False), "page": (b"<html>404</html>", False), "bomb": (bomb, False),
-        "start only": (valid[:2], False), "end only": (valid[:2] + b"\xff\xd9", False), "zeros": (bytes(5000), False),
-        "trailing bytes": (valid + bytes(3000), True), "no end mark": (valid[:-2], None),
-        "CMYK": (encode(opened.convert("CMYK")), True), "grey": (encode(opened.convert("L")), True),
-        "progressive": (encode(opened, progressive=True), True), "rotated": (encode(opened, exif=rotated), True),
-        "1 x 1": (encode(opened.resize((1, 1))), True), "wide": (encode(wide), True),
-        "tall": (encode(wide.rotate(90, expand=True)), True), "16 bits": (encode(opened.convert("I;16"), "PNG"), True),
-        "PNG": (encode(opened, "PNG"), True), "GIF": (encode(opened, "GIF"), True), "BMP": (encode(opened, "BMP"), True),
-        "cut PNG": (encode(opened, "PNG")[:-300], False), "palette": (encode(opened.quantize(4), "PNG", transparency=1), True),
-    }  # fmt: skip
+        "empty": (b"", False),
+        "text": (b"not an image", False),
+        "page": (b"<html>404</html>", False),
+        "bomb": (bomb, False),
+        "start only": (valid[:2], False),
+        "end only": (valid[:2] + b"\xff\xd9", False),
+        "zeros": (bytes(5000), False),
+        "trailing bytes": (valid + bytes(3000), True),
+        "no end mark": (valid[:-2], None),
+        "CMYK": (encode(opened.convert("CMYK")), True),
+        "grey": (encode(opened.convert("L")), True),
+        "progressive": (encode(opened, progressive=True), True),
+        "rotated": (encode(opened, exif=rotated), True),
+        "1 x 1": (encode(opened.resize((1, 1))), True),
+        "wide": (encode(wide), True),
+        "tall": (encode(wide.rotate(90, expand=True)), True),
+        "16 bits": (encode(opened.convert("I;16"), "PNG"), True),
+        "PNG": (encode(opened, "PNG"), True),
+        "GIF": (encode(opened, "GIF"), True),
+        "BMP": (encode(opened, "BMP"), True),
+        "cut PNG": (encode(opened, "PNG")[:-300], False),
+        "palette": (encode(opened.quantize(4), "PNG", transparency=1), True),
+    }
     for cut in random.integers(3, len(valid) - 600, 20):
         files[f"cut at {cut}"] = valid[:cut], False
     for number in range(100):
@@ -198,17 +258,24 @@ def image_files(valid: bytes) -> dict[str, tuple[bytes, bool | None]]:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.filterwarnings("ignore:(Truncated File Read|Corrupt EXIF data|Possibly corrupt EXIF data|Metadata Warning)")
+@pytest.mark.filterwarnings(
+    "ignore:(Truncated File Read|Corrupt EXIF data|Possibly corrupt EXIF data|Metadata Warning)"
+)
 def test_damaged_images(tree):
     """More than 100: each gives samples, or an error that names the file, when it is checked or loaded."""
     (tree / "Annotations" / "some.xml").write_text("<annotation/>")
     file = tree / "JPEGImages" / "some.jpg"
-    for way, (content, usable) in image_files((tree / "JPEGImages" / "valid.jpg").read_bytes()).items():
+    for way, (content, usable) in image_files(
+        (tree / "JPEGImages" / "valid.jpg").read_bytes()
+    ).items():
         file.write_bytes(content)
         record, problems = read_image_record(tree, "some", CLASSES)
         decoded, all_problems = read_image_record(tree, "some", CLASSES, decode=True)
         assert all(str(file) in problem.text for problem in problems + all_problems), way
-        assert usable is None or (record is not None) == (decoded is not None) == usable, (way, problems)
+        assert usable is None or (record is not None) == (decoded is not None) == usable, (
+            way,
+            problems,
+        )
         assert record is not None or decoded is None, way
         if record is not None:
             try:
@@ -225,7 +292,9 @@ def test_annotations_apply_to_the_rotated_image(tree):
         image.save(tree / "JPEGImages" / "rotated.jpg", exif=exif)
     (tree / "Annotations" / "rotated.xml").write_text(VALID)
     assert [problem.kind for problem in read_image_record(tree, "rotated", CLASSES)[1]] == ["size"]
-    (tree / "Annotations" / "rotated.xml").write_text(VALID.replace("100</w", "80</w").replace("80</h", "100</h"))
+    (tree / "Annotations" / "rotated.xml").write_text(
+        VALID.replace("100</w", "80</w").replace("80</h", "100</h")
+    )
     assert len(read_image_record(tree, "rotated", CLASSES)[0].boxes) == 3
 
 
@@ -234,9 +303,15 @@ def test_an_image_damaged_during_training_is_named(tree, tmp_path, workers):
     root = shutil.copytree(tree.parents[1], tmp_path / "a tree")
     folder = root / "VOCdevkit" / "VOC2007"
     (folder / "ImageSets" / "Main" / "train.txt").write_text("valid\n")
-    data = DetectionDataModule(CONFIG.replace(
-        data_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",), num_workers=workers, batch_size=1
-    ))  # fmt: skip
+    data = DetectionDataModule(
+        CONFIG.replace(
+            data_root=str(root),
+            train_splits=("2007/train",),
+            val_splits=("2007/train",),
+            num_workers=workers,
+            batch_size=1,
+        )
+    )
     data.setup()
     with open(folder / "JPEGImages" / "valid.jpg", "r+b") as file:
         file.truncate(500)
@@ -251,7 +326,9 @@ def test_unusual_paths(tree, tmp_path):
         root = shutil.copytree(tree.parents[1], tmp_path / name)
         (root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt").write_text("valid\n")
         data = DetectionDataModule(
-            CONFIG.replace(data_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",))
+            CONFIG.replace(
+                data_root=str(root), train_splits=("2007/train",), val_splits=("2007/train",)
+            )
         )
         data.setup()
         assert len(next(iter(data.val_dataloader()))["targets"]) == 3

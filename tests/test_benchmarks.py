@@ -37,7 +37,10 @@ def targets_in_different_cells(images: int, seed: int = 0) -> torch.Tensor:
 
 def test_dense_targets_and_loss_equal_ours():
     targets, logits = targets_in_different_cells(4), background_logits(4, image_size=96, classes=4)
-    images = [baselines.dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, ANCHOR) for i in range(4)]
+    images = [
+        baselines.dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, ANCHOR)
+        for i in range(4)
+    ]
     dense = [torch.stack(scale) for scale in zip(*images, strict=True)]
     for grid, assigned in zip(dense, assign_targets(targets, GRIDS, ANCHOR, 4), strict=True):
         assert torch.equal(grid[..., 0] == 1, assigned.positive)
@@ -85,18 +88,26 @@ def test_table_compares_ratios_with_their_targets():
     ]
     assert [row.met for row in rows] == ["met", "not met", "-"]
     lines = table(rows).splitlines()
-    assert len(lines) == 5 and len({len(line) for line in lines}) == 1 and "at most 1.1x" in lines[3]
+    assert (
+        len(lines) == 5 and len({len(line) for line in lines}) == 1 and "at most 1.1x" in lines[3]
+    )
     assert seconds(lambda: sum(range(20000)), lambda: None, rounds=2)[0] > 0
 
 
-LOSSES = [name for name in ablations.CHANGES if name.startswith(("box", "object", "class", "ignore", "positives"))]
+LOSSES = [
+    name
+    for name in ablations.CHANGES
+    if name.startswith(("box", "object", "class", "ignore", "positives"))
+]
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_change_of_the_loss_changes_its_value(name):
     change, targets = ablations.CHANGES[name], random_targets(30, 4)
     random = torch.Generator().manual_seed(0)
-    logits = [torch.randn(4, 3, grid, grid, 25, generator=random).requires_grad_() for grid in (5, 10, 20)]
+    logits = [
+        torch.randn(4, 3, grid, grid, 25, generator=random).requires_grad_() for grid in (5, 10, 20)
+    ]
     baseline = module.YOLOLoss(ablations.BASE)(logits, targets, ANCHOR)["loss"]
     with ExitStack() as stack:
         for target, replacement in change.replacements.items():
@@ -122,7 +133,9 @@ def test_loader_and_evaluation_rows_at_small_size(monkeypatch):
         monkeypatch.setattr(evaluation, name, value)
     monkeypatch.setattr(loader, "IMAGES", 3)
     monkeypatch.setattr(loader, "IMAGE_SIZE", 64)
-    monkeypatch.setattr(loader, "samples_per_second", lambda dataset, batch_size, workers: 10.0 * workers)
+    monkeypatch.setattr(
+        loader, "samples_per_second", lambda dataset, batch_size, workers: 10.0 * workers
+    )
     rows = [*evaluation.rows(), *loader.rows()]
     assert len(rows) == 9 and all(0 < row.ratio < float("inf") for row in rows)
     assert rows[-2].ratio == 2 and all(len(row.cells()) == 6 for row in rows)
@@ -145,13 +158,19 @@ def test_rare_classes_are_drawn_more_often():
     config = Config(dataset="shapes", image_size=64, mosaic_prob=1.0)
     images = [record.image for record in draw_shapes(9)]
     box = [0, 0, 9, 9]
-    records = [make_record(image, [box, box], [int(i == 0), 0], [0, 0]) for i, image in enumerate(images[:8])]
+    records = [
+        make_record(image, [box, box], [int(i == 0), 0], [0, 0])
+        for i, image in enumerate(images[:8])
+    ]
     data = MosaicDataset([*records, make_record(images[8], [], [], [])], config)
     weights = ablations.rare_class_weights(data)
     assert weights.sum() == pytest.approx(1)
     assert weights / weights[8] == pytest.approx([3, *[(9 / 8) ** 0.5] * 7, 1])
     with mock.patch.object(data, "image", wraps=data.image) as image:
-        canvases = [ablations.rare_class_mosaic(data, 1, np.random.default_rng(seed))[0] for seed in (*range(300), 0)]
+        canvases = [
+            ablations.rare_class_mosaic(data, 1, np.random.default_rng(seed))[0]
+            for seed in (*range(300), 0)
+        ]
     assert np.array_equal(canvases[0], canvases[-1])
     drawn = [call.args[0] for call in image.call_args_list]
     assert all(first == 1 for first in drawn[::4])
@@ -161,18 +180,30 @@ def test_rare_classes_are_drawn_more_often():
 
 def test_settings_of_the_runs_on_voc():
     base = run_ablations.base_config(20, 224, "both")
-    assert base.train_splits == ("2007/train", "2012/train") and base.val_splits == ("2007/val", "2012/val")
+    assert base.train_splits == ("2007/train", "2012/train") and base.val_splits == (
+        "2007/val",
+        "2012/val",
+    )
     assert (base.epochs, base.image_size, base.close_mosaic_epochs) == (20, 224, 2)
-    assert run_ablations.base_config(6, 160, "2012") == ablations.BASE.replace(epochs=6, close_mosaic_epochs=1)
+    assert run_ablations.base_config(6, 160, "2012") == ablations.BASE.replace(
+        epochs=6, close_mosaic_epochs=1
+    )
     multi = train_voc.settings("multi", 80, 224, "folder", "both", 6e-3, 0.1)
-    assert multi.multiscale_sizes == (160, 192, 224, 256, 288) and multi.pretrained_weights == "folder"
+    assert (
+        multi.multiscale_sizes == (160, 192, 224, 256, 288) and multi.pretrained_weights == "folder"
+    )
     assert multi.close_mosaic_epochs == 8
     assert multi.run_dir != train_voc.settings("multi", 80, 224, "", "both", 6e-3, 0.1).run_dir
     assert train_voc.sizes(128) == (96, 128, 160) and train_voc.sizes(32) == (32,)
 
 
 def test_table_of_ablations_compares_runs_with_the_same_seed(tmp_path):
-    for name, value in {"baseline-0": 0.2, "baseline-1": 0.3, "box-1-1": 0.4, "box-1-2": 0.2}.items():
+    for name, value in {
+        "baseline-0": 0.2,
+        "baseline-1": 0.3,
+        "box-1-1": 0.4,
+        "box-1-2": 0.2,
+    }.items():
         (tmp_path / name).mkdir()
         result = {"micro_AP50": value, "mAP50": value / 2, "class": value + 0.1, "object@0.05": 0.5}
         (tmp_path / name / "result.json").write_text(json.dumps(result))
@@ -187,7 +218,9 @@ def test_micro_average_precision_equals_a_loop(seed):
     predictions, ground_truth = random_results(seed)
     matched, correct = set(), []
     for row in sorted(predictions, key=lambda row: -row[2]):
-        objects = [number for number, other in enumerate(ground_truth) if (other[:2] == row[:2]).all()]
+        objects = [
+            number for number, other in enumerate(ground_truth) if (other[:2] == row[:2]).all()
+        ]
         best = max(objects, key=lambda number: iou(row[3:], ground_truth[number, 3:]), default=None)
         hit = best is not None and iou(row[3:], ground_truth[best, 3:]) >= 0.5
         if hit and ground_truth[best, 2]:
@@ -195,6 +228,10 @@ def test_micro_average_precision_equals_a_loop(seed):
         correct.append(hit and best not in matched)
         matched |= {best} if hit else set()
     true = np.cumsum(correct)
-    expected = average_precision(true / np.arange(1, len(correct) + 1), true / (ground_truth[:, 2] == 0).sum(), "area")
-    measured = run_ablations.micro_average_precision(Evaluation({}, {}, [], predictions, ground_truth))
+    expected = average_precision(
+        true / np.arange(1, len(correct) + 1), true / (ground_truth[:, 2] == 0).sum(), "area"
+    )
+    measured = run_ablations.micro_average_precision(
+        Evaluation({}, {}, [], predictions, ground_truth)
+    )
     assert 0.2 < expected < 0.95 and measured == pytest.approx(expected, abs=1e-6)

@@ -8,11 +8,14 @@ from PIL import Image
 pytest.importorskip("selenium")
 
 from src.serving.space import export_space
-from tests.planted import blurred_noise, planted_model  # noqa: E402
-from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served  # noqa: E402
+from tests.planted import blurred_noise, planted_model
+from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served
 
 if not (CHROMIUM and DRIVER):
-    pytest.skip("No Chromium with chromedriver. Install them: apt install chromium chromium-driver", allow_module_level=True)
+    pytest.skip(
+        "No Chromium with chromedriver. Install them: apt install chromium chromium-driver",
+        allow_module_level=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,9 @@ def address(tmp_path_factory):
     """The address of the running Space."""
     model = planted_model(metadata={"data": "nothing, for a test", "mAP50": 0.125})
     samples = [blurred_noise(192, 192, seed) for seed in range(3)]
-    folder = export_space(model, tmp_path_factory.mktemp("served") / "space", samples, {"Code": "https://example.org"})
+    folder = export_space(
+        model, tmp_path_factory.mktemp("served") / "space", samples, {"Code": "https://example.org"}
+    )
     with served(folder) as address:
         yield address
 
@@ -65,7 +70,9 @@ def test_a_slider_updates_without_another_forward_pass(visitor, images):
     seconds = visitor.text("#summary").split("·")[1]
     boxes, heatmap = visitor.source("detections"), visitor.source("heatmap")
     visitor.set_slider("confidence", 0.45)
-    visitor.until(lambda: visitor.source("detections") != boxes and visitor.source("heatmap") != heatmap)
+    visitor.until(
+        lambda: visitor.source("detections") != boxes and visitor.source("heatmap") != heatmap
+    )
     assert visitor.text("#summary").split("·")[1] == seconds  # of the one forward pass
     visitor.set_slider("confidence", 0.95)
     visitor.until(lambda: "No detections" in visitor.text("#summary"))
@@ -80,10 +87,16 @@ def test_a_class_or_a_row_can_be_explained(visitor, images):
     visitor.choose("target", "Class square")
     visitor.until(lambda: visitor.source("heatmap") != heatmap)
     heatmap = visitor.source("heatmap")
-    visitor.until(lambda: visitor.all("#table .virtual-row .body-cell"))[5].click()  # the second row
+    visitor.until(lambda: visitor.all("#table .virtual-row .body-cell"))[
+        5
+    ].click()  # the second row
     visitor.until(lambda: visitor.source("heatmap") != heatmap)
     assert visitor.all("#target input")[0].get_attribute("value").startswith("2: ")
-    for name, choice in (("method", "EigenCAM"), ("target", "Class star"), ("layer", "Mean of all scales")):
+    for name, choice in (
+        ("method", "EigenCAM"),
+        ("target", "Class star"),
+        ("layer", "Mean of all scales"),
+    ):
         heatmap = visitor.source("heatmap")
         visitor.choose(name, choice)
         visitor.until(lambda before=heatmap: visitor.source("heatmap") != before)
@@ -91,7 +104,9 @@ def test_a_class_or_a_row_can_be_explained(visitor, images):
 
 def test_unreadable_files_give_a_message(visitor, images):
     visitor.upload(images / "invalid.jpg")
-    visitor.until(lambda: "This file can't be read as an image" in visitor.text("#summary [role=alert]"))
+    visitor.until(
+        lambda: "This file can't be read as an image" in visitor.text("#summary [role=alert]")
+    )
     assert not visitor.source("detections") and not visitor.source("heatmap") and not visitor.rows()
     visitor.upload(images / "tall.jpg")
     visitor.wait_for_images(160, 240)
@@ -133,15 +148,28 @@ def test_the_page_fits_the_window(visitor, images, width):
     visitor.wait_for_images(300, 180)
     assert visitor.script("return document.documentElement.scrollWidth") <= width
     code = "let r = document.getElementById(arguments[0]).getBoundingClientRect(); return [r.left, r.right, r.top]"
-    places = {name: visitor.script(code, name) for name in ("image", "detections", "heatmap", "table", "confidence", "target")}
+    places = {
+        name: visitor.script(code, name)
+        for name in ("image", "detections", "heatmap", "table", "confidence", "target")
+    }
     visitor.reset_size()
-    assert all(0 <= left < right <= width and right - left > 300 for left, right, _ in places.values())
+    assert all(
+        0 <= left < right <= width and right - left > 300 for left, right, _ in places.values()
+    )
     above = places["image"][2] < places["detections"][2] < places["heatmap"][2]
-    assert above if width < 500 else places["image"][2] == places["detections"][2] == places["heatmap"][2]
+    assert (
+        above
+        if width < 500
+        else places["image"][2] == places["detections"][2] == places["heatmap"][2]
+    )
 
 
 def test_the_browser_logs_no_errors(visitor, images):
     visitor.driver.get_log("browser")
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
-    assert not [entry["message"] for entry in visitor.driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [
+        entry["message"]
+        for entry in visitor.driver.get_log("browser")
+        if entry["level"] == "SEVERE"
+    ]

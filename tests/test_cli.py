@@ -73,9 +73,15 @@ def read_video(path) -> tuple[list[np.ndarray], float]:
 
 
 def assert_same_detections(entry: dict, detections: Detections) -> None:
-    assert [row["class"] for row in entry["detections"]] == [CLASSES[label] for label in detections.labels]
-    np.testing.assert_allclose([row["confidence"] for row in entry["detections"]], detections.scores, atol=1e-4)
-    np.testing.assert_allclose([row["box"] for row in entry["detections"]], detections.boxes, atol=0.06)
+    assert [row["class"] for row in entry["detections"]] == [
+        CLASSES[label] for label in detections.labels
+    ]
+    np.testing.assert_allclose(
+        [row["confidence"] for row in entry["detections"]], detections.scores, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        [row["box"] for row in entry["detections"]], detections.boxes, atol=0.06
+    )
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -90,7 +96,10 @@ def test_folder_of_images(photos, weights, predictor, tmp_path, monkeypatch, cap
     assert run_command(monkeypatch, photos, *options) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["a.jpg", "b.jpg", "predictions.json"]
     entries = json.loads((folder / "predictions.json").read_text())
-    assert [(entry["image"], entry["width"], entry["height"]) for entry in entries] == [("a.png", 96, 96), ("b.JPG", 120, 80)]
+    assert [(entry["image"], entry["width"], entry["height"]) for entry in entries] == [
+        ("a.png", 96, 96),
+        ("b.JPG", 120, 80),
+    ]
     for entry in entries:
         image = load_image(photos / entry["image"])
         detections = predictor(image, 0.3, 0.6)
@@ -100,36 +109,63 @@ def test_folder_of_images(photos, weights, predictor, tmp_path, monkeypatch, cap
         saved = load_image((folder / entry["image"]).with_suffix(".jpg"))
         assert difference(saved, drawn) < difference(saved, image) / 2
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("1 of 2: a.png: ") and lines[2].startswith("2 of 2: b.JPG: ") and len(lines) == 4
+    assert (
+        lines[1].startswith("1 of 2: a.png: ")
+        and lines[2].startswith("2 of 2: b.JPG: ")
+        and len(lines) == 4
+    )
     total = sum(len(entry["detections"]) for entry in entries)
-    assert lines[3].startswith(f"2 images, {total} detections, ") and "images per second" in lines[3]
+    assert (
+        lines[3].startswith(f"2 images, {total} detections, ") and "images per second" in lines[3]
+    )
 
 
 def test_yolo_labels_are_read_by_the_yolo_data_set(photos, predictor, tmp_path):
     entries = predict(photos, predictor, tmp_path / "results", format="yolo")
-    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["a.jpg", "a.txt", "b.jpg", "b.txt"]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "a.jpg",
+        "a.txt",
+        "b.jpg",
+        "b.txt",
+    ]
     for entry, stem in zip(entries, "ab", strict=True):
         label_file = tmp_path / "results" / f"{stem}.txt"
-        record, problems = read_image_record(photos / entry["image"], label_file, dict(enumerate(CLASSES)), tuple(CLASSES))
+        record, problems = read_image_record(
+            photos / entry["image"], label_file, dict(enumerate(CLASSES)), tuple(CLASSES)
+        )
         assert not problems
-        np.testing.assert_allclose(record.boxes, [row["box"] for row in entry["detections"]], atol=0.06)
-        assert [CLASSES[label] for label in record.labels] == [row["class"] for row in entry["detections"]]
+        np.testing.assert_allclose(
+            record.boxes, [row["box"] for row in entry["detections"]], atol=0.06
+        )
+        assert [CLASSES[label] for label in record.labels] == [
+            row["class"] for row in entry["detections"]
+        ]
 
 
 def test_heatmap_of_one_image(photos, predictor, tmp_path):
     predict(str(photos / "b.JPG"), predictor, tmp_path / "results", heatmap=True)
-    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["b.jpg", "b_heatmap.jpg", "predictions.json"]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "b.jpg",
+        "b_heatmap.jpg",
+        "predictions.json",
+    ]
     image = load_image(photos / "b.JPG")
     result = explain(predictor, image)
     overlay = draw_heatmap(image, result.heatmap)
-    expected = draw_detections(overlay, result.detections, CLASSES, labels=False, rows=result.explained)
+    expected = draw_detections(
+        overlay, result.detections, CLASSES, labels=False, rows=result.explained
+    )
     saved = load_image(tmp_path / "results" / "b_heatmap.jpg")
-    assert difference(saved, expected) < min(difference(saved, overlay), difference(saved, image)) / 2
+    assert (
+        difference(saved, expected) < min(difference(saved, overlay), difference(saved, image)) / 2
+    )
 
 
 def test_unreadable_images_are_named_and_skipped(photos, weights, tmp_path, monkeypatch, capsys):
     (photos / "aa.jpg").write_bytes(b"no image")
-    assert run_command(monkeypatch, photos, "--weights", weights, "--save", tmp_path / "results") == 1
+    assert (
+        run_command(monkeypatch, photos, "--weights", weights, "--save", tmp_path / "results") == 1
+    )
     output = capsys.readouterr().out
     assert f"{photos / 'aa.jpg'} can't be read as an image" in output
     assert "3 of 3: b.JPG" in output and output.endswith("1 of 3 images can't be read.\n")
@@ -141,9 +177,19 @@ def test_unreadable_images_are_named_and_skipped(photos, weights, tmp_path, monk
 def test_results_of_images_with_the_same_stem_do_not_collide(photos, predictor, tmp_path):
     Image.fromarray(blurred_noise(seed=5)).save(photos / "a.bmp")
     predict(photos, predictor, tmp_path / "results")
-    assert {path.name for path in (tmp_path / "results").glob("*.jpg")} == {"a.bmp.jpg", "a.png.jpg", "b.JPG.jpg"}
-    assert cli.output_stems([tmp_path / "a.jpg", tmp_path / "a_heatmap.jpg"]) == ["a.jpg", "a_heatmap.jpg"]
-    assert cli.output_stems([tmp_path / "A.jpg", tmp_path / "a.png"]) == ["A.jpg", "a.png"]  # one file on macOS and Windows
+    assert {path.name for path in (tmp_path / "results").glob("*.jpg")} == {
+        "a.bmp.jpg",
+        "a.png.jpg",
+        "b.JPG.jpg",
+    }
+    assert cli.output_stems([tmp_path / "a.jpg", tmp_path / "a_heatmap.jpg"]) == [
+        "a.jpg",
+        "a_heatmap.jpg",
+    ]
+    assert cli.output_stems([tmp_path / "A.jpg", tmp_path / "a.png"]) == [
+        "A.jpg",
+        "a.png",
+    ]  # one file on macOS and Windows
 
 
 def test_video(predictor, tmp_path, monkeypatch, capsys):
@@ -155,13 +201,22 @@ def test_video(predictor, tmp_path, monkeypatch, capsys):
     assert len(frames) == len(annotated) == len(entries) == 7 and fps == 12
     assert json.loads((tmp_path / "results" / "predictions.json").read_text()) == entries
     for number, (entry, frame, drawn) in enumerate(zip(entries, frames, annotated, strict=True)):
-        assert (entry["image"], entry["frame"], entry["width"], entry["height"]) == ("clip.mp4", number, 96, 64)
+        assert (entry["image"], entry["frame"], entry["width"], entry["height"]) == (
+            "clip.mp4",
+            number,
+            96,
+            64,
+        )
         detections = predictor(frame)
         assert_same_detections(entry, detections)
         expected = draw_detections(frame, detections, CLASSES)
         assert difference(drawn, expected) < difference(drawn, frame) / 2
     output = capsys.readouterr().out
-    assert "clip.mp4: frame 7 of 7: " in output and "\n7 frames, " in output and "frames per second" in output
+    assert (
+        "clip.mp4: frame 7 of 7: " in output
+        and "\n7 frames, " in output
+        and "frames per second" in output
+    )
 
 
 def test_yolo_labels_of_a_video(predictor, tmp_path):
@@ -198,7 +253,11 @@ def test_camera_until_ctrl_c(predictor, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(cv2, "VideoCapture", Camera)
         entries = predict("0", predictor, "results")
-    assert [(entry["image"], entry["frame"]) for entry in entries] == [("camera 0", 0), ("camera 0", 1), ("camera 0", 2)]
+    assert [(entry["image"], entry["frame"]) for entry in entries] == [
+        ("camera 0", 0),
+        ("camera 0", 1),
+        ("camera 0", 2),
+    ]
     frames, fps = read_video("results/camera_0.mp4")
     assert len(frames) == 3 and fps == cli.DEFAULT_FPS
     assert json.loads((tmp_path / "results" / "predictions.json").read_text()) == entries
@@ -208,12 +267,17 @@ def test_other_files_of_a_folder_are_named(photos, predictor, tmp_path, capsys):
     for name in ("IMG_1.HEIC", "IMG_2.heic"):
         (photos / name).write_bytes(b"")
     assert len(predict(photos, predictor, tmp_path / "results")) == 2
-    assert "photos: other files are left out (3): .heic, .txt. Supported files: " in capsys.readouterr().out
+    assert (
+        "photos: other files are left out (3): .heic, .txt. Supported files: "
+        in capsys.readouterr().out
+    )
 
 
 def test_errors_say_what_to_do(photos, weights, predictor, tmp_path, monkeypatch):
     def message(*arguments) -> str:
-        return run_command(monkeypatch, *arguments, "--weights", weights, "--save", tmp_path / "results")
+        return run_command(
+            monkeypatch, *arguments, "--weights", weights, "--save", tmp_path / "results"
+        )
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.mp4").write_bytes(b"no video")
@@ -223,7 +287,9 @@ def test_errors_say_what_to_do(photos, weights, predictor, tmp_path, monkeypatch
     assert "Camera 93 can't be opened" in message(93)
     assert "Heatmaps are computed for images only" in message(tmp_path / "broken.mp4", "--heatmap")
     assert "confidence must be a number in 0..1" in message(photos, "--confidence", 2)
-    assert "model.safetensors is missing" in run_command(monkeypatch, photos, "--weights", tmp_path / "empty")
+    assert "model.safetensors is missing" in run_command(
+        monkeypatch, photos, "--weights", tmp_path / "empty"
+    )
     with pytest.raises(ValueError, match="Unknown format 'xml'. Choose one of json, yolo"):
         predict(photos, predictor, tmp_path / "results", format="xml")
 
@@ -238,12 +304,19 @@ def test_source_is_not_overwritten(photos, predictor):
 
 def test_small_preset_starts_from_the_shipped_detector_in_any_folder(tmp_path, monkeypatch):
     config = PRESETS["small"]
-    assert (config.width, config.image_size, config.batch_size, config.epochs) == (0.25, 224, 16, 40)
+    assert (config.width, config.image_size, config.batch_size, config.epochs) == (
+        0.25,
+        224,
+        16,
+        40,
+    )
     monkeypatch.chdir(tmp_path)
     model = build_model(config.replace(classes=("mask", "no mask")))
     weights = load_file(REPOSITORY / "weights/model.safetensors")
     for name, value in model.state_dict().items():
-        if ".predict." not in name and name != "anchors":  # the heads' last layers depend on the classes
+        if (
+            ".predict." not in name and name != "anchors"
+        ):  # the heads' last layers depend on the classes
             assert torch.equal(value, weights[name].to(value.dtype)), name
     config.save(tmp_path / "config.json")
     assert str(REPOSITORY) not in (tmp_path / "config.json").read_text()
@@ -254,10 +327,15 @@ def test_pretrained_path_prefers_the_current_folder(tmp_path, monkeypatch):
     config = Config(pretrained_weights="weights/backbone")
     assert config.pretrained_path == str(REPOSITORY / "weights/backbone")
     (tmp_path / "weights/backbone").mkdir(parents=True)
-    assert config.pretrained_path == str(REPOSITORY / "weights/backbone")  # a folder of something else
+    assert config.pretrained_path == str(
+        REPOSITORY / "weights/backbone"
+    )  # a folder of something else
     (tmp_path / "weights/backbone/config.json").touch()
     assert config.pretrained_path == "weights/backbone"
-    assert [Config(pretrained_weights=name).pretrained_path for name in ("", "name/model")] == ["", "name/model"]
+    assert [Config(pretrained_weights=name).pretrained_path for name in ("", "name/model")] == [
+        "",
+        "name/model",
+    ]
 
 
 def run_clock(monkeypatch, config: Config, steps: int, seconds_per_step) -> list[str]:
@@ -265,7 +343,9 @@ def run_clock(monkeypatch, config: Config, steps: int, seconds_per_step) -> list
     progress, lines, clock = callbacks.Progress(), [], [0.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(progress, "write", lines.append)
-    trainer = SimpleNamespace(num_training_batches=steps, max_epochs=config.epochs, global_step=0, current_epoch=0)
+    trainer = SimpleNamespace(
+        num_training_batches=steps, max_epochs=config.epochs, global_step=0, current_epoch=0
+    )
     for trainer.current_epoch in range(2):
         for batch in range(steps):
             progress.on_train_batch_start(trainer, SimpleNamespace(config=config), None, batch)
@@ -280,11 +360,18 @@ def test_time_estimate(monkeypatch):
         "Estimated time: 5.0 minutes per epoch, 3.3 hours for the remaining 40, plus validation."
     ]
     estimate, warning = run_clock(monkeypatch, config, 1000, lambda step: 30)
-    assert estimate == "Estimated time: 8.3 hours per epoch, 13.9 days for the remaining 40, plus validation."
+    assert (
+        estimate
+        == "Estimated time: 8.3 hours per epoch, 13.9 days for the remaining 40, plus validation."
+    )
     assert warning.startswith("Warning: that is more than a day.") and 'PRESETS["small"]' in warning
     (estimate,) = run_clock(monkeypatch, config, 3, lambda step: 30)
-    assert estimate.startswith("Estimated time: 1.5 minutes per epoch, 60.0 minutes for the remaining 40")
-    assert run_clock(monkeypatch, config, 2, lambda step: 30) == []  # an epoch has no step between its first and its last
+    assert estimate.startswith(
+        "Estimated time: 1.5 minutes per epoch, 60.0 minutes for the remaining 40"
+    )
+    assert (
+        run_clock(monkeypatch, config, 2, lambda step: 30) == []
+    )  # an epoch has no step between its first and its last
 
 
 def test_time_estimate_of_multi_resolution_training(monkeypatch):
@@ -297,16 +384,30 @@ def test_time_estimate_of_multi_resolution_training(monkeypatch):
     steps = 2000
     epoch = sum(map(seconds, range(steps)))
     (line,) = run_clock(monkeypatch, config, steps, seconds)
-    assert callbacks.remaining_size_factor(config, 0, 0) > 0 and callbacks.remaining_size_factor(config, 500, 39) == 1
-    assert float(line.split()[2]) == pytest.approx(epoch / 60, rel=0.1) and line.split()[3] == "minutes"
+    assert (
+        callbacks.remaining_size_factor(config, 0, 0) > 0
+        and callbacks.remaining_size_factor(config, 500, 39) == 1
+    )
+    assert (
+        float(line.split()[2]) == pytest.approx(epoch / 60, rel=0.1)
+        and line.split()[3] == "minutes"
+    )
 
 
 def test_started_and_resumed_training_print_one_estimate(tmp_path, capsys, monkeypatch):
     config = tiny(tmp_path, shapes_train=26, batch_size=2, image_size=32, width=0.05, epochs=2)
     fit(config)
     output = capsys.readouterr().out
-    assert output.count("Estimated time: ") == 1 and "for the remaining 2," in output and "Warning" not in output
+    assert (
+        output.count("Estimated time: ") == 1
+        and "for the remaining 2," in output
+        and "Warning" not in output
+    )
     monkeypatch.setattr(callbacks, "DURATIONS", ((1e-6, "days"),))
     fit(config, ckpt_path=str(tmp_path / "previous.ckpt"))
     output = capsys.readouterr().out
-    assert output.count("for the remaining 1,") == output.count("Warning: that is more than a day") == 1
+    assert (
+        output.count("for the remaining 1,")
+        == output.count("Warning: that is more than a day")
+        == 1
+    )

@@ -33,7 +33,11 @@ def shallow_model(config: Config) -> YOLOv3:
 def use_backend(monkeypatch, backend) -> None:
     """Let torch.compile trace the network as usual and compile it with `backend`."""
     torch_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: torch_compile(function, backend=backend, **options))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **options: torch_compile(function, backend=backend, **options),
+    )
     torch._dynamo.reset()
 
 

@@ -10,7 +10,9 @@ from src.model.network import ANCHORS
 
 
 def test_saved_settings_load_unchanged(tmp_path):
-    config = Config(dataset="shapes", classes=("a", "b"), multiscale_sizes=(256, 288), width=0.25, max_lr=0.003)
+    config = Config(
+        dataset="shapes", classes=("a", "b"), multiscale_sizes=(256, 288), width=0.25, max_lr=0.003
+    )
     config.save(tmp_path / "run" / "config.json")
     assert Config.load(tmp_path / "run" / "config.json") == config
 
@@ -18,10 +20,19 @@ def test_saved_settings_load_unchanged(tmp_path):
 def test_every_former_name_loads(tmp_path):
     """The settings of an older run, written under all former names."""
     config = Config(
-        dataset="shapes", data_root="/somewhere", multiscale_sizes=(64, 96), multiscale_interval=3, mosaic_prob=0.5,
-        close_mosaic_epochs=7, image_scale=(0.5, 0.9), min_visibility=0.1, gradient_clip_val=1.0, warmup_fraction=0.2,
-        num_workers=5, pretrained_weights="darknet53.conv.74",
-    )  # fmt: skip
+        dataset="shapes",
+        data_root="/somewhere",
+        multiscale_sizes=(64, 96),
+        multiscale_interval=3,
+        mosaic_prob=0.5,
+        close_mosaic_epochs=7,
+        image_scale=(0.5, 0.9),
+        min_visibility=0.1,
+        gradient_clip_val=1.0,
+        warmup_fraction=0.2,
+        num_workers=5,
+        pretrained_weights="darknet53.conv.74",
+    )
     values = dataclasses.asdict(config)
     for former, name in FORMER_NAMES.items():
         assert values[name] != getattr(Config(), name), name
@@ -59,9 +70,21 @@ def test_invalid_settings_are_named(setting, message):
 
 def test_lists_paths_and_single_strings_become_what_is_saved(tmp_path):
     """("mask") without its comma is a string; it would be read as four classes."""
-    config = Config(classes="mask", train_splits=["2012/*"], multiscale_sizes=range(64, 129, 32), run_dir=tmp_path / "run")
-    assert config.classes == ("mask",) and config.train_splits == ("2012/*",) and config.multiscale_sizes == (64, 96, 128)
-    assert config.replace(anchors=[[list(anchor) for anchor in scale] for scale in config.anchors]) == config
+    config = Config(
+        classes="mask",
+        train_splits=["2012/*"],
+        multiscale_sizes=range(64, 129, 32),
+        run_dir=tmp_path / "run",
+    )
+    assert (
+        config.classes == ("mask",)
+        and config.train_splits == ("2012/*",)
+        and config.multiscale_sizes == (64, 96, 128)
+    )
+    assert (
+        config.replace(anchors=[[list(anchor) for anchor in scale] for scale in config.anchors])
+        == config
+    )
     config.save(tmp_path / "config.json")
     assert Config.load(tmp_path / "config.json") == config
 
@@ -79,7 +102,10 @@ def test_data_root_comes_from_the_environment(monkeypatch):
 def test_voc_root_is_the_former_name_of_data_root():
     config = Config(voc_root="/somewhere")
     assert config == Config(data_root="/somewhere") and "voc_root" not in dataclasses.asdict(config)
-    assert config.replace(epochs=3).data_root == "/somewhere" and config.replace(voc_root="/other").data_root == "/other"
+    assert (
+        config.replace(epochs=3).data_root == "/somewhere"
+        and config.replace(voc_root="/other").data_root == "/other"
+    )
 
 
 def test_voc_classes_and_anchors():

@@ -42,9 +42,9 @@ def differ(one, other) -> np.ndarray:
 
 
 def settings(**changes) -> Config:
-    return Config(image_size=96, classes=("a", "b", "c", "d"), epochs=1000, close_mosaic_epochs=0, cache_gb=0).replace(
-        **changes
-    )
+    return Config(
+        image_size=96, classes=("a", "b", "c", "d"), epochs=1000, close_mosaic_epochs=0, cache_gb=0
+    ).replace(**changes)
 
 
 @pytest.mark.parametrize("mosaic", [0.0, 1.0])
@@ -56,15 +56,23 @@ def test_boxes_follow_their_pixels(mosaic):
         without = MosaicDataset(records(missing=label), config)
         for sample_id in range(label, 160, 4):
             image, boxes, labels = complete[sample_id]
-            changed = torch.from_numpy(differ(image.permute(1, 2, 0), without[sample_id][0].permute(1, 2, 0)))  # [S, S]
+            changed = torch.from_numpy(
+                differ(image.permute(1, 2, 0), without[sample_id][0].permute(1, 2, 0))
+            )  # [S, S]
             enclosed = torch.zeros_like(changed)
             for x1, y1, x2, y2 in (cxcywh_to_xyxy(boxes[labels == label]) * 96).tolist():
-                enclosed[max(0, floor(y1 - 1.1)) : ceil(y2 + 1.1), max(0, floor(x1 - 1.1)) : ceil(x2 + 1.1)] = True
+                enclosed[
+                    max(0, floor(y1 - 1.1)) : ceil(y2 + 1.1),
+                    max(0, floor(x1 - 1.1)) : ceil(x2 + 1.1),
+                ] = True
                 inside = changed[ceil(y1 + 0.6) : floor(y2 - 0.6), ceil(x1 + 0.6) : floor(x2 - 0.6)]
                 assert inside.all(), (sample_id, label)
                 seen += inside.numel() > 0
             outside = (changed & ~enclosed).nonzero()
-            assert len(outside) == 0 or (outside.max(dim=0).values - outside.min(dim=0).values).min() <= 2, (sample_id, label)
+            assert (
+                len(outside) == 0
+                or (outside.max(dim=0).values - outside.min(dim=0).values).min() <= 2
+            ), (sample_id, label)
     assert seen > 100
 
 
@@ -74,7 +82,10 @@ def test_multi_resolution_composes_at_the_largest_size(mosaic):
     config = settings(mosaic_prob=mosaic)
     single, multi = (
         MosaicDataset(records(), changed)
-        for changed in (config.replace(image_size=160), config.replace(multiscale_sizes=(64, 160, 128)))
+        for changed in (
+            config.replace(image_size=160),
+            config.replace(multiscale_sizes=(64, 160, 128)),
+        )
     )
     for sample_id in range(20):
         for one, other in zip(single[sample_id], multi[sample_id], strict=True):
@@ -89,7 +100,9 @@ def test_each_augmentation_moves_boxes_with_pixels():
     background = np.full_like(image, PAD)
     for step in augmentations().transforms:
         step.p = 1.0
-        pipeline = A.Compose([step], bbox_params=A.BboxParams("pascal_voc", label_fields=["labels"]))
+        pipeline = A.Compose(
+            [step], bbox_params=A.BboxParams("pascal_voc", label_fields=["labels"])
+        )
         pipeline.set_random_seed(1)
         out = pipeline(image=image, bboxes=np.float32([[5, 10, 20, 30]]), labels=[0])
         pipeline.set_random_seed(1)
@@ -110,7 +123,9 @@ def test_the_box_of_a_whole_image_ends_where_its_pixels_end():
         moved, shift = paste(canvas, region, image, scale, top_left)
         box, _ = transform_boxes(np.float32([[0, 0, width, height]]), moved, shift, region, 0.0)
         rows, columns = np.nonzero((canvas != PAD).any(axis=-1))
-        np.testing.assert_allclose(box[0], (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), atol=1e-3)
+        np.testing.assert_allclose(
+            box[0], (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), atol=1e-3
+        )
 
 
 def test_mosaic_fraction_and_closing_epochs():
@@ -118,20 +133,31 @@ def test_mosaic_fraction_and_closing_epochs():
     fraction = np.mean([data.is_mosaic(sample_id) for sample_id in range(4000)])
     assert abs(fraction - 0.75) < 4 * np.sqrt(0.75 * 0.25 / 4000)
     closing = MosaicDataset(records(), settings(epochs=10, close_mosaic_epochs=2))
-    assert any(map(closing.is_mosaic, range(8 * 4))) and not any(map(closing.is_mosaic, range(32, 40)))
+    assert any(map(closing.is_mosaic, range(8 * 4))) and not any(
+        map(closing.is_mosaic, range(32, 40))
+    )
 
 
 def test_mosaic_joins_four_images_at_a_random_point():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
-    images = [make_record(np.full((96, 96, 3), c, np.uint8), [[0, 0, 96, 96]], [i], [False]) for i, c in enumerate(colours)]
-    data = MosaicDataset(images, settings(mosaic_prob=1.0, mosaic_scale=(1.2, 1.25), min_visibility=0.0))
+    images = [
+        make_record(np.full((96, 96, 3), c, np.uint8), [[0, 0, 96, 96]], [i], [False])
+        for i, c in enumerate(colours)
+    ]
+    data = MosaicDataset(
+        images, settings(mosaic_prob=1.0, mosaic_scale=(1.2, 1.25), min_visibility=0.0)
+    )
     corners, classes = set(), set()
     for sample_id in range(40):
         _, boxes, labels = data[sample_id]
-        assert len(boxes) == 4 and labels.tolist().count(sample_id % 4) >= 1  # its own image and three others
+        assert (
+            len(boxes) == 4 and labels.tolist().count(sample_id % 4) >= 1
+        )  # its own image and three others
         corners |= {round(v.item(), 2) for v in (boxes[:, 0] - boxes[:, 2] / 2)}
         classes |= set(labels.tolist())
-        assert boxes[:, 2:].prod(dim=1).sum() == pytest.approx(1, abs=0.02)  # together they cover the canvas
+        assert boxes[:, 2:].prod(dim=1).sum() == pytest.approx(
+            1, abs=0.02
+        )  # together they cover the canvas
     assert len(corners) > 20 and classes == {0, 1, 2, 3}
 
 
@@ -144,12 +170,22 @@ def test_images_are_scaled_by_config(mosaic):
     low, high = scales = (0.6, 0.8) if mosaic else (0.3, 0.5)
     data = MosaicDataset(
         records(),
-        settings(image_size=416, mosaic_prob=mosaic, mosaic_scale=(0.6, 0.8), image_scale=(0.3, 0.5), min_visibility=0.99),
+        settings(
+            image_size=416,
+            mosaic_prob=mosaic,
+            mosaic_scale=(0.6, 0.8),
+            image_scale=(0.3, 0.5),
+            min_visibility=0.99,
+        ),
     )
     original = np.concatenate([data.image(number)[1] for number in range(4)]) / 416
     areas = (original[:, 2:] - original[:, :2]).prod(axis=1)
-    samples = [(boxes[:, 2:].prod(dim=1), labels) for _, boxes, labels in map(data.__getitem__, range(120))]
-    measured = np.sqrt(np.concatenate([area.numpy() / areas[labels.numpy()] for area, labels in samples]))
+    samples = [
+        (boxes[:, 2:].prod(dim=1), labels) for _, boxes, labels in map(data.__getitem__, range(120))
+    ]
+    measured = np.sqrt(
+        np.concatenate([area.numpy() / areas[labels.numpy()] for area, labels in samples])
+    )
     assert len(measured) > 60 and low - 0.01 < measured.min() and measured.max() < high + 0.01
     assert measured.min() < np.quantile(scales, 0.2) and measured.max() > np.quantile(scales, 0.8)
 
@@ -161,30 +197,46 @@ def test_samples_have_no_degenerate_boxes(min_visibility):
     for _ in range(12):
         corner = random.uniform(0, 90, (8, 2))
         boxes = np.concatenate((corner, corner + random.uniform(0.5, 10, (8, 2))), axis=1)
-        images.append(make_record(np.zeros((100, 100, 3), np.uint8), boxes, random.integers(0, 4, 8), np.zeros(8)))
+        images.append(
+            make_record(
+                np.zeros((100, 100, 3), np.uint8), boxes, random.integers(0, 4, 8), np.zeros(8)
+            )
+        )
     data = MosaicDataset(images, settings(min_visibility=min_visibility))
     for sample_id in range(200):
         image, boxes, labels = data[sample_id]
         assert image.shape == (3, 96, 96) and image.dtype == torch.uint8
-        assert boxes.dtype == torch.float32 and labels.dtype == torch.int64 and len(boxes) == len(labels)
+        assert (
+            boxes.dtype == torch.float32
+            and labels.dtype == torch.int64
+            and len(boxes) == len(labels)
+        )
         edges = cxcywh_to_xyxy(boxes)
         assert (edges >= -1e-6).all() and (edges <= 1 + 1e-6).all()
         assert (boxes[:, 2:] * 96 >= 1.99).all()
 
 
 def test_boxes_with_low_visibility_are_dropped():
-    data = MosaicDataset(records(), settings(mosaic_prob=1.0, min_visibility=0.6, mosaic_scale=(0.9, 1.25)))
+    data = MosaicDataset(
+        records(), settings(mosaic_prob=1.0, min_visibility=0.6, mosaic_scale=(0.9, 1.25))
+    )
     kept = sum(len(data[sample_id][1]) for sample_id in range(60))
-    all_boxes = MosaicDataset(records(), settings(mosaic_prob=1.0, min_visibility=0.0, mosaic_scale=(0.9, 1.25)))
+    all_boxes = MosaicDataset(
+        records(), settings(mosaic_prob=1.0, min_visibility=0.0, mosaic_scale=(0.9, 1.25))
+    )
     assert 0 < kept < sum(len(all_boxes[sample_id][1]) for sample_id in range(60))
 
 
 def test_same_seed_gives_same_samples_and_epochs_differ():
     one, again, other = (MosaicDataset(records(), settings(seed=seed)) for seed in (3, 3, 4))
     for sample_id in range(12):
-        assert torch.equal(one[sample_id][0], again[sample_id][0]) and torch.equal(one[sample_id][1], again[sample_id][1])
+        assert torch.equal(one[sample_id][0], again[sample_id][0]) and torch.equal(
+            one[sample_id][1], again[sample_id][1]
+        )
     assert not any(torch.equal(one[sample_id][0], other[sample_id][0]) for sample_id in range(8))
-    assert not any(torch.equal(one[sample_id][0], one[sample_id + 4][0]) for sample_id in range(4))  # the next epoch
+    assert not any(
+        torch.equal(one[sample_id][0], one[sample_id + 4][0]) for sample_id in range(4)
+    )  # the next epoch
 
 
 def test_worker_count_does_not_change_samples():
@@ -211,7 +263,11 @@ def test_an_epoch_has_each_image_once():
 
 def test_collate():
     data = MosaicDataset(records(), settings())
-    samples = [data[0], (*data[1][:1], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), data[2]]
+    samples = [
+        data[0],
+        (*data[1][:1], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)),
+        data[2],
+    ]
     batch = collate(samples)
     assert batch["images"].shape == (3, 3, 96, 96) and batch["images"].dtype == torch.uint8
     assert batch["images"].is_contiguous(memory_format=torch.channels_last)
@@ -223,7 +279,9 @@ def test_collate():
 @pytest.mark.parametrize("size", [(53, 200), (200, 53), (96, 96), (31, 17), (500, 375)])
 def test_validation_and_predictor_use_the_same_letterbox(tmp_path, size):
     path = tmp_path / "photo.jpg"
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (size[1] // 4 + 1, size[0] // 4 + 1, 3), dtype=np.uint8
+    )
     Image.fromarray(pixels).resize(size).save(path)
     record = make_record(str(path), [[5, 4, 15, 12]], [0], [False])
     square, boxes, _, _ = ValDataset([record], settings())[0]

@@ -28,9 +28,14 @@ RECORDS = draw_shapes(6, size=96)
 COUNT = len(SHAPE_CLASSES)
 TARGETS = course_targets(PRESETS["voc"])
 GROUND_TRUTH = np.concatenate(
-    [np.c_[np.full(len(r.labels), i), r.labels, r.difficult, r.boxes / 96] for i, r in enumerate(RECORDS)]
+    [
+        np.c_[np.full(len(r.labels), i), r.labels, r.difficult, r.boxes / 96]
+        for i, r in enumerate(RECORDS)
+    ]
 ).astype(np.float32)
-PREDICTIONS = np.c_[GROUND_TRUTH[:, :2], np.linspace(0.3, 0.9, len(GROUND_TRUTH)), GROUND_TRUTH[:, 3:]].astype(np.float32)
+PREDICTIONS = np.c_[
+    GROUND_TRUTH[:, :2], np.linspace(0.3, 0.9, len(GROUND_TRUTH)), GROUND_TRUTH[:, 3:]
+].astype(np.float32)
 
 
 def write_metrics(path, rows):
@@ -45,13 +50,21 @@ def rows_of(epochs, shift=0.0):
     for epoch in epochs:
         step = 10 * epoch + 9
         yield {"step": step - 5, "lr": 0.001}
-        yield {"epoch": epoch, "step": step, "val/loss": 5 - epoch + shift, "val/accuracy/class": 0.5, "val/class_loss": 2.0}
+        yield {
+            "epoch": epoch,
+            "step": step,
+            "val/loss": 5 - epoch + shift,
+            "val/accuracy/class": 0.5,
+            "val/class_loss": 2.0,
+        }
         yield {"epoch": epoch, "step": step, "train/loss": 6 - epoch + shift}
 
 
 def detections_of(record) -> Detections:
     """The ground truth of a record as detections of confidence 0.5."""
-    return Detections(record.boxes, np.full(len(record.labels), 0.5, np.float32), record.labels, record.labels)
+    return Detections(
+        record.boxes, np.full(len(record.labels), 0.5, np.float32), record.labels, record.labels
+    )
 
 
 def explanation_of(record, message="") -> SimpleNamespace:
@@ -69,29 +82,54 @@ def figures(tmp_path):
     """Yield all figures with their names."""
     write_metrics(tmp_path / "metrics.csv", list(rows_of(range(3))))
     data = MosaicDataset(RECORDS, Config(dataset="shapes", classes=SHAPE_CLASSES, image_size=64))
-    images, detections = [record.image for record in RECORDS[:2]], [detections_of(record) for record in RECORDS[:2]]
+    images, detections = (
+        [record.image for record in RECORDS[:2]],
+        [detections_of(record) for record in RECORDS[:2]],
+    )
     explanations = [explanation_of(record) for record in RECORDS[:2]]
     per_class = per_class_table(PREDICTIONS, GROUND_TRUTH, SHAPE_CLASSES)
     yield "annotations", image_figures.plot_annotations(RECORDS, SHAPE_CLASSES)
     yield "samples", image_figures.plot_samples([data[0], data[1]], SHAPE_CLASSES, ["a", "b"])
     yield "detections", image_figures.plot_detections(images, detections, SHAPE_CLASSES)
-    yield "detections and ground truth", image_figures.plot_detections(images, detections, SHAPE_CLASSES, RECORDS[:2])
+    yield (
+        "detections and ground truth",
+        image_figures.plot_detections(images, detections, SHAPE_CLASSES, RECORDS[:2]),
+    )
     yield "heatmap", image_figures.plot_gradcam(images[0], explanations[:1], SHAPE_CLASSES)
-    yield "heatmaps of two images", image_figures.plot_gradcam(images, explanations, SHAPE_CLASSES, ["a", "b"])
-    yield "anchor assignment", image_figures.plot_anchor_assignment(data[0], torch.tensor(ANCHORS), SHAPE_CLASSES)
+    yield (
+        "heatmaps of two images",
+        image_figures.plot_gradcam(images, explanations, SHAPE_CLASSES, ["a", "b"]),
+    )
+    yield (
+        "anchor assignment",
+        image_figures.plot_anchor_assignment(data[0], torch.tensor(ANCHORS), SHAPE_CLASSES),
+    )
     yield "data set", curves.plot_dataset_summary(RECORDS, SHAPE_CLASSES)
     yield "anchors", curves.plot_anchors(RECORDS, ANCHORS)
-    yield "range test", curves.plot_lr_finder(LRFinderResult([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
+    yield (
+        "range test",
+        curves.plot_lr_finder(
+            LRFinderResult([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2)
+        ),
+    )
     yield "training curves", curves.plot_training_curves(tmp_path / "metrics.csv", TARGETS)
     yield "precision and recall", curves.plot_precision_recall(PREDICTIONS, GROUND_TRUTH, per_class)
     yield "per-class AP", curves.plot_per_class_ap(per_class)
-    yield "confusion matrix", curves.plot_confusion_matrix(confusion(PREDICTIONS, GROUND_TRUTH, COUNT), SHAPE_CLASSES)
+    yield (
+        "confusion matrix",
+        curves.plot_confusion_matrix(confusion(PREDICTIONS, GROUND_TRUTH, COUNT), SHAPE_CLASSES),
+    )
     yield "sampled sizes", curves.plot_multiscale_sizes([64, 64, 96])
-    yield "size comparison", curves.plot_size_comparison([64, 96], {"one": [0.5, 0.5], "many": [0.4, 0.5]}, [3.0, 5.0])
+    yield (
+        "size comparison",
+        curves.plot_size_comparison([64, 96], {"one": [0.5, 0.5], "many": [0.4, 0.5]}, [3.0, 5.0]),
+    )
 
 
 def test_the_range_test_figure_shows_the_decrease_but_not_the_divergence():
-    figure = curves.plot_lr_finder(LRFinderResult([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2))
+    figure = curves.plot_lr_finder(
+        LRFinderResult([1e-4, 1e-3, 1e-2, 1e-1], [5.0, 7.0, 4.0, 90.0], 1e-2)
+    )
     low, high = figure.axes[0].get_ylim()
     assert low < 4 and 7 < high < 90
 
@@ -118,9 +156,15 @@ def has_colour(image, colour):
 def test_a_class_has_the_same_colour_in_every_figure():
     colours = class_colours(COUNT)
     bars = curves.plot_dataset_summary(RECORDS, SHAPE_CLASSES).axes[0].patches
-    np.testing.assert_allclose([to_rgb(bar.get_facecolor()) for bar in bars], np.array(colours) / 255)
+    np.testing.assert_allclose(
+        [to_rgb(bar.get_facecolor()) for bar in bars], np.array(colours) / 255
+    )
     annotated = tile(image_figures.plot_annotations(RECORDS[:1], SHAPE_CLASSES))
-    detected = tile(image_figures.plot_detections([RECORDS[0].image], [detections_of(RECORDS[0])], SHAPE_CLASSES))
+    detected = tile(
+        image_figures.plot_detections(
+            [RECORDS[0].image], [detections_of(RECORDS[0])], SHAPE_CLASSES
+        )
+    )
     for label in RECORDS[0].labels:
         assert has_colour(annotated, colours[label]) and has_colour(detected, colours[label])
 
@@ -136,28 +180,53 @@ def test_images_are_shown_at_their_own_pixel_size_with_readable_text():
 
 def test_ground_truth_is_shown_beside_the_predictions():
     images = [record.image for record in RECORDS[:2]]
-    figure = image_figures.plot_detections(images, list(map(detections_of, RECORDS[:2])), SHAPE_CLASSES, RECORDS[:2])
-    assert [axis.get_title(loc="left") for axis in figure.axes] == ["ground truth", "predictions"] * 2
+    figure = image_figures.plot_detections(
+        images, list(map(detections_of, RECORDS[:2])), SHAPE_CLASSES, RECORDS[:2]
+    )
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "ground truth",
+        "predictions",
+    ] * 2
     left, right = tile(figure, 0), tile(figure, 1)
     colour = class_colours(COUNT)[RECORDS[0].labels[0]]
-    assert 0 < (left == colour).all(axis=-1).sum() < (right == colour).all(axis=-1).sum()  # dashed, and a shorter label
+    assert (
+        0 < (left == colour).all(axis=-1).sum() < (right == colour).all(axis=-1).sum()
+    )  # dashed, and a shorter label
 
 
 def test_an_image_explained_several_times_is_shown_once():
-    explanation, message = explanation_of(RECORDS[0]), explanation_of(RECORDS[0], "No star above 25%.")
+    explanation, message = (
+        explanation_of(RECORDS[0]),
+        explanation_of(RECORDS[0], "No star above 25%."),
+    )
     figure = image_figures.plot_gradcam(RECORDS[0].image, [explanation, message], SHAPE_CLASSES)
     titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert titles == ["detections", f"heatmap of {SHAPE_CLASSES[RECORDS[0].labels[0]]} 50%", "No star above 25%."]
-    figure = image_figures.plot_gradcam([RECORDS[0].image] * 2, [explanation, explanation], SHAPE_CLASSES, ["a", "b"])
-    assert [axis.get_title(loc="left") for axis in figure.axes] == ["detections", "a", "detections", "b"]
+    assert titles == [
+        "detections",
+        f"heatmap of {SHAPE_CLASSES[RECORDS[0].labels[0]]} 50%",
+        "No star above 25%.",
+    ]
+    figure = image_figures.plot_gradcam(
+        [RECORDS[0].image] * 2, [explanation, explanation], SHAPE_CLASSES, ["a", "b"]
+    )
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "detections",
+        "a",
+        "detections",
+        "b",
+    ]
 
 
 def test_letters_besides_ascii_are_drawn(monkeypatch):
     """Pillow's own font shows all letters that it lacks as the same empty square."""
-    monkeypatch.setattr(drawing, "SYSTEM_FONTS", (f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf",))
+    monkeypatch.setattr(
+        drawing, "SYSTEM_FONTS", (f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf",)
+    )
     drawing._font.cache_clear()
     canvas, box = np.zeros((64, 128, 3), np.uint8), np.float32([[10, 30, 100, 60]])
-    one, other = (drawing.draw_boxes(canvas, box, [(255, 255, 255)], [text]) for text in ("кошка", "собак"))
+    one, other = (
+        drawing.draw_boxes(canvas, box, [(255, 255, 255)], [text]) for text in ("кошка", "собак")
+    )
     drawing._font.cache_clear()
     assert not np.array_equal(one, other)
 
@@ -166,11 +235,15 @@ def test_images_may_be_files(tmp_path):
     path, record = tmp_path / "image.png", RECORDS[0]
     Image.fromarray(record.image).save(path)
     for figure, expected in (
-        (image_figures.plot_detections([path], [detections_of(record)], SHAPE_CLASSES),
-         image_figures.plot_detections([record.image], [detections_of(record)], SHAPE_CLASSES)),
-        (image_figures.plot_gradcam(path, [explanation_of(record)], SHAPE_CLASSES),
-         image_figures.plot_gradcam(record.image, [explanation_of(record)], SHAPE_CLASSES)),
-    ):  # fmt: skip
+        (
+            image_figures.plot_detections([path], [detections_of(record)], SHAPE_CLASSES),
+            image_figures.plot_detections([record.image], [detections_of(record)], SHAPE_CLASSES),
+        ),
+        (
+            image_figures.plot_gradcam(path, [explanation_of(record)], SHAPE_CLASSES),
+            image_figures.plot_gradcam(record.image, [explanation_of(record)], SHAPE_CLASSES),
+        ),
+    ):
         assert len(figure.axes) == len(expected.axes)
         for number in range(len(figure.axes)):
             np.testing.assert_array_equal(tile(figure, number), tile(expected, number))
@@ -178,7 +251,10 @@ def test_images_may_be_files(tmp_path):
 
 def test_the_anchor_assignment_figure_has_ground_truth_and_a_legend():
     record = RECORDS[0]
-    centres, sizes = (record.boxes[:, :2] + record.boxes[:, 2:]) / 192, (record.boxes[:, 2:] - record.boxes[:, :2]) / 96
+    centres, sizes = (
+        (record.boxes[:, :2] + record.boxes[:, 2:]) / 192,
+        (record.boxes[:, 2:] - record.boxes[:, :2]) / 96,
+    )
     image = torch.from_numpy(record.image).permute(2, 0, 1)
     sample = image, torch.from_numpy(np.hstack((centres, sizes))), torch.from_numpy(record.labels)
     figure = image_figures.plot_anchor_assignment(sample, torch.tensor(ANCHORS), SHAPE_CLASSES)
@@ -189,18 +265,25 @@ def test_the_anchor_assignment_figure_has_ground_truth_and_a_legend():
 
 
 def test_the_axis_of_the_size_comparison_shows_small_differences():
-    figure = curves.plot_size_comparison([128, 160], {"one": [0.90, 0.92], "many": [0.91, 0.93]}, [3.0, 5.0])
+    figure = curves.plot_size_comparison(
+        [128, 160], {"one": [0.90, 0.92], "many": [0.91, 0.93]}, [3.0, 5.0]
+    )
     low, high = figure.axes[0].get_ylim()
     assert 0.85 < low < 0.90 and 0.93 < high < 0.97
     assert f"{low:.2f} to {high:.2f}" in figure.axes[0].get_ylabel()
     assert len(figure.axes[0].lines) == 2 and len(figure.axes[1].lines) == 1
-    figure = curves.plot_size_comparison([128, 160], {str(run): [0.9, 0.9] for run in range(5)}, [3.0, 5.0])
+    figure = curves.plot_size_comparison(
+        [128, 160], {str(run): [0.9, 0.9] for run in range(5)}, [3.0, 5.0]
+    )
     assert len({(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}) == 5
 
 
 def test_class_loss_and_class_accuracy_have_their_own_panels(tmp_path):
     write_metrics(tmp_path / "m.csv", list(rows_of(range(2))))
-    axes = {axis.get_title(loc="left"): axis for axis in curves.plot_training_curves(tmp_path / "m.csv", TARGETS).axes}
+    axes = {
+        axis.get_title(loc="left"): axis
+        for axis in curves.plot_training_curves(tmp_path / "m.csv", TARGETS).axes
+    }
     assert list(axes["Class accuracy"].lines[0].get_ydata()) == [0.5, 0.5]
     assert list(axes["Class loss"].lines[1].get_ydata()) == [2.0, 2.0]
 
@@ -231,7 +314,10 @@ def test_curves_of_a_run_in_progress(tmp_path):
 
 def test_the_learning_rate_is_plotted(tmp_path):
     write_metrics(tmp_path / "m.csv", list(rows_of(range(2))))
-    axes = {axis.get_title(loc="left"): axis for axis in curves.plot_training_curves(tmp_path / "m.csv", TARGETS).axes}
+    axes = {
+        axis.get_title(loc="left"): axis
+        for axis in curves.plot_training_curves(tmp_path / "m.csv", TARGETS).axes
+    }
     assert list(axes["Learning rate (OneCycle)"].lines[0].get_ydata()) == [0.001, 0.001]
 
 

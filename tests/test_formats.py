@@ -29,7 +29,9 @@ def write_yolo(root: Path, labels: dict[str, str | None], data: str = DATA_YAML)
     """Write a YOLO data set of {image path: content of its label file}. None writes no label file."""
     for name, text in labels.items():
         save_image(root / name)
-        label = Path(*("labels" if part == "images" else part for part in Path(name).parts)).with_suffix(".txt")
+        label = Path(
+            *("labels" if part == "images" else part for part in Path(name).parts)
+        ).with_suffix(".txt")
         (root / label).parent.mkdir(parents=True, exist_ok=True)
         if text is not None:
             (root / label).write_text(text)
@@ -39,8 +41,17 @@ def write_yolo(root: Path, labels: dict[str, str | None], data: str = DATA_YAML)
 
 def coco_data(num_images: int = 2, **changes) -> dict:
     """COCO content with one box [10, 20, 50, 60] in the first image. changes: to its annotation."""
-    images = [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 80} for i in range(1, num_images + 1)]
-    annotation = {"id": 5, "image_id": 1, "category_id": 7, "bbox": [10, 20, 40, 40], "iscrowd": 0} | changes
+    images = [
+        {"id": i, "file_name": f"{i}.png", "width": 100, "height": 80}
+        for i in range(1, num_images + 1)
+    ]
+    annotation = {
+        "id": 5,
+        "image_id": 1,
+        "category_id": 7,
+        "bbox": [10, 20, 40, 40],
+        "iscrowd": 0,
+    } | changes
     return {"images": images, "annotations": [annotation], "categories": CATEGORIES}
 
 
@@ -60,13 +71,18 @@ YOLO_LAYOUTS = {  # data.yaml, images
     "ultralytics": (DATA_YAML, ("images/train/a.jpg", "images/val/b.png")),
     "roboflow": (
         "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 2\nnames: ['dog', 'no']\n",
-        ("train/images/a.jpg", "valid/images/b.JPEG")),
+        ("train/images/a.jpg", "valid/images/b.JPEG"),
+    ),
     "mapping": (
         "path: /content/elsewhere\ntrain: images/train\nval: images/val\nnames:\n  0: dog\n  1: no\n",
-        ("images/train/a.bmp", "images/val/sub/b.webp")),
-    "lists": ("train: train.txt\nval: [val.txt]\nnames: [dog, no]\n", ("images/a.jpg", "images/b.tif")),
+        ("images/train/a.bmp", "images/val/sub/b.webp"),
+    ),
+    "lists": (
+        "train: train.txt\nval: [val.txt]\nnames: [dog, no]\n",
+        ("images/a.jpg", "images/b.tif"),
+    ),
     "beside": ("train: train\nval: val\nnames: [dog, no]\n", ("train/a.jpg", "val/b.jpg")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", YOLO_LAYOUTS)
@@ -78,20 +94,38 @@ def test_yolo_layouts(tmp_path, layout):
     config, (train,), (val,) = splits_of(tmp_path)
     assert (config.dataset, config.classes) == ("yolo", ("dog", "no"))
     assert (config.train_splits, config.val_splits) == (("train",), ("val",))
-    assert Path(train.image).resolve() == tmp_path / train_image and Path(val.image).resolve() == tmp_path / val_image
+    assert (
+        Path(train.image).resolve() == tmp_path / train_image
+        and Path(val.image).resolve() == tmp_path / val_image
+    )
     np.testing.assert_allclose(train.boxes, [[10, 20, 50, 60]], atol=1e-4)
     np.testing.assert_allclose(val.boxes, [[0, 0, 100, 80]], atol=1e-4)
-    assert train.labels.tolist() == [0] and val.labels.tolist() == [1] and train.difficult.tolist() == [False]
-    assert resolve(config) == config and splits_of(tmp_path / "data.yaml")[0].classes == config.classes
+    assert (
+        train.labels.tolist() == [0]
+        and val.labels.tolist() == [1]
+        and train.difficult.tolist() == [False]
+    )
+    assert (
+        resolve(config) == config and splits_of(tmp_path / "data.yaml")[0].classes == config.classes
+    )
 
 
 def test_yolo_images_without_objects_and_polygons(tmp_path):
     polygon = "1 0.1 0.25 0.5 0.3 0.4 0.75\n"
-    write_yolo(tmp_path, {"images/train/a.jpg": "", "images/train/b.jpg": None, "images/train/c.jpg": polygon + "\n" + LINE,
-                          "images/val/d.jpg": LINE})  # fmt: skip
+    write_yolo(
+        tmp_path,
+        {
+            "images/train/a.jpg": "",
+            "images/train/b.jpg": None,
+            "images/train/c.jpg": polygon + "\n" + LINE,
+            "images/val/d.jpg": LINE,
+        },
+    )
     _, train, _ = splits_of(tmp_path)
     assert [len(record.boxes) for record in train] == [0, 0, 2]
-    np.testing.assert_allclose(train[2].boxes, [[10, 20, 50, 60]] * 2, atol=1e-4)  # the box around the polygon
+    np.testing.assert_allclose(
+        train[2].boxes, [[10, 20, 50, 60]] * 2, atol=1e-4
+    )  # the box around the polygon
 
 
 def test_yolo_own_class_order(tmp_path):
@@ -120,8 +154,14 @@ def test_yolo_own_class_order(tmp_path):
     ],
 )
 def test_yolo_problems_name_file_and_line(tmp_path, line, message):
-    write_yolo(tmp_path, {"images/train/a.jpg": LINE + line, "images/train/b.jpg": LINE, "images/val/c.jpg": LINE})
-    with pytest.raises(ValueError, match=rf"(?s)1 of 2 images of train.*a\.txt: line 2.*{message}.*skip_bad_files=True"):
+    write_yolo(
+        tmp_path,
+        {"images/train/a.jpg": LINE + line, "images/train/b.jpg": LINE, "images/val/c.jpg": LINE},
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"(?s)1 of 2 images of train.*a\.txt: line 2.*{message}.*skip_bad_files=True",
+    ):
         splits_of(tmp_path)
     assert len(splits_of(tmp_path, skip_bad_files=True)[1]) == 1
 
@@ -138,11 +178,17 @@ def test_yolo_problems_name_file_and_line(tmp_path, line, message):
         ("names: 3\n", "`names` must be a list"),
         ("nc: 3\nnames: [dog, no]\n", "`nc` is 3, but `names` has 2 classes"),
         (DATA_YAML + "kpt_shape: [17, 3]\n", "keypoint labels are not supported"),
-        ("names: [dog, no]\ntrain: images/nowhere\nval: images/val\n", "`train` is images/nowhere, but .* is missing"),
+        (
+            "names: [dog, no]\ntrain: images/nowhere\nval: images/val\n",
+            "`train` is images/nowhere, but .* is missing",
+        ),
         ("names: [dog, no]\nval: images/val\n", "no split 'train'|no label files"),
         ("names: [dog, no]\ntrain: images/empty\nval: images/val\n", "`train` has no images"),
         ("names: [dog, no]\ntrain: {a: b}\nval: images/val\n", "`train` is .*is missing"),
-        ("names: [dog, no]\ntrain: noise.txt\nval: images/val\n", r"noise\.txt is not a list of images in UTF-8"),
+        (
+            "names: [dog, no]\ntrain: noise.txt\nval: images/val\n",
+            r"noise\.txt is not a list of images in UTF-8",
+        ),
     ],
 )
 def test_invalid_data_yaml(tmp_path, data, message):
@@ -155,15 +201,29 @@ def test_invalid_data_yaml(tmp_path, data, message):
 
 def test_yolo_without_any_label_file(tmp_path):
     write_yolo(tmp_path, {"images/train/a.jpg": None, "images/val/b.jpg": LINE})
-    with pytest.raises(FileNotFoundError, match=r"\('train',\) have no label files, such as .*labels.train.a\.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"\('train',\) have no label files, such as .*labels.train.a\.txt"
+    ):
         splits_of(tmp_path)
 
 
 COCO_LAYOUTS = {  # JSON files and image folders of training and validation
-    "coco": (("annotations/instances_train2017.json", "train2017"), ("annotations/instances_val2017.json", "val2017")),
-    "coco images": (("annotations/instances_train.json", "images/train"), ("annotations/instances_val.json", "images/val")),
-    "roboflow": (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
-    "fiftyone": (("train/labels.json", "train/data"), ("validation/labels.json", "validation/data")),
+    "coco": (
+        ("annotations/instances_train2017.json", "train2017"),
+        ("annotations/instances_val2017.json", "val2017"),
+    ),
+    "coco images": (
+        ("annotations/instances_train.json", "images/train"),
+        ("annotations/instances_val.json", "images/val"),
+    ),
+    "roboflow": (
+        ("train/_annotations.coco.json", "train"),
+        ("valid/_annotations.coco.json", "valid"),
+    ),
+    "fiftyone": (
+        ("train/labels.json", "train/data"),
+        ("validation/labels.json", "validation/data"),
+    ),
     "root": (("train.json", "images"), ("val.json", "images")),
     "suffixes": (("annotations_train.json", "images"), ("lvis_v1_val.json", "images")),
 }
@@ -171,14 +231,19 @@ COCO_LAYOUTS = {  # JSON files and image folders of training and validation
 
 @pytest.mark.parametrize("layout", COCO_LAYOUTS)
 def test_coco_layouts(tmp_path, layout):
-    for (file, images), changes in zip(COCO_LAYOUTS[layout], ({}, {"iscrowd": 1, "category_id": 3}), strict=True):
+    for (file, images), changes in zip(
+        COCO_LAYOUTS[layout], ({}, {"iscrowd": 1, "category_id": 3}), strict=True
+    ):
         write_coco(tmp_path / file, coco_data(**changes), tmp_path / images)
     (tmp_path / "annotations").mkdir(exist_ok=True)
     (tmp_path / "annotations" / "captions_train2017.json").write_text(json.dumps(coco_data()))
     (tmp_path / "package.json").write_text('{"name": "something else"}')
     config, train, val = splits_of(tmp_path)
     assert (config.dataset, config.classes) == ("coco", ("dog", "no"))
-    assert [record.boxes.tolist() for record in train] == [[[10, 20, 50, 60]], []]  # without annotations: kept
+    assert [record.boxes.tolist() for record in train] == [
+        [[10, 20, 50, 60]],
+        [],
+    ]  # without annotations: kept
     assert train[0].labels.tolist() == [1] and val[0].labels.tolist() == [0]
     assert not train[0].difficult.any() and val[0].difficult.all()
     assert resolve(config) == config
@@ -186,11 +251,16 @@ def test_coco_layouts(tmp_path, layout):
 
 def test_coco_crowds_are_validated_but_not_trained(tmp_path):
     data = coco_data()
-    data["annotations"].append({**data["annotations"][0], "id": 6, "iscrowd": 1, "bbox": [0, 0, 90, 70]})
+    data["annotations"].append(
+        {**data["annotations"][0], "id": 6, "iscrowd": 1, "bbox": [0, 0, 90, 70]}
+    )
     for name in ("train", "val"):
         write_coco(tmp_path / f"{name}.json", data, tmp_path / "images")
     _, train, val = splits_of(tmp_path)
-    assert train[0].boxes.tolist() == [[10, 20, 50, 60]] and len(train[0].labels) == len(train[0].difficult) == 1
+    assert (
+        train[0].boxes.tolist() == [[10, 20, 50, 60]]
+        and len(train[0].labels) == len(train[0].difficult) == 1
+    )
     assert val[0].difficult.tolist() == [False, True] and len(val[0].boxes) == 2
 
 
@@ -203,7 +273,10 @@ def test_roles_of_split_names():
 
 def test_hidden_files_are_no_images(tmp_path):
     hidden = ("images/train/._a.jpg", "images/train/.ipynb_checkpoints/a-checkpoint.jpg")
-    write_yolo(tmp_path / ".data", {"images/train/a.jpg": LINE, "images/val/b.jpg": LINE, **dict.fromkeys(hidden)})
+    write_yolo(
+        tmp_path / ".data",
+        {"images/train/a.jpg": LINE, "images/val/b.jpg": LINE, **dict.fromkeys(hidden)},
+    )
     _, train, _ = splits_of(tmp_path / ".data")
     assert [Path(record.image).name for record in train] == ["a.jpg"]
     for name in ("train.json", ".ipynb_checkpoints/train-checkpoint.json"):
@@ -216,11 +289,20 @@ def test_hidden_files_are_no_images(tmp_path):
 
 def test_coco_random_validation_split(tmp_path, capsys):
     """A single file, as CVAT writes it, for data_root as folder and as file."""
-    write_coco(tmp_path / "annotations/instances_default.json", coco_data(num_images=10), tmp_path / "images")
+    write_coco(
+        tmp_path / "annotations/instances_default.json",
+        coco_data(num_images=10),
+        tmp_path / "images",
+    )
     config, train, val = splits_of(tmp_path, val_fraction=0.3)
     assert config.val_splits == () and (len(train), len(val)) == (7, 3)
     assert not {r.image for r in train} & {r.image for r in val}
-    assert capsys.readouterr().out.count("has no validation split. 3 of 10 images are used for validation") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "has no validation split. 3 of 10 images are used for validation"
+        )
+        == 1
+    )
     file = tmp_path / "annotations/instances_default.json"
     same, other = splits_of(file, val_fraction=0.3)[2], splits_of(file, val_fraction=0.3, seed=1)[2]
     assert [r.image for r in same] == [r.image for r in val] != [r.image for r in other]
@@ -229,18 +311,35 @@ def test_coco_random_validation_split(tmp_path, capsys):
 
 
 def test_roboflows_root_category_is_left_out(tmp_path):
-    categories = [{"id": 0, "name": "animals", "supercategory": "none"},
-                  *({**category, "supercategory": "animals"} for category in CATEGORIES)]  # fmt: skip
-    write_coco(tmp_path / "train/_annotations.coco.json", coco_data() | {"categories": categories}, tmp_path / "train")
+    categories = [
+        {"id": 0, "name": "animals", "supercategory": "none"},
+        *({**category, "supercategory": "animals"} for category in CATEGORIES),
+    ]
+    write_coco(
+        tmp_path / "train/_annotations.coco.json",
+        coco_data() | {"categories": categories},
+        tmp_path / "train",
+    )
     assert coco.class_names(tmp_path) == ("dog", "no")
     own = [{**category, "supercategory": "none"} for category in CATEGORIES]
-    write_coco(tmp_path / "train/_annotations.coco.json", coco_data() | {"categories": own}, tmp_path / "train")
+    write_coco(
+        tmp_path / "train/_annotations.coco.json",
+        coco_data() | {"categories": own},
+        tmp_path / "train",
+    )
     assert coco.class_names(tmp_path) == ("dog", "no")
 
 
 def test_a_class_with_the_name_of_roboflows_root_category_is_kept(tmp_path):
-    categories = [{"id": 0, "name": "dog", "supercategory": "none"}, {"id": 1, "name": "dog", "supercategory": "dog"}]
-    write_coco(tmp_path / "train/_annotations.coco.json", coco_data() | {"categories": categories}, tmp_path / "train")
+    categories = [
+        {"id": 0, "name": "dog", "supercategory": "none"},
+        {"id": 1, "name": "dog", "supercategory": "dog"},
+    ]
+    write_coco(
+        tmp_path / "train/_annotations.coco.json",
+        coco_data() | {"categories": categories},
+        tmp_path / "train",
+    )
     assert coco.class_names(tmp_path) == ("dog",)
 
 
@@ -263,7 +362,10 @@ def test_a_class_with_the_name_of_roboflows_root_category_is_kept(tmp_path):
 )
 def test_coco_problems_name_file_and_annotation(tmp_path, changes, message):
     write_coco(tmp_path / "train.json", coco_data(num_images=3, **changes), tmp_path)
-    with pytest.raises(ValueError, match=rf"(?s)1 of [34] images of train can't be used.*train\.json: image .*{message}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"(?s)1 of [34] images of train can't be used.*train\.json: image .*{message}",
+    ):
         splits_of(tmp_path)
     assert len(splits_of(tmp_path, skip_bad_files=True, val_fraction=0.5)[1]) >= 1
 
@@ -271,16 +373,31 @@ def test_coco_problems_name_file_and_annotation(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.pop("categories") and data.update(x="categories"), "`categories` must be a list of objects"),
+        (
+            lambda data: data.pop("categories") and data.update(x="categories"),
+            "`categories` must be a list of objects",
+        ),
         (lambda data: data.update(images={}), "`images` must be a list"),
         (lambda data: data.update(annotations=[1]), "`annotations` must be a list of objects"),
-        (lambda data: data.update(categories=[], annotations=[]), "has no COCO file with categories"),
+        (
+            lambda data: data.update(categories=[], annotations=[]),
+            "has no COCO file with categories",
+        ),
         (lambda data: data.update(categories=[{"id": 1}]), "needs an `id` and a `name`"),
-        (lambda data: data.update(categories=[{"id": [1], "name": "a"}]), "needs an `id` and a `name`"),
+        (
+            lambda data: data.update(categories=[{"id": [1], "name": "a"}]),
+            "needs an `id` and a `name`",
+        ),
         (lambda data: data.update(images=data["images"] * 2), "needs its own `id`"),
         (lambda data: data.update(images=[], annotations=[]), "list no images"),
-        (lambda data: data["images"][0].update(width=80, height=100), "is 80 x 100, but .* has 100 x 80 pixels"),
-        (lambda data: data["images"][0].update(file_name="elsewhere.jpg"), r"elsewhere\.jpg is missing"),
+        (
+            lambda data: data["images"][0].update(width=80, height=100),
+            "is 80 x 100, but .* has 100 x 80 pixels",
+        ),
+        (
+            lambda data: data["images"][0].update(file_name="elsewhere.jpg"),
+            r"elsewhere\.jpg is missing",
+        ),
     ],
 )
 def test_invalid_coco_files(tmp_path, change, message):
@@ -303,9 +420,16 @@ def test_detection_of_the_format(tmp_path):
     write_tree(tmp_path / "voc", "2007", {"train": {"1": obj()}})
     write_yolo(tmp_path / "yolo", {"images/train/a.jpg": LINE})
     write_coco(tmp_path / "coco/train.json", coco_data(), tmp_path / "coco")
-    assert [detect_format(tmp_path / name) for name in ("voc", "yolo", "coco", "none")] == ["voc", "yolo", "coco", "voc"]
+    assert [detect_format(tmp_path / name) for name in ("voc", "yolo", "coco", "none")] == [
+        "voc",
+        "yolo",
+        "coco",
+        "voc",
+    ]
     for dataset in ("yolo", "coco"):
-        with pytest.raises((FileNotFoundError, ValueError), match=r"has no data\.yaml|has no COCO file"):
+        with pytest.raises(
+            (FileNotFoundError, ValueError), match=r"has no data\.yaml|has no COCO file"
+        ):
             DetectionDataModule(Config(data_root=str(tmp_path / "none"), dataset=dataset)).setup()
 
 
@@ -316,7 +440,11 @@ def test_voc_tree_without_lists_and_with_png(tmp_path):
     (folder / "JPEGImages/0.jpg").unlink()
     save_image(folder / "JPEGImages/0.png")
     config, train, val = splits_of(root)
-    assert config.train_splits == ("2012/*",) and config.classes == VOC_CLASSES and (len(train), len(val)) == (4, 1)
+    assert (
+        config.train_splits == ("2012/*",)
+        and config.classes == VOC_CLASSES
+        and (len(train), len(val)) == (4, 1)
+    )
     assert sum(record.image.endswith("0.png") for record in train + val) == 1
     assert not check(root)
 
@@ -337,12 +465,20 @@ def write_dataset(root: Path, dataset: str) -> Config:
     """Write five images of one box each in a format, without validation split, and return its config."""
     if dataset == "voc":
         write_tree(root, "2012", {"train": {str(number): obj("dog") for number in range(5)}})
-        return Config(data_root=str(root), classes=("dog", "no"), train_splits=("2012/train",), val_splits=())
+        return Config(
+            data_root=str(root), classes=("dog", "no"), train_splits=("2012/train",), val_splits=()
+        )
     if dataset == "yolo":
-        write_yolo(root, {f"images/{number}.jpg": LINE for number in range(5)}, "train: images\nnames: [dog, no]\n")
+        write_yolo(
+            root,
+            {f"images/{number}.jpg": LINE for number in range(5)},
+            "train: images\nnames: [dog, no]\n",
+        )
     else:
         data = coco_data(num_images=5)
-        data["annotations"] = [coco_data(image_id=i, category_id=3)["annotations"][0] for i in range(1, 6)]
+        data["annotations"] = [
+            coco_data(image_id=i, category_id=3)["annotations"][0] for i in range(1, 6)
+        ]
         write_coco(root / "coco.json", data, root)
     return Config(data_root=str(root))
 
@@ -350,15 +486,28 @@ def write_dataset(root: Path, dataset: str) -> Config:
 @pytest.mark.parametrize("dataset", ["voc", "yolo", "coco"])
 def test_one_epoch_on_each_format(tmp_path, dataset):
     config = write_dataset(tmp_path / "data", dataset).replace(
-        image_size=64, width=0.0625, epochs=1, batch_size=2, max_lr=1e-3, close_mosaic_epochs=0, num_workers=0, cache_gb=0,
-        precision="32-true", run_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+        image_size=64,
+        width=0.0625,
+        epochs=1,
+        batch_size=2,
+        max_lr=1e-3,
+        close_mosaic_epochs=0,
+        num_workers=0,
+        cache_gb=0,
+        precision="32-true",
+        run_dir=str(tmp_path / "run"),
+    )
     data = DetectionDataModule(config)
     module = fit(config, data)
     for record in data.train_records + data.val_records:
         np.testing.assert_allclose(record.boxes, [[10, 20, 50, 60]], atol=1e-4)
         assert record.labels.tolist() == [0]
     saved = Config.load(tmp_path / "run" / "config.json")
-    assert saved.dataset == dataset and saved.classes == tuple(module.model.classes) == ("dog", "no")
+    assert saved.dataset == dataset and saved.classes == tuple(module.model.classes) == (
+        "dog",
+        "no",
+    )
     assert evaluate(module, data).ground_truth.shape[0] == len(data.val_records) == 1
-    assert fit(config, ckpt_path="last").config.classes == fit(saved, ckpt_path="auto").config.classes
+    assert (
+        fit(config, ckpt_path="last").config.classes == fit(saved, ckpt_path="auto").config.classes
+    )

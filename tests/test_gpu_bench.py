@@ -19,32 +19,58 @@ def run(folder, *arguments) -> tuple[int, dict[str, list[dict]]]:
     """The exit status, and the results of each part."""
     with pytest.raises(SystemExit) as status:
         gpu.main([*arguments, *TINY, "--out", str(folder)])
-    return status.value.code, {path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")}
+    return status.value.code, {
+        path.stem: json.loads(path.read_text())["results"] for path in folder.glob("*.json")
+    }
 
 
 @pytest.fixture
 def voc(tmp_path, monkeypatch):
     """VOC_ROOT with six training and two validation images; caches in the test's folder."""
     for name, stems in {"train": "123456", "val": "78"}.items():
-        write_tree(tmp_path / "voc", "2007", {name: {stem: obj(VOC_CLASSES[int(stem)]) for stem in stems}})
+        write_tree(
+            tmp_path / "voc", "2007", {name: {stem: obj(VOC_CLASSES[int(stem)]) for stem in stems}}
+        )
     monkeypatch.setenv("VOC_ROOT", str(tmp_path / "voc"))
     monkeypatch.setattr("src.data.cache.FOLDER", tmp_path / "cache")
 
 
 def test_smoke_loader_and_train(tmp_path, voc):
-    status, results = run(tmp_path / "out", "train", "smoke", "loader", "--epochs", "1", "--max-lr", "1e-3", "--minutes", "5")
+    status, results = run(
+        tmp_path / "out",
+        "train",
+        "smoke",
+        "loader",
+        "--epochs",
+        "1",
+        "--max-lr",
+        "1e-3",
+        "--minutes",
+        "5",
+    )
     assert status == 0 and set(results) == {"smoke", "loader", "train"}
     assert results["smoke"][0]["torch"] == torch.__version__
-    assert results["loader"][0]["samples_per_s"] > 0 and "unknown" in results["loader"][-1]["result"]
+    assert (
+        results["loader"][0]["samples_per_s"] > 0 and "unknown" in results["loader"][-1]["result"]
+    )
     trial, training, evaluation = results["train"]
-    assert trial["images"] == 6 and trial["val_images"] == 2 and min(trial["image_s"], trial["val_image_s"]) > 0
-    assert set(evaluation["accuracies"]) >= {"class", "object@0.05"} and "1 epochs" in training["measured"]
+    assert (
+        trial["images"] == 6
+        and trial["val_images"] == 2
+        and min(trial["image_s"], trial["val_image_s"]) > 0
+    )
+    assert (
+        set(evaluation["accuracies"]) >= {"class", "object@0.05"}
+        and "1 epochs" in training["measured"]
+    )
     out = tmp_path / "out"
     weights = {path.name for path in (out / "weights").iterdir()}
     assert weights == {"README.md", "config.json", "metrics.csv", "model.safetensors", "run.json"}
     assert (out / "train/metrics.csv").exists() and not list(out.glob("*/*.ckpt"))
     lines = (out / "results.md").read_text().splitlines()
-    assert len(lines) == 2 + sum(map(len, results.values())) and {line.count("|") for line in lines} == {4}
+    assert len(lines) == 2 + sum(map(len, results.values())) and {
+        line.count("|") for line in lines
+    } == {4}
 
 
 def test_throughput_and_multiscale(tmp_path, monkeypatch):
@@ -53,7 +79,11 @@ def test_throughput_and_multiscale(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "build_model", shallow_model)
     status, results = run(tmp_path, "throughput", "multiscale")
     plain, compiled, fastest = results["throughput"]
-    assert status == 0 and (plain["graphs"], compiled["graphs"], results["multiscale"][0]["graphs"]) == (0, 1, 3)
+    assert status == 0 and (
+        plain["graphs"],
+        compiled["graphs"],
+        results["multiscale"][0]["graphs"],
+    ) == (0, 1, 3)
     assert all(row["images_per_s"] > 0 and 0 < row["outside"] < 1 for row in (plain, compiled))
     assert fastest["images_per_s"] == max(plain["images_per_s"], compiled["images_per_s"])
 
@@ -72,7 +102,11 @@ def test_multiscale_fails_at_the_limit_of_graphs(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_little)
     status, results = run(tmp_path, "multiscale")
     rate, failure = results["multiscale"]
-    assert status == 1 and rate["images_per_s"] > 0 and "2 graphs for 3 image sizes" in failure["result"]
+    assert (
+        status == 1
+        and rate["images_per_s"] > 0
+        and "2 graphs for 3 image sizes" in failure["result"]
+    )
 
 
 def test_a_failing_part_does_not_stop_the_next(tmp_path, monkeypatch):
@@ -99,7 +133,13 @@ def test_a_failing_part_does_not_stop_the_next(tmp_path, monkeypatch):
 
 def test_epochs_that_fit():
     """Per epoch 100 + 20 + 5 seconds; 100 for the range test, 80 for the last evaluation and 20 to start."""
-    trial = {"images": 1000, "image_s": 0.1, "val_images": 200, "val_image_s": 0.1, "checkpoint_s": 5.0}
+    trial = {
+        "images": 1000,
+        "image_s": 0.1,
+        "val_images": 200,
+        "val_image_s": 0.1,
+        "checkpoint_s": 5.0,
+    }
     config = Config(batch_size=10, max_lr=0.0)
     for seconds, epochs in ((1000, 5), (100_000, 678)):
         assert gpu_training.plan_epochs(config, trial, seconds, 0) == epochs
@@ -121,6 +161,10 @@ def test_largest_batch_that_fits(width, size):
 
 def test_required_workers(tmp_path):
     path = tmp_path / "throughput.json"
-    path.write_text(json.dumps({"results": [{"images_per_s": 900.0}, {"images_per_s": 700.0}, {"result": "failed"}]}))
+    path.write_text(
+        json.dumps(
+            {"results": [{"images_per_s": 900.0}, {"images_per_s": 700.0}, {"result": "failed"}]}
+        )
+    )
     assert gpu_parts.required_workers(path, {1: 400.0, 2: 800.0, 4: 1500.0})["workers"] == 4
     assert "not reached by 2" in gpu_parts.required_workers(path, {1: 400.0, 2: 800.0})["result"]

@@ -9,7 +9,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from benchmarks.memory import kept_bytes
 from src.config import Config
@@ -43,7 +47,12 @@ def use_float16(monkeypatch, scale: float) -> None:
 
 def losses(folder) -> list[float]:
     """Training and validation loss of each epoch."""
-    return [float(row[name]) for row in metrics_rows(folder) for name in ("train/loss", "val/loss") if row[name]]
+    return [
+        float(row[name])
+        for row in metrics_rows(folder)
+        for name in ("train/loss", "val/loss")
+        if row[name]
+    ]
 
 
 def scaler_state(folder) -> dict:
@@ -118,20 +127,32 @@ class TrainingWaits(pl.Callback):
 def train_one_epoch(config, waits: Counter) -> tuple[YOLOv3Module, Counter, dict]:
     """Train one epoch with fit's callbacks. Returns the module, the waits of its steps, and the logged metrics."""
     recorder, module = TrainingWaits(waits), YOLOv3Module(config)
-    trainer = make_trainer(config, max_epochs=1, callbacks=[recorder, StopIfNotFinite(), EMA(config.ema_decay)])
+    trainer = make_trainer(
+        config, max_epochs=1, callbacks=[recorder, StopIfNotFinite(), EMA(config.ema_decay)]
+    )
     trainer.fit(module, datamodule=DetectionDataModule(config))
-    return module, recorder.training, {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return (
+        module,
+        recorder.training,
+        {name: float(value) for name, value in trainer.callback_metrics.items()},
+    )
 
 
 def test_training_steps_never_wait_for_the_gpu(tmp_path, monkeypatch):
     """Except to check the loss, at the first and the last of 3 steps. All results equal the CPU's."""
-    monkeypatch.setattr("src.training.metrics.MIN_SCORE", 1e-5)  # an untrained network scores about 1e-4
+    monkeypatch.setattr(
+        "src.training.metrics.MIN_SCORE", 1e-5
+    )  # an untrained network scores about 1e-4
     config = tiny(tmp_path, width=0.0625, shapes_train=12, shapes_val=2, epochs=2, **MULTISCALE)
     on_cpu, _, expected = train_one_epoch(config, Counter())
     with simulate_gpu() as waits:
         module, training, metrics = train_one_epoch(config, waits)
     assert training == {"callbacks.on_train_batch_end": 2}
-    assert metrics == pytest.approx(expected, rel=1e-4) and "train/loss" in metrics and "val/mAP50" in metrics
+    assert (
+        metrics == pytest.approx(expected, rel=1e-4)
+        and "train/loss" in metrics
+        and "val/mAP50" in metrics
+    )
     assert waits["boxes.decode_above"] and waits["boxes.nms"]  # the validation may wait
     np.testing.assert_allclose(module.ground_truth, on_cpu.ground_truth)
     assert len(module.predictions) == len(on_cpu.predictions) > 0
@@ -141,13 +162,26 @@ def test_simulated_gpu_counts_waits_and_refuses_mixed_devices():
     with simulate_gpu() as waits:
         values = torch.arange(4.0).to(GPU, non_blocking=True)
         assert not waits and (values * 2).exp().device == GPU
-        for number, wait in enumerate((
-            values[0].item, values.tolist, values.cpu, values.nonzero, lambda: values[values > 1], lambda: bool(values[0]),
-            lambda: torch.tensor(1.0, device=GPU), lambda: values.copy_(torch.ones(4)),
-        ), start=1):  # fmt: skip
+        for number, wait in enumerate(
+            (
+                values[0].item,
+                values.tolist,
+                values.cpu,
+                values.nonzero,
+                lambda: values[values > 1],
+                lambda: bool(values[0]),
+                lambda: torch.tensor(1.0, device=GPU),
+                lambda: values.copy_(torch.ones(4)),
+            ),
+            start=1,
+        ):
             wait()
             assert waits.total() == number
-        for mixed in (lambda: values + torch.ones(4), lambda: values[torch.arange(2)], lambda: torch.ones(4).add_(values)):
+        for mixed in (
+            lambda: values + torch.ones(4),
+            lambda: values[torch.arange(2)],
+            lambda: torch.ones(4).add_(values),
+        ):
             with pytest.raises(RuntimeError, match="a tensor on the CPU meets one on the GPU"):
                 mixed()
 
@@ -173,7 +207,9 @@ def test_training_step_on_fake_cuda_tensors(tmp_path):
         logits = model(images)
         loss = YOLOLoss(config)(logits, targets, anchors)["loss"]
         metric.update(logits, targets, anchors)
-        assert {tensor.device.type for tensor in (*logits, loss, *metric.compute().values())} == {"cuda"}
+        assert {tensor.device.type for tensor in (*logits, loss, *metric.compute().values())} == {
+            "cuda"
+        }
         for wait in (lambda: loss.item(), lambda: images[images > 0], lambda: images.nonzero()):
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
                 wait()
@@ -193,12 +229,22 @@ def test_out_of_memory_names_what_fits_and_frees_the_memory(tmp_path, monkeypatc
 
     monkeypatch.setattr(YOLOLoss, "forward", out_of_memory)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(16e9)))
-    message = r"has 16.0 GB.*for batch_size 4, .* Use Config\(batch_size=2, accumulate_grad_batches=2\)"
-    for function, run_config in ((find_lr, config), (fit, config), (fit, config.replace(max_lr=1e-3))):
+    message = (
+        r"has 16.0 GB.*for batch_size 4, .* Use Config\(batch_size=2, accumulate_grad_batches=2\)"
+    )
+    for function, run_config in (
+        (find_lr, config),
+        (fit, config),
+        (fit, config.replace(max_lr=1e-3)),
+    ):
         references.clear()
         with pytest.raises(torch.OutOfMemoryError, match=message) as error:
             function(run_config, data)
-        assert error.value.__context__ is None and len(references) == 6 and all(reference() is None for reference in references)
+        assert (
+            error.value.__context__ is None
+            and len(references) == 6
+            and all(reference() is None for reference in references)
+        )
     monkeypatch.undo()
     halved = config.replace(batch_size=2, accumulate_grad_batches=2, max_lr=1e-3)
     fit(halved)
@@ -210,11 +256,21 @@ def test_memory_estimate():
     network = YOLOv3(20, width=0.25).train()
     activations = kept_bytes(network, torch.rand(1, 3, 416, 416))
     config = Config(width=0.25, precision="32-true")
-    assert training_gb(config, 1) - training_gb(config, 0) == pytest.approx(activations / 1e9, rel=0.05)
-    assert training_gb(config, 0) == pytest.approx(20 * sum(weight.numel() for weight in network.parameters()) / 1e9, rel=0.05)
+    assert training_gb(config, 1) - training_gb(config, 0) == pytest.approx(
+        activations / 1e9, rel=0.05
+    )
+    assert training_gb(config, 0) == pytest.approx(
+        20 * sum(weight.numel() for weight in network.parameters()) / 1e9, rel=0.05
+    )
 
     config = Config(precision="16-mixed", batch_size=64, multiscale_sizes=(256, 448))
-    assert suggest_batch(config, 80) == (32, 2) and suggest_batch(config, 15) == (32, 2) and suggest_batch(config, 6) == (16, 4)
+    assert (
+        suggest_batch(config, 80) == (32, 2)
+        and suggest_batch(config, 15) == (32, 2)
+        and suggest_batch(config, 6) == (16, 4)
+    )
     assert "image_size, multiscale_sizes or width" in out_of_memory_message(config, 6)
     assert "A smaller batch is not enough" in out_of_memory_message(config, 1)
-    assert "A smaller batch is not enough" in out_of_memory_message(config.replace(batch_size=1), 80)
+    assert "A smaller batch is not enough" in out_of_memory_message(
+        config.replace(batch_size=1), 80
+    )

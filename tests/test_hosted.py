@@ -29,10 +29,16 @@ def requirements() -> dict[str, Requirement]:
 def test_requirements_keep_the_versions_of_the_host(host):
     """An upgrade in a running kernel needs a restart, and can break the host's other packages."""
     lines = (ROOT / f"tools/pins/{host}.txt").read_text().splitlines()
-    pins = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines if not line.startswith("#")}
+    pins = {
+        canonicalize_name(line.split("==")[0]): line.split("==")[1]
+        for line in lines
+        if not line.startswith("#")
+    }
     ours = requirements()
     assert {"torch", "numpy", "ipywidgets", "albumentations"} <= pins.keys() & ours.keys()
-    assert {name for name in pins.keys() & ours.keys() if not ours[name].specifier.contains(pins[name])} == UPGRADED[host]
+    assert {
+        name for name in pins.keys() & ours.keys() if not ours[name].specifier.contains(pins[name])
+    } == UPGRADED[host]
 
 
 def test_an_upgrade_does_not_break_transformers():
@@ -42,7 +48,11 @@ def test_an_upgrade_does_not_break_transformers():
 
 
 def test_the_package_imports_only_what_requirements_install():
-    names = {name.partition(".")[0] for path in FILES for name in imported(path)} - {"src"} - set(sys.stdlib_module_names)
+    names = (
+        {name.partition(".")[0] for path in FILES for name in imported(path)}
+        - {"src"}
+        - set(sys.stdlib_module_names)
+    )
     owners = packages_distributions()
     used = {canonicalize_name(owner) for name in names - OPTIONAL for owner in owners[name]}
     assert {DEPENDENCIES.get(name, name) for name in used} <= requirements().keys()
@@ -53,7 +63,9 @@ def write_wheel(folder: Path, name: str) -> None:
     info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
         file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         file.writestr(f"{info}/RECORD", f"{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
 
 

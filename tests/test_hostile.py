@@ -20,28 +20,43 @@ from tests.planted import blurred_noise, planted_model
 from tests.visitor import serving
 
 SECRET = "8d1f-this-must-not-leave-the-server"
-PRIVATE = (SECRET, "root:", "HERE = Path(__file__)", "class Predictor", '"num_classes"', "Traceback", 'File "')
+PRIVATE = (
+    SECRET,
+    "root:",
+    "HERE = Path(__file__)",
+    "class Predictor",
+    '"num_classes"',
+    "Traceback",
+    'File "',
+)
 CONCURRENCY = 8
 MAX_GROWTH_MB = 64  # of the server's memory; one image of 50 million pixels alone takes 150
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = export_space(planted_model(), tmp_path_factory.mktemp("hostile") / "space", [blurred_noise(96, 96)])
+    folder = export_space(
+        planted_model(), tmp_path_factory.mktemp("hostile") / "space", [blurred_noise(96, 96)]
+    )
     (folder / "secret.txt").write_text(SECRET)
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(folder):
-    malloc = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # returns freed memory to the system
+    malloc = {
+        "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    }  # returns freed memory to the system
     with serving(folder, SECRET=SECRET, **malloc) as (address, process):
         yield Client(address), process
 
 
 def resident(process) -> float:
     """Resident memory of the process in MB."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+    return (
+        int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+    )
 
 
 def settled(process, limit: float) -> float:
@@ -55,9 +70,14 @@ def settled(process, limit: float) -> float:
 
 def warm(client: Client) -> None:
     """Normal requests until memory stops growing: the maximum number of sessions, and the largest accepted image."""
-    image_bytes, largest = encoded("PNG"), encoded("PNG", Image.new("1", (MAX_PIXELS // 5_000, 5_000)))
+    image_bytes, largest = (
+        encoded("PNG"),
+        encoded("PNG", Image.new("1", (MAX_PIXELS // 5_000, 5_000))),
+    )
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        send = lambda n: client.call_page("on_upload", client.upload("a.png", image_bytes), 0.3, 0.5)  # noqa: E731
+        send = lambda n: client.call_page(
+            "on_upload", client.upload("a.png", image_bytes), 0.3, 0.5
+        )
         assert {answer.kind for answer in pool.map(send, range(64))} == {"answered"}
     for _ in range(2):
         assert client.detect(client.upload("a.png", largest)).kind == "answered"
@@ -75,10 +95,15 @@ def test_attacks_are_refused(server, folder):
     wrong = [
         f"{case.name}: {answer.kind}, {answer.seconds:.1f} s, {answer.text[:300]}"
         for case, answer in zip(cases, answers, strict=True)
-        if answer.kind not in case.expected.split() or not re.search(case.pattern, answer.text)
+        if answer.kind not in case.expected.split()
+        or not re.search(case.pattern, answer.text)
         or any(text in answer.text for text in PRIVATE)
-    ]  # fmt: skip
-    print(len(cases), Counter(answer.kind for answer in answers), f"slowest {max(a.seconds for a in answers):.1f} s")
+    ]
+    print(
+        len(cases),
+        Counter(answer.kind for answer in answers),
+        f"slowest {max(a.seconds for a in answers):.1f} s",
+    )
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
     assert process.poll() is None and not (folder / "hostile").exists()
     after = settled(process, before + MAX_GROWTH_MB)
@@ -87,7 +112,9 @@ def test_attacks_are_refused(server, folder):
     answer = client.detect(client.upload("a.png", encoded("PNG")), 0.3, 0.5)
     expected = Predictor.load(folder / "weights", device="cpu")(blurred_noise(150, 90), 0.3, 0.5)
     response = json.loads(answer.text.split("data: ")[1])[0]["detections"]
-    assert len(response) and [row["box"] for row in response] == pytest.approx(expected.boxes.round(1), abs=0.06)
+    assert len(response) and [row["box"] for row in response] == pytest.approx(
+        expected.boxes.round(1), abs=0.06
+    )
 
 
 def test_uploaded_files_are_served_as_downloads(server):
@@ -107,7 +134,10 @@ def test_slow_clients_do_not_block_the_page(server):
     slow = [socket.create_connection((host, port)) for _ in range(60)]
     try:
         for number, connection in enumerate(slow):
-            upload, page = f"POST /gradio_api/upload {head}\r\n\r\n--x\r\n", f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"
+            upload, page = (
+                f"POST /gradio_api/upload {head}\r\n\r\n--x\r\n",
+                f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n",
+            )
             connection.sendall((upload if number % 2 else page).encode())
         start = time.monotonic()
         assert client.request("GET", b"/").status_code == 200

@@ -18,7 +18,10 @@ def full_comparison(level, targets, anchors):
     areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     for row in targets:
         image, target = int(row[0]), cxcywh_to_xyxy(row[2:6])
-        low, high = torch.maximum(boxes[image, ..., :2], target[:2]), torch.minimum(boxes[image, ..., 2:], target[2:])
+        low, high = (
+            torch.maximum(boxes[image, ..., :2], target[:2]),
+            torch.minimum(boxes[image, ..., 2:], target[2:]),
+        )
         inter_w, inter_h = (high - low).clamp(min=0).unbind(dim=-1)
         intersection = inter_w * inter_h
         mask[image] |= intersection > IGNORE_IOU * (areas[image] + row[4] * row[5] - intersection)
@@ -62,7 +65,9 @@ def test_equals_the_full_comparison(kind, spread, size):
             level = fitting_level(grid, targets, anchors, spread, random)
             expected = full_comparison(level, targets, anchors)
             assert torch.equal(ignore_mask(level, targets, anchors), expected)
-            strided = level.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)  # as the network returns it
+            strided = (
+                level.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
+            )  # as the network returns it
             assert torch.equal(ignore_mask(strided, targets, anchors), expected)
             marked += int(expected.sum())
     assert marked > 10
@@ -71,13 +76,17 @@ def test_equals_the_full_comparison(kind, spread, size):
 def test_boxes_at_the_bounds():
     """Predictions with exactly the ratio 2, and centres at the edge of the region where IoU 0.5 is possible."""
     anchors = torch.tensor([[0.25, 0.25], [0.5, 0.25], [0.5, 0.5]])
-    targets = torch.tensor([[0, 0, 0.5, 0.5, 0.25, 0.25], [0, 0, 0.5, 0.5, 0.5, 0.25], [1, 0, 0.25, 0.25, 0.5, 0.5]])
+    targets = torch.tensor(
+        [[0, 0, 0.5, 0.5, 0.25, 0.25], [0, 0, 0.5, 0.5, 0.5, 0.25], [1, 0, 0.25, 0.25, 0.5, 0.5]]
+    )
     for value in (-60.0, -1e-3, 0.0, 1e-3, 60.0):
         level = torch.zeros(2, 3, 8, 8, 6)
         level[..., 1:3] = value
         for scale in (-0.6932, -0.6931, 0.0, 0.6931, 0.6932, 60.0):
             level[..., 3:5] = scale
-            assert torch.equal(ignore_mask(level, targets, anchors), full_comparison(level, targets, anchors))
+            assert torch.equal(
+                ignore_mask(level, targets, anchors), full_comparison(level, targets, anchors)
+            )
 
 
 def test_gpu_branch_compares_all_pairs(monkeypatch):
@@ -107,7 +116,11 @@ def test_half_precision_and_invalid_logits():
     random = torch.Generator().manual_seed(3)
     targets, anchors = objects("usual", 12, random), torch.tensor(ANCHORS[1])
     level = fitting_level(13, targets, anchors, 0.3, random).bfloat16()
-    assert torch.equal(ignore_mask(level, targets, anchors), full_comparison(level, targets, anchors))
+    assert torch.equal(
+        ignore_mask(level, targets, anchors), full_comparison(level, targets, anchors)
+    )
     level[0, 0] = float("nan")
     level[1, 1] = float("inf")
-    assert torch.equal(ignore_mask(level, targets, anchors), full_comparison(level, targets, anchors))
+    assert torch.equal(
+        ignore_mask(level, targets, anchors), full_comparison(level, targets, anchors)
+    )

@@ -40,9 +40,21 @@ from tests.test_training import metrics_rows
 def tiny(folder: Path, **changes) -> Config:
     """A run of 2 steps per epoch."""
     return Config(
-        dataset="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=2, image_size=64, width=0.0625, epochs=3,
-        batch_size=4, max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
-    ).replace(**changes)  # fmt: skip
+        dataset="shapes",
+        classes=SHAPE_CLASSES,
+        shapes_train=8,
+        shapes_val=2,
+        image_size=64,
+        width=0.0625,
+        epochs=3,
+        batch_size=4,
+        max_lr=1e-3,
+        close_mosaic_epochs=1,
+        num_workers=0,
+        cache_gb=0,
+        precision="32-true",
+        run_dir=str(folder),
+    ).replace(**changes)
 
 
 def equal(one: dict, other: dict) -> bool:
@@ -79,7 +91,9 @@ def test_previous_checkpoint_is_kept(run):
     assert epochs == [2, 1] and not list(run[0].glob("*.part"))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_bit, lambda file: os.truncate(file, 0), Path.unlink])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_bit, lambda file: os.truncate(file, 0), Path.unlink]
+)
 def test_damaged_checkpoint_is_detected_and_the_previous_one_used(run, copy, damage, capsys):
     """A missing last.ckpt is what a kill between the two renames leaves."""
     damage(copy / LAST)
@@ -130,9 +144,14 @@ def test_checkpoint_without_digest_is_read(tmp_path):
 def test_full_disk_raises_and_keeps_the_last_valid_checkpoint(run, copy):
     (copy / PREVIOUS).replace(copy / LAST)
     (copy / f"{LAST}.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"last\.ckpt can't be written: .*The disk may be full\..*ckpt_path=\"last\""):
+    with pytest.raises(
+        OSError, match=r"last\.ckpt can't be written: .*The disk may be full\..*ckpt_path=\"last\""
+    ):
         fit(tiny(copy), ckpt_path="last")
-    assert not list(copy.glob("*.part")) and torch.load(latest_valid_checkpoint(copy), weights_only=True)["epoch"] == 1
+    assert (
+        not list(copy.glob("*.part"))
+        and torch.load(latest_valid_checkpoint(copy), weights_only=True)["epoch"] == 1
+    )
     assert equal(fit(tiny(copy), ckpt_path="last").state_dict(), run[1].state_dict())
 
 
@@ -158,13 +177,19 @@ def prepare(folder: Path, ckpt_path: str | None) -> Path | None:
 def test_new_run_deletes_the_former_checkpoints(copy):
     assert prepare(copy, "auto") == copy / LAST
     (copy / "last-1.ckpt").touch()
-    assert prepare(copy, None) is None and latest_valid_checkpoint(copy) is None and not (copy / "best.ckpt").exists()
+    assert (
+        prepare(copy, None) is None
+        and latest_valid_checkpoint(copy) is None
+        and not (copy / "best.ckpt").exists()
+    )
     assert prepare(copy, "auto") is None
     with pytest.raises(FileNotFoundError, match="there is no run to resume"):
         prepare(copy, "last")
 
 
-@pytest.mark.parametrize("changes", [{"pretrained_weights": "mistyped"}, {"dataset": "yolo", "data_root": "mistyped"}])
+@pytest.mark.parametrize(
+    "changes", [{"pretrained_weights": "mistyped"}, {"dataset": "yolo", "data_root": "mistyped"}]
+)
 def test_a_start_that_fails_deletes_nothing(copy, changes):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     with pytest.raises((FileNotFoundError, ValueError), match="mistyped"):
@@ -174,8 +199,17 @@ def test_a_start_that_fails_deletes_nothing(copy, changes):
 
 def test_a_copied_run_keeps_its_best_checkpoint(run, copy):
     """Lightning alone would forget the best score, and the next epoch would replace best.ckpt."""
-    score = {"monitor": "val/mAP50", "best_model_score": torch.tensor(0.5), "best_k_models": {}, "kth_value": torch.tensor(0.5)}
-    paths = {"best_model_path": str(run[0] / "best.ckpt"), "kth_best_model_path": "", "last_model_path": ""}
+    score = {
+        "monitor": "val/mAP50",
+        "best_model_score": torch.tensor(0.5),
+        "best_k_models": {},
+        "kth_value": torch.tensor(0.5),
+    }
+    paths = {
+        "best_model_path": str(run[0] / "best.ckpt"),
+        "kth_best_model_path": "",
+        "last_model_path": "",
+    }
     for present in (True, False):
         callback = BestCheckpoint(copy, "best", monitor="val/mAP50", mode="max")
         callback.load_state_dict(score | paths | {"dirpath": str(run[0])})
@@ -189,8 +223,15 @@ def test_a_checkpoint_of_another_folder_is_resumed_with_the_settings_beside_it(r
     (tmp_path / "new" / PREVIOUS).touch()
     checkpoint = prepare(tmp_path / "new", str(run[0] / LAST))
     assert checkpoint == run[0] / LAST
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "best.ckpt", "metrics.csv"}
-    assert all((tmp_path / "new" / name).read_bytes() == (run[0] / name).read_bytes() for name in ("best.ckpt", "metrics.csv"))
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "config.json",
+        "best.ckpt",
+        "metrics.csv",
+    }
+    assert all(
+        (tmp_path / "new" / name).read_bytes() == (run[0] / name).read_bytes()
+        for name in ("best.ckpt", "metrics.csv")
+    )
     with pytest.raises(ValueError, match="Config.image_size is 96"):
         prepare_run(YOLOv3Module, tiny(tmp_path / "new", image_size=96), None, str(run[0] / LAST))
 
@@ -209,7 +250,10 @@ def test_checkpoint_names_and_keys_of_older_runs(run, copy):
 def test_metrics_before_the_checkpoint_are_kept(tmp_path):
     logger = ResumableCSVLogger(tmp_path / "metrics.csv")
     for step in range(4):
-        logger.log_metrics({"a/b": torch.tensor(step + 0.5), "epoch": step} | ({"late": 1.0} if step == 3 else {}), step)
+        logger.log_metrics(
+            {"a/b": torch.tensor(step + 0.5), "epoch": step} | ({"late": 1.0} if step == 3 else {}),
+            step,
+        )
         logger.save()
     resumed = ResumableCSVLogger(tmp_path / "metrics.csv", before=2)
     assert len(metrics_rows(tmp_path)) == 4  # the file changes only when something is logged
@@ -223,7 +267,9 @@ def test_metrics_before_the_checkpoint_are_kept(tmp_path):
 def test_metrics_with_former_column_names(tmp_path):
     """figures.curves reads them, and a resumed run continues them under today's names."""
     path = tmp_path / "metrics.csv"
-    path.write_text("epoch,lr-AdamW/pg1,step,train/box,val/map50\n0,0.1,9,,\n0,,9,2.5,0.125\n1,0.2,19,1.5,0.25\n")
+    path.write_text(
+        "epoch,lr-AdamW/pg1,step,train/box,val/map50\n0,0.1,9,,\n0,,9,2.5,0.125\n1,0.2,19,1.5,0.25\n"
+    )
     columns = {"train/box_loss": [2.5, 1.5], "val/mAP50": [0.125, 0.25], "lr": [0.1, 0.2]}
     for name, values in columns.items():
         assert read_curve(path, name)[1].tolist() == values
@@ -231,7 +277,11 @@ def test_metrics_with_former_column_names(tmp_path):
     resumed.log_metrics({"epoch": 1, "train/box_loss": 0.5, "val/mAP50": 0.5, "lr": 0.3}, 19)
     resumed.save()
     assert set(metrics_rows(tmp_path)[0]) == {"epoch", "step", *columns}
-    for name, values in {"train/box_loss": [2.5, 0.5], "val/mAP50": [0.125, 0.5], "lr": [0.1, 0.3]}.items():
+    for name, values in {
+        "train/box_loss": [2.5, 0.5],
+        "val/mAP50": [0.125, 0.5],
+        "lr": [0.1, 0.3],
+    }.items():
         assert read_curve(path, name)[1].tolist() == values
 
 
@@ -244,7 +294,9 @@ def test_run_folder_is_locked(tmp_path):
         "if not os.fork(): time.sleep(30)\n"
         "print('locked', flush=True); time.sleep(30)"
     )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(RuntimeError, match=r"Another process is training in .*Config\.run_dir"):
@@ -287,7 +339,9 @@ def test_run_killed_ten_times_gives_the_same_result(tmp_path):
         assert process.exitcode is None, seed
         process.kill()
         process.join()
-        checkpoint = latest_valid_checkpoint(tmp_path / "killed") if (tmp_path / "killed").exists() else None
+        checkpoint = (
+            latest_valid_checkpoint(tmp_path / "killed") if (tmp_path / "killed").exists() else None
+        )
         epochs.append(torch.load(checkpoint, weights_only=True)["epoch"] if checkpoint else -1)
     assert epochs == sorted(epochs), seed
     process, _ = begin(train, tmp_path / "killed")
@@ -296,5 +350,7 @@ def test_run_killed_ten_times_gives_the_same_result(tmp_path):
     uninterrupted, killed = (torch.load(folder / LAST, weights_only=True) for folder in folders)
     for part in ("state_dict", "current_model_state"):
         assert equal(uninterrupted[part], killed[part]), (seed, epochs)
-    one, other = ([row["val/mAP50"] for row in metrics_rows(folder) if row["val/mAP50"]] for folder in folders)
+    one, other = (
+        [row["val/mAP50"] for row in metrics_rows(folder) if row["val/mAP50"]] for folder in folders
+    )
     assert one == other and len(one) == 12

@@ -41,12 +41,19 @@ def loop_assign(targets, grid, anchors):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_assignment_equals_the_loop(seed):
-    targets = random_targets(40, images=3, seed=seed)  # crowded, so that objects match the same cell and anchor
+    targets = random_targets(
+        40, images=3, seed=seed
+    )  # crowded, so that objects match the same cell and anchor
     collisions = 0
     for scale, assigned in enumerate(assign_targets(targets, GRIDS, ANCHOR, batch=3)):
         positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale])
-        places = zip(*(v.tolist() for v in (assigned.image, assigned.anchor, assigned.row, assigned.column)), strict=True)
-        assert {place: number for number, place in enumerate(places) if assigned.valid[number]} == positives
+        places = zip(
+            *(v.tolist() for v in (assigned.image, assigned.anchor, assigned.row, assigned.column)),
+            strict=True,
+        )
+        assert {
+            place: number for number, place in enumerate(places) if assigned.valid[number]
+        } == positives
         assert {tuple(i) for i in assigned.positive.nonzero().tolist()} == set(positives)
         assert {tuple(i) for i in assigned.ignored.nonzero().tolist()} == ignored
         collisions += len(targets) - len(positives)
@@ -56,7 +63,10 @@ def test_assignment_equals_the_loop(seed):
 def test_objectness_trains_no_boxes():
     """The IoU is a target of objectness: no gradient goes through it."""
     logits = [
-        torch.randn(1, 3, grid, grid, 9, generator=torch.Generator().manual_seed(grid)).requires_grad_() for grid in GRIDS
+        torch.randn(
+            1, 3, grid, grid, 9, generator=torch.Generator().manual_seed(grid)
+        ).requires_grad_()
+        for grid in GRIDS
     ]
     loss = YOLOLoss(Config(box_weight=0.0, class_weight=0.0))
     loss(logits, random_targets(10, images=1), ANCHOR)["loss"].backward()
@@ -79,7 +89,9 @@ def loop_ignore_mask(boxes, targets):
     """boxes [B, K, 4] xyxy -> bool [B, K]: the boxes that have an IoU above 0.5 with an object of their image."""
     mask = torch.zeros(boxes.shape[:2], dtype=torch.bool)
     for image, _, *box in targets.tolist():
-        mask[int(image)] |= box_iou(boxes[int(image)], cxcywh_to_xyxy(torch.tensor([box])))[:, 0] > 0.5
+        mask[int(image)] |= (
+            box_iou(boxes[int(image)], cxcywh_to_xyxy(torch.tensor([box])))[:, 0] > 0.5
+        )
     return mask
 
 
@@ -100,13 +112,26 @@ def test_no_loss_for_a_prediction_that_fits_an_object_from_another_cell():
 
 def complete_iou(one, two):
     """Return 1 - CIoU of two xyxy boxes (Zheng et al. 2020, equations 8 to 11), and their IoU."""
-    left, top, right, bottom = max(one[0], two[0]), max(one[1], two[1]), min(one[2], two[2]), min(one[3], two[3])
+    left, top, right, bottom = (
+        max(one[0], two[0]),
+        max(one[1], two[1]),
+        min(one[2], two[2]),
+        min(one[3], two[3]),
+    )
     intersection = max(0, right - left) * max(0, bottom - top)
     sizes = [(b[2] - b[0], b[3] - b[1]) for b in (one, two)]
     iou = intersection / (sizes[0][0] * sizes[0][1] + sizes[1][0] * sizes[1][1] - intersection)
-    diagonal = (max(one[2], two[2]) - min(one[0], two[0])) ** 2 + (max(one[3], two[3]) - min(one[1], two[1])) ** 2
-    distance = ((one[0] + one[2] - two[0] - two[2]) ** 2 + (one[1] + one[3] - two[1] - two[3]) ** 2) / 4
-    v = 4 / math.pi**2 * (math.atan(sizes[1][0] / sizes[1][1]) - math.atan(sizes[0][0] / sizes[0][1])) ** 2
+    diagonal = (max(one[2], two[2]) - min(one[0], two[0])) ** 2 + (
+        max(one[3], two[3]) - min(one[1], two[1])
+    ) ** 2
+    distance = (
+        (one[0] + one[2] - two[0] - two[2]) ** 2 + (one[1] + one[3] - two[1] - two[3]) ** 2
+    ) / 4
+    v = (
+        4
+        / math.pi**2
+        * (math.atan(sizes[1][0] / sizes[1][1]) - math.atan(sizes[0][0] / sizes[0][1])) ** 2
+    )
     return 1 - iou + distance / diagonal + v * v / (1 - iou + v + 1e-7), iou
 
 
@@ -128,11 +153,16 @@ def test_loss_equals_the_loop():
         grid = GRIDS[scale]
         positives, _ = loop_assign(targets, grid, ANCHOR[scale])
         for image, anchor, row, column in torch.ones(level.shape[:4]).nonzero().tolist():
-            place, prediction = (image, anchor, row, column), level[image, anchor, row, column].tolist()
+            place, prediction = (
+                (image, anchor, row, column),
+                level[image, anchor, row, column].tolist(),
+            )
             number = first + (anchor * grid + row) * grid + column
             if place in positives:
                 target = targets[positives[place]]
-                box_loss, iou = complete_iou(boxes[image, number].tolist(), cxcywh_to_xyxy(target[2:]).tolist())
+                box_loss, iou = complete_iou(
+                    boxes[image, number].tolist(), cxcywh_to_xyxy(target[2:]).tolist()
+                )
                 sums["box_loss"] += box_loss
                 sums["object_loss"] += cross_entropy(prediction[0], iou)
                 classes = [0.025 + 0.9 * (label == int(target[1])) for label in range(4)]
@@ -143,14 +173,21 @@ def test_loss_equals_the_loop():
     terms = YOLOLoss(config)(logits, targets, ANCHOR)
     for name, value in sums.items():
         assert terms[name].item() == pytest.approx(value / (3 * len(targets)), rel=1e-3), name
-    total = 2.0 * terms["box_loss"] + 2.0 * terms["object_loss"] + terms["no_object_loss"] + terms["class_loss"]
+    total = (
+        2.0 * terms["box_loss"]
+        + 2.0 * terms["object_loss"]
+        + terms["no_object_loss"]
+        + terms["class_loss"]
+    )
     torch.testing.assert_close(terms["loss"], total)
 
 
 def test_loss_of_a_perfect_prediction_and_of_a_wrong_box():
     target = torch.tensor([[0, 2, 0.51, 0.48, 0.3, 0.2]])
     logits = [torch.full((1, 3, g, g, 9), -12.0) for g in GRIDS]
-    for level, assigned, anchors in zip(logits, assign_targets(target, GRIDS, ANCHOR, 1), ANCHOR, strict=True):
+    for level, assigned, anchors in zip(
+        logits, assign_targets(target, GRIDS, ANCHOR, 1), ANCHOR, strict=True
+    ):
         place = assigned.image, assigned.anchor, assigned.row, assigned.column
         grid = level.shape[2]
         x, y = (target[0, 2] * grid) % 1, (target[0, 3] * grid) % 1
@@ -171,7 +208,9 @@ def test_complete_iou_equals_torchvision_with_its_gradient():
         lambda a, b: complete_iou_loss(a, b)[0],
         lambda a, b: complete_box_iou_loss(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)),
     ):
-        predictions = (torch.rand(50, 4, generator=random.manual_seed(1)) * 0.5 + 0.1).requires_grad_()
+        predictions = (
+            torch.rand(50, 4, generator=random.manual_seed(1)) * 0.5 + 0.1
+        ).requires_grad_()
         value = loss(predictions, targets)
         results.append((value, *torch.autograd.grad(value.sum(), predictions)))
     for ours, theirs in zip(*results, strict=True):
@@ -179,7 +218,9 @@ def test_complete_iou_equals_torchvision_with_its_gradient():
 
 
 def test_half_precision_logits_stay_finite():
-    logits = [torch.full((1, 3, g, g, 9), 60000.0, dtype=torch.float16, requires_grad=True) for g in GRIDS]
+    logits = [
+        torch.full((1, 3, g, g, 9), 60000.0, dtype=torch.float16, requires_grad=True) for g in GRIDS
+    ]
     terms = YOLOLoss(Config())(logits, random_targets(5, 1), ANCHOR)
     terms["loss"].backward()
     assert terms["loss"].isfinite() and all(level.grad.isfinite().all() for level in logits)
@@ -189,4 +230,6 @@ def test_batch_without_objects_trains_the_background():
     logits = [torch.zeros(1, 3, g, g, 9, requires_grad=True) for g in GRIDS]
     terms = YOLOLoss(Config())(logits, torch.zeros(0, 6), ANCHOR)
     terms["loss"].backward()
-    assert terms["box_loss"] == 0 and terms["no_object_loss"] > 0 and logits[0].grad[..., 0].min() > 0
+    assert (
+        terms["box_loss"] == 0 and terms["no_object_loss"] > 0 and logits[0].grad[..., 0].min() > 0
+    )

@@ -38,14 +38,18 @@ def test_number_of_parameters(num_classes, width, expected):
 def test_backbone_is_darknet53():
     with torch.device("meta"):
         network = YOLOv3()
-    assert sum(isinstance(m, ConvBlock) for m in network.backbone.modules()) == 52  # the 53rd is the classifier
+    assert (
+        sum(isinstance(m, ConvBlock) for m in network.backbone.modules()) == 52
+    )  # the 53rd is the classifier
     assert sum(isinstance(m, torch.nn.Conv2d) for m in network.modules()) == 75  # as in yolov3.cfg
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 160])
 def test_any_multiple_of_32(size):
     logits = YOLOv3(7, 0.125)(torch.rand(2, 3, size, size))
-    assert [tuple(level.shape) for level in logits] == [(2, 3, size // s, size // s, 12) for s in (32, 16, 8)]
+    assert [tuple(level.shape) for level in logits] == [
+        (2, 3, size // s, size // s, 12) for s in (32, 16, 8)
+    ]
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 100, 100), (1, 3, 64, 96), (3, 64, 64), (1, 3, 0, 0)])
@@ -72,16 +76,25 @@ def test_residual_blocks_start_as_the_identity():
 
 
 def test_initial_objectness_is_low():
-    objectness = torch.cat([level[..., 0].flatten() for level in YOLOv3(20, 0.25)(torch.rand(4, 3, 64, 64))])
+    objectness = torch.cat(
+        [level[..., 0].flatten() for level in YOLOv3(20, 0.25)(torch.rand(4, 3, 64, 64))]
+    )
     assert 0.0001 < objectness.sigmoid().mean() < 0.01
 
 
 def test_save_and_load(tmp_path):
-    network = random_net(num_classes=3, width=0.125, classes=["a", "b", "c"], image_size=96, metadata={"epochs": 2})
+    network = random_net(
+        num_classes=3, width=0.125, classes=["a", "b", "c"], image_size=96, metadata={"epochs": 2}
+    )
     network.save_pretrained(tmp_path)
     loaded = YOLOv3.from_pretrained(tmp_path)
     assert {"config.json", "model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
-    assert (loaded.classes, loaded.image_size, loaded.metadata, loaded.width) == (["a", "b", "c"], 96, {"epochs": 2}, 0.125)
+    assert (loaded.classes, loaded.image_size, loaded.metadata, loaded.width) == (
+        ["a", "b", "c"],
+        96,
+        {"epochs": 2},
+        0.125,
+    )
     images = torch.rand(1, 3, 64, 64)
     for one, other in zip(network(images), loaded(images), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -136,7 +149,11 @@ def write_darknet(network: YOLOv3, path, backbone_only: bool = False, version=(0
         for layer in stages if backbone_only else stages + heads:
             if isinstance(layer, torch.nn.Conv2d):
                 parameters = len(layer.bias) // 3
-                order = [a * parameters + p for a in range(3) for p in (1, 2, 3, 4, 0, *range(5, parameters))]
+                order = [
+                    a * parameters + p
+                    for a in range(3)
+                    for p in (1, 2, 3, 4, 0, *range(5, parameters))
+                ]
                 tensors = [layer.bias[order], layer.weight[order]]
             else:
                 conv, norm, _ = layer
@@ -181,7 +198,14 @@ def test_truncated_and_other_files_are_refused(tmp_path):
     whole = path.read_bytes()
     before = network.state_dict()["backbone.stem.0.weight"].clone()
     random_bytes = np.random.default_rng(0).bytes(1000)
-    for content in (whole[:-4], whole + b"1234", random_bytes, b"", whole[:10], whole[:20] + b"\xff" * (len(whole) - 20)):
+    for content in (
+        whole[:-4],
+        whole + b"1234",
+        random_bytes,
+        b"",
+        whole[:10],
+        whole[:20] + b"\xff" * (len(whole) - 20),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{len(content):,} bytes"):
             network.load_darknet(path)
@@ -205,11 +229,19 @@ def test_darknet_anchors_are_pixels_at_any_image_size(tmp_path, num_classes, siz
     network.save_pretrained(tmp_path / "saved")
     for model in (network, YOLOv3.from_pretrained(tmp_path / "saved")):
         torch.testing.assert_close(model.anchors_at(size) * size, CFG_ANCHORS.float())
-        logits = [torch.zeros(1, 3, size // stride, size // stride, 5 + num_classes) for stride in (32, 16, 8)]
+        logits = [
+            torch.zeros(1, 3, size // stride, size // stride, 5 + num_classes)
+            for stride in (32, 16, 8)
+        ]
         boxes = decode(logits, model.anchors_at(size))[0][0] * size
-        sizes = [level[:, 2:] - level[:, :2] for level in boxes.split([3 * level.shape[2] ** 2 for level in logits])]
+        sizes = [
+            level[:, 2:] - level[:, :2]
+            for level in boxes.split([3 * level.shape[2] ** 2 for level in logits])
+        ]
         for level, expected in zip(sizes, CFG_ANCHORS, strict=True):
-            torch.testing.assert_close(level.unflatten(0, (3, -1))[:, 0], expected.float(), rtol=0, atol=1e-3)
+            torch.testing.assert_close(
+                level.unflatten(0, (3, -1))[:, 0], expected.float(), rtol=0, atol=1e-3
+            )
 
 
 def test_darknet_anchors_through_config(tmp_path):
@@ -220,7 +252,9 @@ def test_darknet_anchors_through_config(tmp_path):
 
 
 def test_darknet_backbone_keeps_the_anchors(tmp_path):
-    write_darknet(random_net(num_classes=80, width=0.125), tmp_path / "darknet53.conv.74", backbone_only=True)
+    write_darknet(
+        random_net(num_classes=80, width=0.125), tmp_path / "darknet53.conv.74", backbone_only=True
+    )
     network = YOLOv3(2, 0.125, image_size=608)
     network.load_darknet(tmp_path / "darknet53.conv.74")
     assert torch.equal(network.anchors, YOLOv3(2, 0.125).anchors)
@@ -233,16 +267,50 @@ def count_values(*convolutions: tuple[int, int, int]) -> int:
 
 BACKBONE = [(3, 32, 3)]
 for channels, repeats in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
-    BACKBONE += [(channels // 2, channels, 3), *[(channels, channels // 2, 1), (channels // 2, channels, 3)] * repeats]
+    BACKBONE += [
+        (channels // 2, channels, 3),
+        *[(channels, channels // 2, 1), (channels // 2, channels, 3)] * repeats,
+    ]
 HEADS = [
-    (1024, 512, 1), (512, 1024, 3), (1024, 512, 1), (512, 1024, 3), (1024, 512, 1), (512, 1024, 3), (1024, 255, 0),
-    (512, 256, 1), (768, 256, 1), (256, 512, 3), (512, 256, 1), (256, 512, 3), (512, 256, 1), (256, 512, 3), (512, 255, 0),
-    (256, 128, 1), (384, 128, 1), (128, 256, 3), (256, 128, 1), (128, 256, 3), (256, 128, 1), (128, 256, 3), (256, 255, 0),
-]  # fmt: skip
+    (1024, 512, 1),
+    (512, 1024, 3),
+    (1024, 512, 1),
+    (512, 1024, 3),
+    (1024, 512, 1),
+    (512, 1024, 3),
+    (1024, 255, 0),
+    (512, 256, 1),
+    (768, 256, 1),
+    (256, 512, 3),
+    (512, 256, 1),
+    (256, 512, 3),
+    (512, 256, 1),
+    (256, 512, 3),
+    (512, 255, 0),
+    (256, 128, 1),
+    (384, 128, 1),
+    (128, 256, 3),
+    (256, 128, 1),
+    (128, 256, 3),
+    (256, 128, 1),
+    (128, 256, 3),
+    (256, 255, 0),
+]
 TINY = [
-    (3, 16, 3), (16, 32, 3), (32, 64, 3), (64, 128, 3), (128, 256, 3), (256, 512, 3), (512, 1024, 3), (1024, 256, 1),
-    (256, 512, 3), (512, 255, 0), (256, 128, 1), (384, 256, 3), (256, 255, 0),
-]  # fmt: skip
+    (3, 16, 3),
+    (16, 32, 3),
+    (32, 64, 3),
+    (64, 128, 3),
+    (128, 256, 3),
+    (256, 512, 3),
+    (512, 1024, 3),
+    (1024, 256, 1),
+    (256, 512, 3),
+    (512, 255, 0),
+    (256, 128, 1),
+    (384, 256, 3),
+    (256, 255, 0),
+]
 FILES = {
     "yolov3.weights": BACKBONE + HEADS,
     "darknet53.conv.74": BACKBONE,
@@ -265,12 +333,17 @@ def test_published_darknet_files_are_recognized(tmp_path, name):
     sparse_darknet_file(tmp_path / "file", FILES[name])
     with torch.device("meta"):
         full, narrow = YOLOv3(80), YOLOv3(80, 0.25)
-    with pytest.raises(ValueError, match=f"file is {name}.*Published weights fit width 1 only; this network has width 0.25"):
+    with pytest.raises(
+        ValueError,
+        match=f"file is {name}.*Published weights fit width 1 only; this network has width 0.25",
+    ):
         narrow.load_darknet(tmp_path / "file")
     if name in ("yolov3.weights", "darknet53.conv.74"):
         assert PUBLISHED[count_values(*FILES[name])] == name
     else:
-        with pytest.raises(ValueError, match=f"file is {name}, .*Use yolov3.weights or darknet53.conv.74"):
+        with pytest.raises(
+            ValueError, match=f"file is {name}, .*Use yolov3.weights or darknet53.conv.74"
+        ):
             full.load_darknet(tmp_path / "file")
 
 

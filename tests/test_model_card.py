@@ -33,22 +33,43 @@ def test_measuring_without_voc_says_what_is_missing_and_downloads_nothing(tmp_pa
 
 def test_exported_weights_have_card_log_and_settings(tmp_path):
     config = Config(
-        dataset="shapes", classes=SHAPE_CLASSES, image_size=64, width=0.125, epochs=1, batch_size=4, shapes_train=8,
-        shapes_val=6, close_mosaic_epochs=0, max_lr=1e-3, num_workers=0, cache_gb=0, precision="32-true",
+        dataset="shapes",
+        classes=SHAPE_CLASSES,
+        image_size=64,
+        width=0.125,
+        epochs=1,
+        batch_size=4,
+        shapes_train=8,
+        shapes_val=6,
+        close_mosaic_epochs=0,
+        max_lr=1e-3,
+        num_workers=0,
+        cache_gb=0,
+        precision="32-true",
         run_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+    )
     fit(config)
     evaluation = write(tmp_path / "run", tmp_path / "weights", limits="Bad at everything.")
     card = (tmp_path / "weights/README.md").read_text()
-    assert f"| class accuracy | {evaluation.accuracies['class']:.1%} |" in card and "Bad at everything." in card
+    assert (
+        f"| class accuracy | {evaluation.accuracies['class']:.1%} |" in card
+        and "Bad at everything." in card
+    )
     assert "scratch (no pretrained weights)" in card and "6 images: synthetic" in card
-    assert (tmp_path / "weights/metrics.csv").read_text() == (tmp_path / "run/metrics.csv").read_text()
+    assert (tmp_path / "weights/metrics.csv").read_text() == (
+        tmp_path / "run/metrics.csv"
+    ).read_text()
     trained = evaluate(load_detector(tmp_path / "run"), DetectionDataModule(config))
     assert evaluation.precisions == pytest.approx(trained.precisions, abs=0.02)  # half precision
     assert evaluation.accuracies == pytest.approx(trained.accuracies, abs=0.02)
     again, _ = measure(tmp_path / "weights")
     assert again.accuracies == evaluation.accuracies and again.precisions == evaluation.precisions
-    assert Config.load(tmp_path / "weights/run.json").replace(run_dir=config.run_dir, data_root=config.data_root) == config
+    assert (
+        Config.load(tmp_path / "weights/run.json").replace(
+            run_dir=config.run_dir, data_root=config.data_root
+        )
+        == config
+    )
 
 
 def test_weights_of_own_data_are_measured_on_it(tmp_path):
@@ -59,11 +80,21 @@ def test_weights_of_own_data_are_measured_on_it(tmp_path):
         for number in range(4):
             Image.new("RGB", (64, 64), (60 * number, 0, 0)).save(folder / f"{number}.png")
             (tmp_path / "mine/labels" / split / f"{number}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
-    (tmp_path / "mine/data.yaml").write_text("train: images/train\nval: images/val\nnames: [square]\n")
+    (tmp_path / "mine/data.yaml").write_text(
+        "train: images/train\nval: images/val\nnames: [square]\n"
+    )
     config = Config(
-        data_root=str(tmp_path / "mine"), image_size=64, width=0.125, epochs=1, batch_size=4, max_lr=1e-3, num_workers=0,
-        cache_gb=0, precision="32-true", run_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+        data_root=str(tmp_path / "mine"),
+        image_size=64,
+        width=0.125,
+        epochs=1,
+        batch_size=4,
+        max_lr=1e-3,
+        num_workers=0,
+        cache_gb=0,
+        precision="32-true",
+        run_dir=str(tmp_path / "run"),
+    )
     fit(config)
     evaluation = write(tmp_path / "run", tmp_path / "weights")
     assert [row["class"] for row in evaluation.per_class] == ["square"]
@@ -82,4 +113,7 @@ def test_a_pretrained_backbone_is_named_on_the_card(tmp_path):
     assert text.endswith("trained for 3 of 4 epochs on Some VOC")
     detector.metadata = {}
     detector.save_pretrained(tmp_path / "detector")
-    assert describe_start(Config(width=0.125, pretrained_weights=str(tmp_path / "detector"))) == "detector"
+    assert (
+        describe_start(Config(width=0.125, pretrained_weights=str(tmp_path / "detector")))
+        == "detector"
+    )

@@ -14,9 +14,16 @@ from tools.notebook import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
-    "epochs": 1, "close_mosaic_epochs": 0, "width": 0.125, "image_size": 64, "shapes_train": 8, "shapes_val": 8,
-    "batch_size": 4, "num_workers": 0, "precision": "32-true",
-}  # fmt: skip
+    "epochs": 1,
+    "close_mosaic_epochs": 0,
+    "width": 0.125,
+    "image_size": 64,
+    "shapes_train": 8,
+    "shapes_val": 8,
+    "batch_size": 4,
+    "num_workers": 0,
+    "precision": "32-true",
+}
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|content|kaggle/working)/|[A-Z]:\\\\")
 WARNING = re.compile(r"Warning:|\bWARNING\b|Traceback")
 books = pytest.mark.parametrize("name", notebook.NOTEBOOKS)
@@ -31,11 +38,20 @@ def texts(book):
     for cell in book.cells:
         for output in cell.get("outputs", ()):
             yield output.get("text", "")
-            yield "\n".join(value for kind, value in output.get("data", {}).items() if not kind.startswith("image/"))
+            yield "\n".join(
+                value
+                for kind, value in output.get("data", {}).items()
+                if not kind.startswith("image/")
+            )
 
 
 def check_outputs(book):
-    assert not [output for cell in book.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
+    assert not [
+        output
+        for cell in book.cells
+        for output in cell.get("outputs", ())
+        if output.output_type == "error"
+    ]
     for text in texts(book):
         assert not MACHINE.search(text), text[:500]
         assert not WARNING.search(text), text[:500]
@@ -62,7 +78,16 @@ def local(folder, name):
 def trained(folder):
     """The main notebook, executed by the command, and the command's output."""
     source = str(local(folder, "s13_assignment.ipynb"))
-    command = [sys.executable, "-m", "tools.notebook", "run", source, "runs/out.ipynb", "--settings", json.dumps(SMALL)]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.notebook",
+        "run",
+        source,
+        "runs/out.ipynb",
+        "--settings",
+        json.dumps(SMALL),
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return nbformat.read(folder / "runs/out.ipynb", as_version=4), done.stdout
@@ -71,7 +96,11 @@ def trained(folder):
 def test_the_main_notebook_runs_and_writes_its_files(folder, trained):
     book, printed = trained
     check_outputs(book)
-    assert "minutes" in printed.splitlines()[1] and "training:" in printed and "class accuracy" in printed
+    assert (
+        "minutes" in printed.splitlines()[1]
+        and "training:" in printed
+        and "class accuracy" in printed
+    )
     for name in ("metrics.csv", "config.json", "best.ckpt", "last.ckpt"):
         assert (folder / "runs/shapes" / name).is_file(), name
     assert (folder / "space/app.py").is_file()
@@ -81,10 +110,15 @@ def test_the_main_notebook_runs_and_writes_its_files(folder, trained):
 
 def test_the_multi_scale_notebook_runs_after_the_first(folder, trained):
     settings = SMALL | {"multiscale_sizes": [64, 96]}
-    assert run(local(folder, "multi_scale_s13_assignment.ipynb"), folder / "multi.ipynb", settings) == ""
+    assert (
+        run(local(folder, "multi_scale_s13_assignment.ipynb"), folder / "multi.ipynb", settings)
+        == ""
+    )
     book = nbformat.read(folder / "multi.ipynb", as_version=4)
     check_outputs(book)
-    assert "one resolution (160)" in "".join(texts(book)), "the run of the first notebook was not found"
+    assert "one resolution (160)" in "".join(texts(book)), (
+        "the run of the first notebook was not found"
+    )
 
 
 def test_the_app_notebook_runs_on_the_last_run(folder, trained):
@@ -118,14 +152,21 @@ def test_the_training_notebooks_have_20_to_60_cells_and_no_common_paragraph():
         cells = read(name).cells
         assert 20 <= len(cells) <= 60, name
         prose = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-        paragraphs.append({part.strip() for part in prose.split("\n\n") if len(part) > 60 and "badge" not in part})
+        paragraphs.append(
+            {part.strip() for part in prose.split("\n\n") if len(part) > 60 and "badge" not in part}
+        )
     assert not paragraphs[0] & paragraphs[1]
 
 
 def test_all_notebooks_have_the_same_first_cell_and_badges_only_for_its_address():
-    first = {next(cell.source for cell in read(name).cells if cell.cell_type == "code") for name in notebook.NOTEBOOKS}
+    first = {
+        next(cell.source for cell in read(name).cells if cell.cell_type == "code")
+        for name in notebook.NOTEBOOKS
+    }
     assert len(first) == 1
-    address = re.search(r'^REPOSITORY = "https://github\.com/([\w.-]+/[\w.-]+)"$', first.pop(), re.MULTILINE)[1]
+    address = re.search(
+        r'^REPOSITORY = "https://github\.com/([\w.-]+/[\w.-]+)"$', first.pop(), re.MULTILINE
+    )[1]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for text in (readme, *(read(name).cells[0].source for name in notebook.NOTEBOOKS)):
         badges = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)/blob", text)
@@ -135,8 +176,12 @@ def test_all_notebooks_have_the_same_first_cell_and_badges_only_for_its_address(
 @pytest.fixture
 def first_cell(tmp_path, monkeypatch):
     """The first code cell in an empty folder, with a repository that doesn't exist, and the commands that it runs."""
-    source = next(cell.source for cell in read(notebook.NOTEBOOKS[0]).cells if cell.cell_type == "code")
-    source = source.replace("https://github.com/OWNER/REPOSITORY", (tmp_path / "missing/yolo").as_uri())
+    source = next(
+        cell.source for cell in read(notebook.NOTEBOOKS[0]).cells if cell.cell_type == "code"
+    )
+    source = source.replace(
+        "https://github.com/OWNER/REPOSITORY", (tmp_path / "missing/yolo").as_uri()
+    )
     commands = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     (tmp_path / "working").mkdir()
@@ -150,19 +195,31 @@ def test_the_first_cell_copies_an_attached_repository_once(first_cell, tmp_path,
     package.mkdir(parents=True)
     (package / "config.py").write_text("original")
     exec(source, {})
-    assert Path.cwd() == tmp_path / "working/yolo" and commands[0][-2:] == ["-r", "requirements.txt"]
+    assert Path.cwd() == tmp_path / "working/yolo" and commands[0][-2:] == [
+        "-r",
+        "requirements.txt",
+    ]
     Path("src/config.py").write_text("edited")
     exec(source, {})
     assert Path.cwd() == tmp_path / "working/yolo"
     monkeypatch.chdir(tmp_path / "working")  # as after a restart of the kernel
     exec(source, {})
-    assert Path("src/config.py").read_text() == "edited" and (package / "config.py").read_text() == "original"
+    assert (
+        Path("src/config.py").read_text() == "edited"
+        and (package / "config.py").read_text() == "original"
+    )
 
 
 def test_the_first_cell_without_a_repository_says_what_to_do(first_cell):
-    with pytest.raises(RuntimeError, match=r"can.t be cloned: wrong or private\? Kaggle: turn on Internet, or see README"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"can.t be cloned: wrong or private\? Kaggle: turn on Internet, or see README",
+    ):
         exec(first_cell[0], {})
-    assert "## Kaggle without internet" in (ROOT / "README.md").read_text(encoding="utf-8") and not first_cell[1]
+    assert (
+        "## Kaggle without internet" in (ROOT / "README.md").read_text(encoding="utf-8")
+        and not first_cell[1]
+    )
 
 
 @pytest.fixture
@@ -184,8 +241,14 @@ def test_set_address_inserts_badges_and_replaces_them(repository):
         book = nbformat.read(repository / name, as_version=4)
         nbformat.validate(book)
         title, _, badges, _, body = book.cells[0].source.split("\n", 4)
-        assert title.startswith("# ") and f"# {title[2:]}\n\n{body}" in nbformat.reads(before[name], 4).cells[0].source
-        for site in ("colab.research.google.com/github/", "kaggle.com/kernels/welcome?src=https://github.com/"):
+        assert (
+            title.startswith("# ")
+            and f"# {title[2:]}\n\n{body}" in nbformat.reads(before[name], 4).cells[0].source
+        )
+        for site in (
+            "colab.research.google.com/github/",
+            "kaggle.com/kernels/welcome?src=https://github.com/",
+        ):
             assert badges.count(f"{site}bob/yolo/blob/main/{name}") == 1
         assert 'REPOSITORY = "https://github.com/bob/yolo"' in book.cells[1].source
         assert "ada/detector" not in (repository / name).read_text(encoding="utf-8")
@@ -213,18 +276,36 @@ def test_set_address_refuses_other_addresses(repository):
 
 def test_a_failing_cell_is_named_and_the_notebook_still_saved(tmp_path):
     book = nbformat.v4.new_notebook()
-    book.cells = [nbformat.v4.new_markdown_cell("## Divide"), nbformat.v4.new_code_cell("print('before')\n1 / 0")]
+    book.cells = [
+        nbformat.v4.new_markdown_cell("## Divide"),
+        nbformat.v4.new_code_cell("print('before')\n1 / 0"),
+    ]
     nbformat.write(book, tmp_path / "bad.ipynb")
-    command = [sys.executable, "-m", "tools.notebook", "run", str(tmp_path / "bad.ipynb"), str(tmp_path / "out.ipynb")]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.notebook",
+        "run",
+        str(tmp_path / "bad.ipynb"),
+        str(tmp_path / "out.ipynb"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "bad.ipynb: a cell under 'Divide' failed: ZeroDivisionError: division by zero" in done.stderr
-    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs[0].text == "before\n"
+    assert (
+        "bad.ipynb: a cell under 'Divide' failed: ZeroDivisionError: division by zero"
+        in done.stderr
+    )
+    assert (
+        nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[1].outputs[0].text == "before\n"
+    )
 
 
 def execute(tmp_path, *sources):
     """Execute code cells. Returns the outputs of each."""
-    nbformat.write(nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, sources))), tmp_path / "in.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, sources))),
+        tmp_path / "in.ipynb",
+    )
     assert run(tmp_path / "in.ipynb", tmp_path / "out.ipynb") == ""
     return [cell.outputs for cell in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells]
 
@@ -254,7 +335,9 @@ def test_settings_need_a_tagged_cell(tmp_path):
 
 def test_figures_of_tagged_cells_are_exported(tmp_path, monkeypatch):
     code = "from src.figures.curves import plot_multiscale_sizes\nplot_multiscale_sizes([64, 96])"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, metadata={"tags": ["image:sizes"]})])
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(code, metadata={"tags": ["image:sizes"]})]
+    )
     (tmp_path / "src").symlink_to(ROOT / "src")
     nbformat.write(book, tmp_path / "app_with_gradCAM.ipynb")
     for name in notebook.NOTEBOOKS[:2]:

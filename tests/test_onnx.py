@@ -53,7 +53,9 @@ def test_the_file_is_complete_and_has_metadata(model, file):
     assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
     graph = onnx.load(file, load_external_data=False)
     onnx.checker.check_model(graph)
-    assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in graph.graph.initializer)
+    assert all(
+        tensor.data_location == onnx.TensorProto.DEFAULT for tensor in graph.graph.initializer
+    )
     assert not any(node.op_type == "NonMaxSuppression" for node in graph.graph.node)
     inputs, boxes, scores = (
         [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
@@ -62,15 +64,24 @@ def test_the_file_is_complete_and_has_metadata(model, file):
     assert inputs == ["batch", 3, "size", "size"]
     assert boxes == ["batch", "predictions", 4] and scores == ["batch", "predictions", len(CLASSES)]
     facts = {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
-    assert facts["classes"] == CLASSES and facts["strides"] == [32, 16, 8] and facts["image_size"] == 96
+    assert (
+        facts["classes"] == CLASSES
+        and facts["strides"] == [32, 16, 8]
+        and facts["image_size"] == 96
+    )
     np.testing.assert_allclose(facts["anchors"], np.multiply(ANCHORS, 96), rtol=1e-6)
     loaded = OnnxModel(file)
-    assert loaded.metadata == model.metadata and loaded.num_parameters == sum(p.numel() for p in model.parameters())
+    assert loaded.metadata == model.metadata and loaded.num_parameters == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("image_size", [0, 160])
 def test_the_predictor_gives_the_same_detections(image_size, model, file):
-    predictors = Predictor(model, image_size, device="cpu"), Predictor.load(file, image_size=image_size)
+    predictors = (
+        Predictor(model, image_size, device="cpu"),
+        Predictor.load(file, image_size=image_size),
+    )
     assert predictors[1].classes == CLASSES and predictors[1].image_size == (image_size or 96)
     images = [blurred_noise(150, 90, seed) for seed in range(3)]
     batches = [predictor.batch(images, confidence=0.2) for predictor in predictors]
@@ -102,9 +113,13 @@ def test_errors_say_what_to_do(file, tmp_path, monkeypatch):
     from src.serving.app import build_app
 
     (tmp_path / "damaged.onnx").write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"damaged.onnx is not a file of export_onnx.*Export it again"):
+    with pytest.raises(
+        ValueError, match=r"damaged.onnx is not a file of export_onnx.*Export it again"
+    ):
         Predictor.load(tmp_path / "damaged.onnx")
-    with pytest.raises(FileNotFoundError, match="missing.onnx is missing. Write it with export_onnx"):
+    with pytest.raises(
+        FileNotFoundError, match="missing.onnx is missing. Write it with export_onnx"
+    ):
         Predictor.load(tmp_path / "missing.onnx")
     with pytest.raises(ValueError, match="multiple of 32"):
         Predictor.load(file, image_size=100)(blurred_noise())

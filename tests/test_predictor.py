@@ -20,10 +20,15 @@ ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT = 48, 32
 # EXIF orientation -> what a viewer does to the pixels
 ORIENTATIONS = {
-    1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-    5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a),
-}  # fmt: skip
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
 
 
 def quarters() -> np.ndarray:
@@ -55,8 +60,12 @@ KINDS = {
     "palette": saved(RGB.quantize(16), "PNG"),
     "rgba": saved(RGB.convert("RGBA"), "PNG"),
     "gif": saved(RGB, "GIF"),
-    "animated gif": saved(RGB, "GIF", save_all=True, append_images=[Image.new("RGB", RGB.size)] * 2),
-    "animated webp": saved(RGB, "WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", RGB.size)]),
+    "animated gif": saved(
+        RGB, "GIF", save_all=True, append_images=[Image.new("RGB", RGB.size)] * 2
+    ),
+    "animated webp": saved(
+        RGB, "WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", RGB.size)]
+    ),
     "animated png": saved(RGB, "PNG", save_all=True, append_images=[Image.new("RGB", RGB.size)]),
 }
 GREYS = {
@@ -98,12 +107,21 @@ def test_every_grey_format_gives_the_same_image(kind, tmp_path):
 def test_arrays_and_pil_images_are_accepted():
     assert np.array_equal(load_image(quarters()), quarters())
     assert np.array_equal(load_image(RGB), quarters())
-    assert np.array_equal(load_image(grey_quarters()), np.repeat(grey_quarters()[..., None], 3, axis=2))
-    for other in (quarters() / 255, (grey_quarters() / 255).astype(np.float32), quarters().astype(np.int64)):
+    assert np.array_equal(
+        load_image(grey_quarters()), np.repeat(grey_quarters()[..., None], 3, axis=2)
+    )
+    for other in (
+        quarters() / 255,
+        (grey_quarters() / 255).astype(np.float32),
+        quarters().astype(np.int64),
+    ):
         with pytest.raises(ValueError, match=rf"array of {other.dtype}, not uint8"):
             load_image(other)
     for shape in ((3, 40, 50), (40, 50, 1), (2, 40, 50, 3), (40,)):
-        with pytest.raises(ValueError, match=rf"shape {list(shape)}".replace("[", r"\[") + ", not .*Channels come last"):
+        with pytest.raises(
+            ValueError,
+            match=rf"shape {list(shape)}".replace("[", r"\[") + ", not .*Channels come last",
+        ):
             load_image(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="is a tensor.*permute"):
         load_image(torch.zeros(3, 8, 8))
@@ -139,7 +157,12 @@ def test_images_are_upright(orientation, tmp_path):
 
 def test_unreadable_files_are_named(tmp_path):
     jpeg, png = KINDS["jpeg"].getvalue(), KINDS["png"].getvalue()
-    bad = {"text.jpg": b"not an image", "empty.png": b"", "short.jpg": jpeg[: len(jpeg) // 2], "short.png": png[:60]}
+    bad = {
+        "text.jpg": b"not an image",
+        "empty.png": b"",
+        "short.jpg": jpeg[: len(jpeg) // 2],
+        "short.png": png[:60],
+    }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.*JPEG or PNG"):
@@ -149,7 +172,9 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path):
-    header = saved(Image.new("1", (14_000, 14_000)), "PNG").getvalue()  # 196 million pixels in 24 kB
+    header = saved(
+        Image.new("1", (14_000, 14_000)), "PNG"
+    ).getvalue()  # 196 million pixels in 24 kB
     (tmp_path / "bomb.png").write_bytes(header)
     with pytest.raises(ValueError, match=r"bomb.png"):
         load_image(tmp_path / "bomb.png")
@@ -158,31 +183,49 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path):
     assert load_image(RGB, max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
 
 
-@pytest.mark.parametrize("size", [(96, 96), (150, 40), (33, 97), (8, 8), (1, 1), (1, 300), (700, 500)])
+@pytest.mark.parametrize(
+    "size", [(96, 96), (150, 40), (33, 97), (8, 8), (1, 1), (1, 300), (700, 500)]
+)
 def test_boxes_are_in_pixels_of_the_image(size, predictor):
     width, height = size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     detections = predictor(image, confidence=0.3)
-    assert len(detections) and (detections.boxes >= 0).all() and (detections.boxes <= [width, height, width, height]).all()
+    assert (
+        len(detections)
+        and (detections.boxes >= 0).all()
+        and (detections.boxes <= [width, height, width, height]).all()
+    )
     # slow: from the letterboxed square to the image, box by box
     square, _ = letterbox(image, predictor.image_size)
     with torch.no_grad():
         inputs = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
-        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(predictor.image_size))
+        boxes, scores = decode(
+            predictor.model(inputs), predictor.model.anchors_at(predictor.image_size)
+        )
     inner = max(1, round(width * 96 / max(size))), max(1, round(height * 96 / max(size)))
     left, top = (96 - inner[0]) // 2, (96 - inner[1]) // 2
-    for box, score, label, index in zip(detections.boxes, detections.scores, detections.labels, detections.index, strict=True):
+    for box, score, label, index in zip(
+        detections.boxes, detections.scores, detections.labels, detections.index, strict=True
+    ):
         x1, y1, x2, y2 = (boxes[0, index] * 96).tolist()
         x1, x2 = ((x - left) * width / inner[0] for x in (x1, x2))
         y1, y2 = ((y - top) * height / inner[1] for y in (y1, y2))
-        expected = [min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)]
+        expected = [
+            min(max(x1, 0), width),
+            min(max(y1, 0), height),
+            min(max(x2, 0), width),
+            min(max(y2, 0), height),
+        ]
         assert box == pytest.approx(expected, abs=1e-2)
         assert score == pytest.approx(scores[0, index, label].item(), abs=1e-5)
 
 
 def test_batch_prediction_equals_single_images():
     predictor = Predictor(planted_model(64), device="cpu")
-    images = [np.random.default_rng(n).integers(256, size=(40 + 9 * n, 70, 3), dtype=np.uint8) for n in range(3)]
+    images = [
+        np.random.default_rng(n).integers(256, size=(40 + 9 * n, 70, 3), dtype=np.uint8)
+        for n in range(3)
+    ]
     batch = predictor.batch(images)
     assert sum(map(len, batch)) > 0
     for image, detections in zip(images, batch, strict=True):
@@ -193,9 +236,14 @@ def test_batch_prediction_equals_single_images():
 
 def test_thresholds_need_no_further_forward_pass(predictor):
     calls = []
-    hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in (predictor.model, predictor.fused)]
+    hooks = [
+        network.register_forward_hook(lambda *_: calls.append(1))
+        for network in (predictor.model, predictor.fused)
+    ]
     candidates = predictor.candidates(quarters())
-    counts = [len(candidates.detections(confidence, 0.45)) for confidence in (0.01, 0.3, 0.4, 0.5, 0.99)]
+    counts = [
+        len(candidates.detections(confidence, 0.45)) for confidence in (0.01, 0.3, 0.4, 0.5, 0.99)
+    ]
     kept = [len(candidates.detections(0.3, iou_threshold)) for iou_threshold in (0.1, 0.45, 0.9)]
     for hook in hooks:
         hook.remove()
@@ -207,10 +255,15 @@ def test_thresholds_need_no_further_forward_pass(predictor):
 def test_candidates_contain_everything_above_min_score(predictor):
     inputs, _ = predictor.preprocess(quarters())
     with torch.no_grad():
-        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(predictor.image_size))
+        boxes, scores = decode(
+            predictor.model(inputs), predictor.model.anchors_at(predictor.image_size)
+        )
     index, labels = nms(boxes[0], scores[0], 2 * MIN_SCORE, 0.45)
     detections = predictor.candidates(quarters()).detections(2 * MIN_SCORE, 0.45)
-    assert detections.index.tolist() == index.tolist() and detections.labels.tolist() == labels.tolist()
+    assert (
+        detections.index.tolist() == index.tolist()
+        and detections.labels.tolist() == labels.tolist()
+    )
 
 
 def test_without_detections_there_is_a_top_candidate():
@@ -229,12 +282,16 @@ def test_the_top_candidate_of_a_class(predictor):
     candidates = predictor.candidates(quarters())
     for label in range(3):
         best = candidates.top_candidate(label)
-        assert best.labels.tolist() == [label] and best.scores[0] == candidates.scores[:, label].max()
+        assert (
+            best.labels.tolist() == [label] and best.scores[0] == candidates.scores[:, label].max()
+        )
 
 
 def test_half_precision_gives_nearly_the_same_detections(predictor):
     exact = predictor(quarters(), confidence=0.3, iou_threshold=0.9)
-    half = Predictor(planted_model().to(torch.bfloat16), device="cpu")(quarters(), confidence=0.3, iou_threshold=0.9)
+    half = Predictor(planted_model().to(torch.bfloat16), device="cpu")(
+        quarters(), confidence=0.3, iou_threshold=0.9
+    )
     assert half.scores.dtype == np.float32 and abs(len(half) - len(exact)) <= 3
     common, a, b = np.intersect1d(exact.index, half.index, return_indices=True)
     assert len(common) > 0.8 * len(exact) and np.abs(exact.boxes[a] - half.boxes[b]).max() < 2
@@ -289,5 +346,10 @@ def test_fusing_changes_detections_by_rounding_only(shipped):
     unfused.fused = unfused.model
     for path in sorted((ROOT / "weights/samples").glob("*.jpg")):
         exact, fused = unfused(path), shipped(path)
-        assert exact.index.tolist() == fused.index.tolist() and exact.labels.tolist() == fused.labels.tolist()
-        assert exact.scores == pytest.approx(fused.scores, abs=1e-5) and exact.boxes == pytest.approx(fused.boxes, abs=0.05)
+        assert (
+            exact.index.tolist() == fused.index.tolist()
+            and exact.labels.tolist() == fused.labels.tolist()
+        )
+        assert exact.scores == pytest.approx(
+            fused.scores, abs=1e-5
+        ) and exact.boxes == pytest.approx(fused.boxes, abs=0.05)

@@ -7,8 +7,8 @@ from PIL import Image
 
 from src.config import Config
 from src.data.imagefolder import ClassificationDataset, read_image_folder
-from src.model.pretrained import is_backbone, load_backbone, read_metadata
 from src.model.network import YOLOv3
+from src.model.pretrained import is_backbone, load_backbone, read_metadata
 from src.training import pretrain as pretraining
 from src.training.checkpoints import LAST
 from src.training.module import build_model
@@ -39,9 +39,20 @@ def folder(tmp_path_factory):
 
 def tiny(folder, run_dir, **changes):
     config = PretrainConfig(
-        str(folder), width=0.125, image_size=32, final_size=64, final_epochs=1, epochs=4, batch_size=4, max_lr=3e-3,
-        ema_decay=0.5, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(run_dir),
-    )  # fmt: skip
+        str(folder),
+        width=0.125,
+        image_size=32,
+        final_size=64,
+        final_epochs=1,
+        epochs=4,
+        batch_size=4,
+        max_lr=3e-3,
+        ema_decay=0.5,
+        num_workers=0,
+        cache_gb=0,
+        precision="32-true",
+        run_dir=str(run_dir),
+    )
     return config.replace(**changes)
 
 
@@ -63,7 +74,9 @@ def test_both_layouts_are_read_alike(folder, tmp_path):
     (tmp_path / "val/.ipynb_checkpoints").mkdir()
     (tmp_path / "train/red/._1.jpg").write_text("written by macOS")
     classes, train, val = read_image_folder(tmp_path)
-    assert classes == ["blue", "green", "red"] and [label for _, label in train] == [label for _, label in val] == [0, 1, 2]
+    assert classes == ["blue", "green", "red"] and [label for _, label in train] == [
+        label for _, label in val
+    ] == [0, 1, 2]
     assert pretraining.Darknet53Classifier(tiny(tmp_path, tmp_path)).linear.out_features == 3
 
 
@@ -84,7 +97,9 @@ def test_wrong_layouts_are_named(folder, tmp_path):
 
 def test_an_unreadable_image_is_named(folder, tmp_path):
     (tmp_path / "bad.jpg").write_text("no image")
-    dataset = ClassificationDataset([(str(tmp_path / "bad.jpg"), 0)], tiny(folder, tmp_path), training=True)
+    dataset = ClassificationDataset(
+        [(str(tmp_path / "bad.jpg"), 0)], tiny(folder, tmp_path), training=True
+    )
     with pytest.raises(ValueError, match="bad.jpg"):
         dataset[0]
 
@@ -92,9 +107,14 @@ def test_an_unreadable_image_is_named(folder, tmp_path):
 def test_a_sample_depends_on_its_number_only(folder, tmp_path):
     data, again = (PretrainDataModule(tiny(folder, tmp_path)).train_data for _ in range(2))
     for sample_id in (5, 30, 5):
-        assert torch.equal(data[sample_id][0], again[sample_id][0]) and data[sample_id][1] == (sample_id % 24) // 8
+        assert (
+            torch.equal(data[sample_id][0], again[sample_id][0])
+            and data[sample_id][1] == (sample_id % 24) // 8
+        )
     assert not torch.equal(data[5][0], data[29][0])
-    assert data[5][0].shape == (32, 32, 3) and data[3 * 24][0].shape == (64, 64, 3), "the last epoch has the final size"
+    assert data[5][0].shape == (32, 32, 3) and data[3 * 24][0].shape == (64, 64, 3), (
+        "the last epoch has the final size"
+    )
 
 
 def test_it_learns_and_its_backbone_starts_detectors(run):
@@ -102,7 +122,9 @@ def test_it_learns_and_its_backbone_starts_detectors(run):
     card = (backbone / "README.md").read_text()
     assert "top-1 accuracy | 100.0%" in card and "24 images of 3 classes" in card
     assert is_backbone(backbone)
-    saved = build_model(Config(width=0.125, pretrained_weights=str(backbone), image_size=96, classes=("a", "b")))
+    saved = build_model(
+        Config(width=0.125, pretrained_weights=str(backbone), image_size=96, classes=("a", "b"))
+    )
     fresh = build_model(Config(width=0.125, image_size=96, classes=("a", "b")))
     assert not torch.equal(saved.backbone.stem[0].weight, fresh.backbone.stem[0].weight)
     for one, other in zip(saved.heads.parameters(), fresh.heads.parameters(), strict=True):
@@ -118,13 +140,20 @@ def test_it_learns_and_its_backbone_starts_detectors(run):
 def test_accuracies_count_the_best_and_the_five_best_classes(folder, tmp_path):
     module, logged = pretraining.Darknet53Classifier(tiny(folder, tmp_path)), {}
     logits = torch.arange(7.0).repeat(4, 1)
-    module.forward, module.log_dict = lambda images: logits, lambda values, **_: logged.update(values)
-    module.validation_step((torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([6, 5, 2, 1])), 0)
+    module.forward, module.log_dict = (
+        lambda images: logits,
+        lambda values, **_: logged.update(values),
+    )
+    module.validation_step(
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([6, 5, 2, 1])), 0
+    )
     assert logged["val/top1"] == 0.25 and logged["val/top5"] == 0.75
 
 
 def test_another_width_is_refused(run):
-    with pytest.raises(ValueError, match=r"width 0.125, but the network has width 0.25. Set Config.width=0.125"):
+    with pytest.raises(
+        ValueError, match=r"width 0.125, but the network has width 0.25. Set Config.width=0.125"
+    ):
         build_model(Config(width=0.25, pretrained_weights=str(run[1])))
 
 
@@ -141,7 +170,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(folder, run, tmp_path, mo
         with pytest.raises(BaseException):  # noqa: B017
             pretrain(tiny(folder, tmp_path))
     pretrain(tiny(folder, tmp_path))
-    resumed, whole = (torch.load(f"{path}/{LAST}", weights_only=True)["state_dict"] for path in (tmp_path, run[0].run_dir))
+    resumed, whole = (
+        torch.load(f"{path}/{LAST}", weights_only=True)["state_dict"]
+        for path in (tmp_path, run[0].run_dir)
+    )
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 

@@ -25,7 +25,12 @@ class TwoArguments(Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "sent"), [(ValueError("short"), True), (ValueError("x" * 70_000), False), (TwoArguments("a", "b"), False)]
+    ("error", "sent"),
+    [
+        (ValueError("short"), True),
+        (ValueError("x" * 70_000), False),
+        (TwoArguments("a", "b"), False),
+    ],
 )
 def test_only_errors_that_arrive_are_sent_to_the_notebook(error, sent):
     assert can_be_sent(error) == sent
@@ -33,7 +38,10 @@ def test_only_errors_that_arrive_are_sent_to_the_notebook(error, sent):
 
 def test_loader_processes_share_the_available_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    workers = [DetectionDataModule(Config(devices=devices, image_size=32)).num_workers for devices in (1, 2, 8)]
+    workers = [
+        DetectionDataModule(Config(devices=devices, image_size=32)).num_workers
+        for devices in (1, 2, 8)
+    ]
     assert workers == [6, 3, 1]
 
 
@@ -43,7 +51,10 @@ def test_loader_processes_fit_in_shared_memory(monkeypatch, capsys, megabytes, n
     usage = namedtuple("usage", "total used free")(0, 0, megabytes * 10**6)
     monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda _: usage)
     data = DetectionDataModule(Config(image_size=416, batch_size=32, num_workers=8))
-    assert data.num_workers == num_workers and DetectionDataModule(Config(num_workers=0)).num_workers == 0
+    assert (
+        data.num_workers == num_workers
+        and DetectionDataModule(Config(num_workers=0)).num_workers == 0
+    )
     assert (f"Using {num_workers}." in capsys.readouterr().out) == (num_workers < 8)
 
 
@@ -56,9 +67,18 @@ def test_training_continues_without_a_cache(tmp_path, monkeypatch, capsys, probl
 
     if problem == "full disk":
         monkeypatch.setattr(cache.os, "posix_fallocate", raise_no_space, raising=False)
-    monkeypatch.setattr(cache, "FOLDER", tmp_path if problem == "full disk" else Path("/dev/null/cache"))
-    assert cache.open_cache([record.image for record in draw_shapes(2, seed=0)], "training", 64, max_gb=1) is None
-    assert "Each epoch decodes them again" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    monkeypatch.setattr(
+        cache, "FOLDER", tmp_path if problem == "full disk" else Path("/dev/null/cache")
+    )
+    assert (
+        cache.open_cache(
+            [record.image for record in draw_shapes(2, seed=0)], "training", 64, max_gb=1
+        )
+        is None
+    )
+    assert "Each epoch decodes them again" in capsys.readouterr().out and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_cache_reserves_disk_space(tmp_path):
@@ -90,7 +110,9 @@ def test_read_only_voc_tree(monkeypatch):
         for loader in (data.train_dataloader(), data.val_dataloader()):
             assert len(next(iter(loader))["images"]) == 1
 
-    load_batches(config.replace(cache_gb=0))  # imports all modules: the user nobody can't read root's Python
+    load_batches(
+        config.replace(cache_gb=0)
+    )  # imports all modules: the user nobody can't read root's Python
     user = os.geteuid()
     try:
         os.seteuid(65534 if user == 0 else user)

@@ -21,9 +21,16 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TINY = {
-    "width": 0.25, "image_size": 64, "epochs": 1, "batch_size": 2, "max_lr": 1e-3, "num_workers": 0, "cache_gb": 0,
-    "precision": "32-true", "close_mosaic_epochs": 0,
-}  # fmt: skip
+    "width": 0.25,
+    "image_size": 64,
+    "epochs": 1,
+    "batch_size": 2,
+    "max_lr": 1e-3,
+    "num_workers": 0,
+    "cache_gb": 0,
+    "precision": "32-true",
+    "close_mosaic_epochs": 0,
+}
 
 
 def test_there_are_snippets():
@@ -44,8 +51,15 @@ def test_snippets_train_small(snippet, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "fit", small)
     write_own_data(tmp_path / "my_data", voc="classes=" in snippet)
     for year, splits in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
-        write_tree(tmp_path / "data", year, {split: {f"{split}{n}": obj() for n in range(2)} for split in splits})
-    presets = {"voc": Config(data_root=str(tmp_path / "data")), "small": PRESETS["small"].replace(**TINY)}
+        write_tree(
+            tmp_path / "data",
+            year,
+            {split: {f"{split}{n}": obj() for n in range(2)} for split in splits},
+        )
+    presets = {
+        "voc": Config(data_root=str(tmp_path / "data")),
+        "small": PRESETS["small"].replace(**TINY),
+    }
     monkeypatch.setattr("src.config.PRESETS", presets)
     exec(compile(snippet, "README.md", "exec"), {})
     assert len(seen) == 1 and (Path(seen[0].run_dir) / "best.ckpt").exists()
@@ -59,11 +73,19 @@ def write_own_data(folder: Path, voc: bool) -> None:
     """Write a data set of the classes "mask" and "no mask", in the VOC or the YOLO format."""
     if voc:
         one_of_each = "".join(obj(name) for name in ("mask", "no mask"))
-        write_tree(folder, "2012", {"train": {"1": one_of_each, "2": one_of_each}, "val": {"3": one_of_each}})
+        write_tree(
+            folder,
+            "2012",
+            {"train": {"1": one_of_each, "2": one_of_each}, "val": {"3": one_of_each}},
+        )
     else:
         data = "train: images/train\nval: images/val\nnames: [mask, no mask]\n"
         lines = "0 0.3 0.5 0.4 0.5\n1 0.6 0.5 0.4 0.5\n"
-        write_yolo(folder, {"images/train/1.jpg": lines, "images/train/2.jpg": lines, "images/val/3.jpg": lines}, data)
+        write_yolo(
+            folder,
+            {"images/train/1.jpg": lines, "images/train/2.jpg": lines, "images/val/3.jpg": lines},
+            data,
+        )
 
 
 def run_prediction(monkeypatch) -> None:
@@ -76,12 +98,17 @@ def run_prediction(monkeypatch) -> None:
         with pytest.raises(SystemExit) as end:
             predict.main()
         assert end.value.code == 0
-    assert Path("runs/predict/predictions.json").exists() and Path("runs/predict/photo_heatmap.jpg").exists()
+    assert (
+        Path("runs/predict/predictions.json").exists()
+        and Path("runs/predict/photo_heatmap.jpg").exists()
+    )
 
 
 def test_make_targets_and_linked_files_exist():
     for target in set(re.findall(r"`make ([a-z-]+)`|^make ([a-z-]+)", README, re.MULTILINE)):
         name = "".join(target)
-        assert subprocess.run(["make", "-n", name], cwd=ROOT, capture_output=True).returncode == 0, name
+        assert (
+            subprocess.run(["make", "-n", name], cwd=ROOT, capture_output=True).returncode == 0
+        ), name
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / path).exists(), path

@@ -19,7 +19,12 @@ ALLOWED = {  # package -> the packages it may import
 LIBRARIES = {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "huggingface_hub"}
 GRADIO = {"gradio", "gradio_client", "starlette"}  # gradio installs the other two
 ONNX = {"onnxscript", "onnxruntime"}  # in functions only: a Space runs without them
-EXTRA = {"gradcam.py": {"pytorch_grad_cam"}, "app.py": GRADIO, "guard.py": GRADIO, "onnx_model.py": ONNX}
+EXTRA = {
+    "gradcam.py": {"pytorch_grad_cam"},
+    "app.py": GRADIO,
+    "guard.py": GRADIO,
+    "onnx_model.py": ONNX,
+}
 FILES = sorted(ROOT.glob("src/*/*.py")) + [ROOT / "src/config.py"]
 SERVED = sorted([*ROOT.glob("src/model/*.py"), *ROOT.glob("src/serving/*.py")])
 
@@ -32,7 +37,11 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import in line {node.lineno}"
-            names |= {f"src.{alias.name}" for alias in node.names} if node.module == "src" else {node.module}
+            names |= (
+                {f"src.{alias.name}" for alias in node.names}
+                if node.module == "src"
+                else {node.module}
+            )
     return names
 
 
@@ -48,7 +57,9 @@ def test_packages_import_only_the_packages_below_them(path):
 
 @pytest.mark.parametrize("path", SERVED, ids=lambda path: path.name)
 def test_a_space_imports_only_its_requirements(path):
-    outside = {name.partition(".")[0] for name in imported(path)} - {"src"} - set(sys.stdlib_module_names)
+    outside = (
+        {name.partition(".")[0] for name in imported(path)} - {"src"} - set(sys.stdlib_module_names)
+    )
     assert outside <= LIBRARIES | EXTRA.get(path.name, set())
 
 
@@ -58,9 +69,14 @@ def test_loaded_modules():
         "import sys, src.serving.predictor, src.serving.drawing; print(*sys.modules); "
         "import src.serving.app; print(*sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     predicting, serving = map(set, map(str.split, run.stdout.splitlines()))
     training = {"pytorch_lightning", "lightning", "albumentations", "torchmetrics", "skimage"}
     assert not predicting & {*training, *ONNX, "matplotlib", "gradio", "pytorch_grad_cam"}
     assert not serving & {*training, *ONNX}
-    assert {name.split(".")[1] for name in serving if name.startswith("src.")} == {"model", "serving"}
+    assert {name.split(".")[1] for name in serving if name.startswith("src.")} == {
+        "model",
+        "serving",
+    }

@@ -4,13 +4,24 @@ import numpy as np
 import pytest
 
 from src.config import SHAPE_CLASSES
-from src.data.shapes import DIFFICULT_BELOW, MAX_SHAPES, MIN_VISIBLE_FRACTION, SIDE_RANGE, draw_shapes, plan
+from src.data.shapes import (
+    DIFFICULT_BELOW,
+    MAX_SHAPES,
+    MIN_VISIBLE_FRACTION,
+    SIDE_RANGE,
+    draw_shapes,
+    plan,
+)
 
 SIZE = 96
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
+    return all(
+        np.array_equal(x, y)
+        for left, right in zip(a, b, strict=True)
+        for x, y in zip(left, right, strict=True)
+    )
 
 
 def inside(curves, size, steps=3):
@@ -44,21 +55,33 @@ def test_same_seed_gives_same_records_and_longer_lists_start_with_shorter_ones()
 
 
 def test_other_seeds_and_indices_give_other_images():
-    images = [record.image.tobytes() for seed in (0, 1, 2) for record in draw_shapes(5, size=SIZE, seed=seed)]
+    images = [
+        record.image.tobytes()
+        for seed in (0, 1, 2)
+        for record in draw_shapes(5, size=SIZE, seed=seed)
+    ]
     assert len(set(images)) == 15
 
 
 @pytest.mark.parametrize("size", [64, 97, 192])
 def test_record_types(size):
     for image, boxes, labels, difficult in draw_shapes(4, size=size):
-        assert image.dtype == np.uint8 and image.shape == (size, size, 3) and image.flags.c_contiguous
+        assert (
+            image.dtype == np.uint8 and image.shape == (size, size, 3) and image.flags.c_contiguous
+        )
         assert boxes.dtype == np.float32 and boxes.shape == (len(labels), 4)
-        assert labels.dtype == np.int64 and difficult.dtype == bool and labels.shape == difficult.shape
+        assert (
+            labels.dtype == np.int64 and difficult.dtype == bool and labels.shape == difficult.shape
+        )
 
 
 def test_every_record_has_shapes_and_classes_are_balanced(records):
-    assert len(SHAPE_CLASSES) >= 8 and all(1 <= len(record.labels) <= MAX_SHAPES for record in records)
-    counts = np.bincount(np.concatenate([record.labels for record in records]), minlength=len(SHAPE_CLASSES))
+    assert len(SHAPE_CLASSES) >= 8 and all(
+        1 <= len(record.labels) <= MAX_SHAPES for record in records
+    )
+    counts = np.bincount(
+        np.concatenate([record.labels for record in records]), minlength=len(SHAPE_CLASSES)
+    )
     assert len(counts) == len(SHAPE_CLASSES) and counts.min() > 0.4 * counts.mean()
 
 
@@ -78,7 +101,10 @@ def test_box_sides_span_a_factor_of_eight():
 def test_boxes_are_tight_around_whole_shapes(scenes):
     for _, masks, record in scenes:
         for mask, box in zip(masks, record.boxes, strict=True):
-            rows, columns = np.flatnonzero(mask.any(axis=1)) / 3, np.flatnonzero(mask.any(axis=0)) / 3
+            rows, columns = (
+                np.flatnonzero(mask.any(axis=1)) / 3,
+                np.flatnonzero(mask.any(axis=0)) / 3,
+            )
             extent = columns[0], rows[0], columns[-1] + 1 / 3, rows[-1] + 1 / 3
             np.testing.assert_allclose(box, extent, atol=1)
 
@@ -89,7 +115,10 @@ def test_difficult_flags_mark_mostly_hidden_shapes(scenes):
         front = np.zeros_like(masks[0])
         for shape, mask, difficult in zip(shapes, masks, record.difficult, strict=True):
             visible = (mask & ~front).sum() / mask.sum()
-            assert visible == pytest.approx(shape.visible, abs=0.06) and visible > MIN_VISIBLE_FRACTION - 0.06
+            assert (
+                visible == pytest.approx(shape.visible, abs=0.06)
+                and visible > MIN_VISIBLE_FRACTION - 0.06
+            )
             assert difficult == (shape.visible < DIFFICULT_BELOW)
             num_difficult += difficult
             front |= mask
@@ -107,7 +136,9 @@ def test_images_have_edges_at_the_outlines_of_front_shapes(scenes):
     assert np.median(np.concatenate(at_edges)) > 4 * np.median(np.concatenate(elsewhere))
 
 
-@pytest.mark.parametrize(("arguments", "word"), [({"count": -1}, "count"), ({"count": 1, "size": 63}, "size")])
+@pytest.mark.parametrize(
+    ("arguments", "word"), [({"count": -1}, "count"), ({"count": 1, "size": 63}, "size")]
+)
 def test_invalid_arguments(arguments, word):
     with pytest.raises(ValueError, match=word):
         draw_shapes(**arguments)

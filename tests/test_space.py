@@ -49,7 +49,13 @@ def model():
 @pytest.fixture
 def folder(model, tmp_path):
     samples = [blurred_noise(96, 96), blurred_noise(150, 90)]
-    return export_space(model, tmp_path / "space", samples, {"The code": "https://example.org/code"}, hub_model="a/b")
+    return export_space(
+        model,
+        tmp_path / "space",
+        samples,
+        {"The code": "https://example.org/code"},
+        hub_model="a/b",
+    )
 
 
 def files(folder) -> set[str]:
@@ -58,13 +64,28 @@ def files(folder) -> set[str]:
 
 def test_the_folder_contains_what_a_space_needs(folder, model):
     names = files(folder)
-    assert {"app.py", "README.md", "requirements.txt", "weights/config.json", "weights/model.safetensors"} <= names
+    assert {
+        "app.py",
+        "README.md",
+        "requirements.txt",
+        "weights/config.json",
+        "weights/model.safetensors",
+    } <= names
     assert {name for name in names if name.startswith("src/")} == {
         str(path.relative_to(ROOT))
-        for path in [ROOT / "src/__init__.py", *ROOT.glob("src/model/*.*"), *ROOT.glob("src/serving/*.*")]
+        for path in [
+            ROOT / "src/__init__.py",
+            *ROOT.glob("src/model/*.*"),
+            *ROOT.glob("src/serving/*.*"),
+        ]
     }
-    assert {name for name in names if name.startswith("samples/")} == {"samples/01.jpg", "samples/02.jpg"}
-    assert not any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pyc")) for name in names)
+    assert {name for name in names if name.startswith("samples/")} == {
+        "samples/01.jpg",
+        "samples/02.jpg",
+    }
+    assert not any(
+        name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pyc")) for name in names
+    )
     stored = load_file(folder / "weights" / "model.safetensors")
     assert stored.keys() == model.state_dict().keys()
 
@@ -72,26 +93,47 @@ def test_the_folder_contains_what_a_space_needs(folder, model):
 def test_the_readme_header_is_valid(folder):
     _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     header = yaml.safe_load(header)
-    assert header["sdk"] == "gradio" and header["sdk_version"] == version("gradio") and header["license"] == "mit"
-    assert header["app_file"] == "app.py" and header["models"] == ["a/b"] and len(header["short_description"]) <= 60
+    assert (
+        header["sdk"] == "gradio"
+        and header["sdk_version"] == version("gradio")
+        and header["license"] == "mit"
+    )
+    assert (
+        header["app_file"] == "app.py"
+        and header["models"] == ["a/b"]
+        and len(header["short_description"]) <= 60
+    )
     assert header["python_version"] == "3.12"
-    assert {header["colorFrom"], header["colorTo"]} <= {*"red yellow green blue indigo purple pink gray".split()}
+    assert {header["colorFrom"], header["colorTo"]} <= {
+        *["red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"]
+    }
     assert "nothing yet" in text
     for link in ("https://example.org/code", "https://huggingface.co/a/b"):  # also in the app
         assert link in text and link in (folder / "app.py").read_text(encoding="utf-8")
 
 
 def test_the_weights_have_a_card(folder):
-    _, header, text = (folder / "weights" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    _, header, text = (
+        (folder / "weights" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    )
     header = yaml.safe_load(header)
     assert header["license"] == "mit" and header["pipeline_tag"] == "object-detection"
-    assert "| data | nothing yet |\n| mAP50 | 0.123 |\n" in text and ", ".join(CLASSES) in text and "width 0.05" in text
+    assert (
+        "| data | nothing yet |\n| mAP50 | 0.123 |\n" in text
+        and ", ".join(CLASSES) in text
+        and "width 0.05" in text
+    )
 
 
 def test_titles_may_contain_any_character(model, tmp_path):
     title = 'It\'s "YOLO": {x} \\ é'
     folder = export_space(model, tmp_path / "space", title=title)
-    assert yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])["title"] == title
+    assert (
+        yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])[
+            "title"
+        ]
+        == title
+    )
     script = ast.parse((folder / "app.py").read_text(encoding="utf-8"))
     assert title in [node.value for node in ast.walk(script) if isinstance(node, ast.Constant)]
 
@@ -100,12 +142,19 @@ def test_a_predictors_model_is_exported_unfused(tmp_path):
     predictor = Predictor(planted_model(), device="cpu")
     predictor(blurred_noise(96, 96))
     folder = export_space(predictor.model, tmp_path / "space")
-    assert load_file(folder / "weights" / "model.safetensors").keys() == planted_model().state_dict().keys()
+    assert (
+        load_file(folder / "weights" / "model.safetensors").keys()
+        == planted_model().state_dict().keys()
+    )
 
 
 def test_requirements_are_pinned_to_the_installed_versions_except_torch(folder):
     """ZeroGPU stops the build if torch is pinned to a version that it doesn't have."""
-    lines = [line for line in (folder / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (folder / "requirements.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     pins = dict(line.split("==") for line in lines if "==" in line)
     assert {*lines} - {f"{name}=={pin}" for name, pin in pins.items()} == {"torch", "torchvision"}
     assert {"gradio", "grad-cam", "opencv-python-headless", "safetensors"} <= pins.keys()
@@ -118,7 +167,9 @@ def test_an_older_export_is_replaced_as_a_whole(folder, model):
     (folder / "left.txt").write_text("old")
     export_space(model, folder, [Image.fromarray(blurred_noise())])
     assert not {"left.txt", "weights/stale.bin", "samples/02.jpg"} & files(folder)
-    assert "samples/01.jpg" in files(folder) and [path.name for path in folder.parent.iterdir()] == ["space"]
+    assert "samples/01.jpg" in files(folder) and [
+        path.name for path in folder.parent.iterdir()
+    ] == ["space"]
 
 
 def test_other_folders_are_never_replaced(model, tmp_path):
@@ -135,7 +186,10 @@ def test_a_failed_export_keeps_the_older_one(folder, model, tmp_path):
     (tmp_path / "bad.jpg").write_text("not an image")
     with pytest.raises(ValueError, match="bad.jpg"):
         export_space(model, folder, [tmp_path / "bad.jpg"])
-    assert files(folder) == before and {path.name for path in tmp_path.iterdir()} == {"space", "bad.jpg"}
+    assert files(folder) == before and {path.name for path in tmp_path.iterdir()} == {
+        "space",
+        "bad.jpg",
+    }
 
 
 def test_an_empty_folder_is_used(model, tmp_path):
@@ -158,9 +212,15 @@ def test_it_starts_from_its_own_files_only(folder, model):
     opened, modules, index = json.loads((folder / "report.json").read_text())
     project = str(export_space.__code__.co_filename).removesuffix("src/serving/space.py")
     interpreter = (os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
-    assert not [path for path in opened if path.startswith(project) and not path.startswith(interpreter)]
-    assert not {"pytorch_lightning", "lightning", "albumentations"} & {name.partition(".")[0] for name in modules}
-    assert index == Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2).index.tolist()
+    assert not [
+        path for path in opened if path.startswith(project) and not path.startswith(interpreter)
+    ]
+    assert not {"pytorch_lightning", "lightning", "albumentations"} & {
+        name.partition(".")[0] for name in modules
+    }
+    assert (
+        index == Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2).index.tolist()
+    )
 
 
 def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(folder, model):
@@ -179,8 +239,13 @@ def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(folder, model):
     server = ThreadingHTTPServer(("127.0.0.1", 0), DeviceServer)
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    with server, serving(folder, SPACES_ZERO_GPU="true", SPACES_ZERO_DEVICE_API_URL=address) as (space, _):
-        answer = Client(space, verbose=False).predict(handle_file(folder / "samples" / "01.jpg"), 0.2, api_name="/detect")
+    with (
+        server,
+        serving(folder, SPACES_ZERO_GPU="true", SPACES_ZERO_DEVICE_API_URL=address) as (space, _),
+    ):
+        answer = Client(space, verbose=False).predict(
+            handle_file(folder / "samples" / "01.jpg"), 0.2, api_name="/detect"
+        )
         server.shutdown()
     assert reports == ["/startup-report"]
     expected = Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2)
@@ -210,18 +275,30 @@ def test_pushing_uploads_the_folder(folder, monkeypatch):
             calls.append(options)
 
     monkeypatch.setattr("src.serving.space.HfApi", Hub)
-    assert push_space(folder, "someone/space", token="secret") == "https://huggingface.co/spaces/someone/space"
-    assert calls[0] == "secret" and calls[1]["space_hardware"] == "zero-a10g" and calls[1]["exist_ok"]
+    assert (
+        push_space(folder, "someone/space", token="secret")
+        == "https://huggingface.co/spaces/someone/space"
+    )
+    assert (
+        calls[0] == "secret" and calls[1]["space_hardware"] == "zero-a10g" and calls[1]["exist_ok"]
+    )
     assert calls[2]["folder_path"] == folder and calls[2]["repo_type"] == "space"
 
 
-@pytest.mark.parametrize("status, error", [(402, PermissionError), (403, PermissionError), (500, HfHubHTTPError)])
+@pytest.mark.parametrize(
+    "status, error", [(402, PermissionError), (403, PermissionError), (500, HfHubHTTPError)]
+)
 def test_a_refused_space_explains_what_to_do(folder, monkeypatch, status, error):
-    response = httpx.Response(status, request=httpx.Request("POST", "https://huggingface.co/api/repos/create"))
+    response = httpx.Response(
+        status, request=httpx.Request("POST", "https://huggingface.co/api/repos/create")
+    )
 
     def create_repo(*_, **__):
         raise HfHubHTTPError("a PRO subscription is required", response=response)
 
     monkeypatch.setattr("src.serving.space.HfApi.create_repo", create_repo)
-    with pytest.raises(error, match="(?s)PRO subscription is required" + ".*older than 30 days.*app.py" * (status < 500)):
+    with pytest.raises(
+        error,
+        match="(?s)PRO subscription is required" + ".*older than 30 days.*app.py" * (status < 500),
+    ):
         push_space(folder, "someone/space", token="secret")

@@ -32,9 +32,21 @@ from src.training.trainer import make_trainer, resolve_precision
 def tiny(folder, **changes) -> Config:
     """A run of 4 steps per epoch that takes seconds."""
     config = Config(
-        dataset="shapes", classes=SHAPE_CLASSES, shapes_train=16, shapes_val=6, image_size=64, width=0.125, epochs=3,
-        batch_size=4, max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0, precision="32-true", run_dir=str(folder),
-    )  # fmt: skip
+        dataset="shapes",
+        classes=SHAPE_CLASSES,
+        shapes_train=16,
+        shapes_val=6,
+        image_size=64,
+        width=0.125,
+        epochs=3,
+        batch_size=4,
+        max_lr=1e-3,
+        close_mosaic_epochs=1,
+        num_workers=0,
+        cache_gb=0,
+        precision="32-true",
+        run_dir=str(folder),
+    )
     return config.replace(**changes)
 
 
@@ -52,19 +64,32 @@ def run(tmp_path_factory):
 
 def test_run_writes_config_metrics_and_checkpoints(run):
     folder, _ = run
-    assert {"config.json", "metrics.csv", "best.ckpt", "last.ckpt"} <= {file.name for file in folder.iterdir()}
+    assert {"config.json", "metrics.csv", "best.ckpt", "last.ckpt"} <= {
+        file.name for file in folder.iterdir()
+    }
     assert Config.load(folder / "config.json") == tiny(folder)
     names = {name for row in metrics_rows(folder) for name, value in row.items() if value}
     for split in ("train", "val"):
-        assert {f"{split}/{term}" for term in ("loss", "box_loss", "object_loss", "no_object_loss", "class_loss")} <= names
-    assert {"val/mAP50", "val/accuracy/class", "val/accuracy/object@0.05", "val/accuracy/no_object@0.5"} <= names
+        assert {
+            f"{split}/{term}"
+            for term in ("loss", "box_loss", "object_loss", "no_object_loss", "class_loss")
+        } <= names
+    assert {
+        "val/mAP50",
+        "val/accuracy/class",
+        "val/accuracy/object@0.05",
+        "val/accuracy/no_object@0.5",
+    } <= names
     assert sum(bool(row["val/mAP50"]) for row in metrics_rows(folder)) == 3
 
 
 def test_best_checkpoint_is_of_the_epoch_with_the_highest_map(tmp_path):
     with mock.patch("src.training.module.mean_average_precision", side_effect=[0.1, 0.3, 0.2]):
         fit(tiny(tmp_path))
-    epochs = {name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("best", "last")}
+    epochs = {
+        name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    }
     assert epochs == {"best": 1, "last": 2}
 
 
@@ -74,11 +99,17 @@ def test_onecycle_changes_the_learning_rate_every_step(run):
     detector = YOLOv3Module(config)
     trainer = make_trainer(config, max_epochs=config.epochs, limit_val_batches=0)
     rates = []
-    detector.on_train_batch_start = lambda *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+    detector.on_train_batch_start = lambda *_: rates.append(
+        trainer.optimizers[0].param_groups[0]["lr"]
+    )
     trainer.fit(detector, datamodule=DetectionDataModule(config))
     assert len(rates) == len(set(rates)) == 12
     peak = rates.index(max(rates))
-    assert max(rates) <= 1e-3 and rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:])[::-1]
+    assert (
+        max(rates) <= 1e-3
+        and rates[: peak + 1] == sorted(rates[: peak + 1])
+        and rates[peak:] == sorted(rates[peak:])[::-1]
+    )
 
 
 def onecycle_rates(warmup: float, total_steps: int) -> list[float]:
@@ -107,7 +138,9 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, limit, norm):
     module.layer.weight.grad, module.layer.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
     module._trainer = SimpleNamespace(precision_plugin=None)
     module.configure_gradient_clipping(None)
-    assert torch.cat((module.layer.weight.grad[0], module.layer.bias.grad)).norm().item() == pytest.approx(norm, rel=1e-4)
+    assert torch.cat(
+        (module.layer.weight.grad[0], module.layer.bias.grad)
+    ).norm().item() == pytest.approx(norm, rel=1e-4)
 
 
 class Line(pl.LightningModule):
@@ -131,14 +164,23 @@ class Line(pl.LightningModule):
 def test_ema_equals_its_definition(tmp_path):
     """Step n, from 0, has the decay min(0.5, (1 + n) / (10 + n)); the first weights are copied."""
     module, ema = Line(), EMA(0.5)
-    options = {"enable_checkpointing": False, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_steps=15, accelerator="cpu", callbacks=[ema], default_root_dir=tmp_path, **options)
+    options = {
+        "enable_checkpointing": False,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(
+        max_steps=15, accelerator="cpu", callbacks=[ema], default_root_dir=tmp_path, **options
+    )
     trainer.fit(module, DataLoader(range(15), batch_size=1))
     expected = module.history[0]
     for number, value in enumerate(module.history[1:], start=1):
         decay = min(0.5, (1 + number) / (10 + number))
         expected = decay * expected + (1 - decay) * value
-    assert len(module.history) == 15 and ema._average_model.module.weight.item() == pytest.approx(expected)
+    assert len(module.history) == 15 and ema._average_model.module.weight.item() == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize("total_steps", range(1, 31))
@@ -153,12 +195,16 @@ def test_accumulated_batches_make_one_step(run, tmp_path):
     folder, _ = run
     accumulated = fit(tiny(tmp_path, batch_size=2, accumulate_grad_batches=2))
     assert accumulated.trainer.global_step == 12 and accumulated.lr_schedulers().total_steps == 12
-    steps = [[(row["step"], row["lr"]) for row in metrics_rows(path)] for path in (folder, tmp_path)]
+    steps = [
+        [(row["step"], row["lr"]) for row in metrics_rows(path)] for path in (folder, tmp_path)
+    ]
     assert steps[0] == steps[1]
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["averaging_state"]["n_averaged"] == 12
     result = find_lr(
-        tiny(tmp_path, batch_size=2, accumulate_grad_batches=2), DetectionDataModule(tiny(tmp_path, batch_size=2)), 10
+        tiny(tmp_path, batch_size=2, accumulate_grad_batches=2),
+        DetectionDataModule(tiny(tmp_path, batch_size=2)),
+        10,
     )
     assert result.rates == np.geomspace(1e-5, 0.1, 10)[: len(result.rates)].tolist()
 
@@ -167,7 +213,9 @@ def test_checkpoints_contain_the_averaged_weights(run):
     folder, detector = run
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
-    assert checkpoint["callbacks"]["WeightAveraging"] == {"latest_update_step": 12}  # the key of older runs
+    assert checkpoint["callbacks"]["WeightAveraging"] == {
+        "latest_update_step": 12
+    }  # the key of older runs
     name = "model.backbone.stem.0.weight"
     assert not torch.equal(averaged[name], current[name])
     for model in (detector, load_detector(folder, "last")):
@@ -180,15 +228,23 @@ def test_metadata_describes_training_data_and_results(run):
     assert metadata == detector.model.metadata
     evaluation = evaluate(load_detector(folder, "last"), DetectionDataModule(tiny(folder)))
     assert metadata["data"] == "16 synthetic images of 8 shapes" and metadata["epochs"] == "3 of 3"
-    expected = evaluation.precisions["VOC AP@.5, area"], evaluation.accuracies["class"], evaluation.accuracies["object@0.05"]
-    assert [metadata["metrics"][name] for name in ("mAP50", "class accuracy", "object accuracy")] == pytest.approx(expected)
+    expected = (
+        evaluation.precisions["VOC AP@.5, area"],
+        evaluation.accuracies["class"],
+        evaluation.accuracies["object@0.05"],
+    )
+    assert [
+        metadata["metrics"][name] for name in ("mAP50", "class accuracy", "object accuracy")
+    ] == pytest.approx(expected)
 
 
 def test_weight_decay_applies_to_kernels_only(run):
     _, detector = run
     groups = detector.configure_optimizers()["optimizer"].param_groups
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
-    assert {p.dim() for p in groups[0]["params"]} == {4} and {p.dim() for p in groups[1]["params"]} == {1}
+    assert {p.dim() for p in groups[0]["params"]} == {4} and {
+        p.dim() for p in groups[1]["params"]
+    } == {1}
 
 
 def fail_in(monkeypatch, epoch: int):
@@ -208,20 +264,35 @@ def test_interrupted_run_gives_the_same_result(run, tmp_path, monkeypatch):
         fit(tiny(tmp_path))
     monkeypatch.undo()
     resumed = fit(tiny(tmp_path), ckpt_path="last")
-    for (name, one), other in zip(uninterrupted.state_dict().items(), resumed.state_dict().values(), strict=True):
+    for (name, one), other in zip(
+        uninterrupted.state_dict().items(), resumed.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, other), name
-    assert [row["val/mAP50"] for row in metrics_rows(folder)] == [row["val/mAP50"] for row in metrics_rows(tmp_path)]
-    assert [row["step"] for row in metrics_rows(folder)] == [row["step"] for row in metrics_rows(tmp_path)]
+    assert [row["val/mAP50"] for row in metrics_rows(folder)] == [
+        row["val/mAP50"] for row in metrics_rows(tmp_path)
+    ]
+    assert [row["step"] for row in metrics_rows(folder)] == [
+        row["step"] for row in metrics_rows(tmp_path)
+    ]
 
 
 def test_resuming_needs_the_same_schedule(run):
     folder, _ = run
-    with pytest.raises(ValueError, match=r"Config.epochs is 5, but .*config.json was started with 3"):
+    with pytest.raises(
+        ValueError, match=r"Config.epochs is 5, but .*config.json was started with 3"
+    ):
         fit(tiny(folder, epochs=5), ckpt_path="last")
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": 96}, {"mosaic_prob": 0.5}, {"devices": 2}, {"shapes_train": 20}, {"ema_decay": 0.9}]
+    "change",
+    [
+        {"image_size": 96},
+        {"mosaic_prob": 0.5},
+        {"devices": 2},
+        {"shapes_train": 20},
+        {"ema_decay": 0.9},
+    ],
 )
 def test_resuming_needs_the_same_data_and_loss(run, change):
     folder, _ = run
@@ -246,24 +317,41 @@ def test_resuming_needs_the_same_number_of_images(tmp_path, monkeypatch):
 def test_data_module_of_another_config_is_refused(tmp_path):
     config = tiny(tmp_path)
     for function in (fit, find_lr):
-        with pytest.raises(ValueError, match=r"created with Config.batch_size = 4, but the config has 8. Create a new one"):
+        with pytest.raises(
+            ValueError,
+            match=r"created with Config.batch_size = 4, but the config has 8. Create a new one",
+        ):
             function(config.replace(batch_size=8), DetectionDataModule(config))
-    DetectionDataModule(config).check_matches(config.replace(max_lr=0.1, run_dir="elsewhere", num_workers=1))
+    DetectionDataModule(config).check_matches(
+        config.replace(max_lr=0.1, run_dir="elsewhere", num_workers=1)
+    )
 
 
 def test_first_half_of_a_short_run_has_mosaics_and_all_sizes(tmp_path):
     for epochs, close_mosaic_epoch in ((1, 1), (3, 2), (4, 2), (8, 4), (40, 36)):
         config = tiny(tmp_path, epochs=epochs, close_mosaic_epochs=4, multiscale_sizes=(64, 96))
         assert config.close_mosaic_epoch == close_mosaic_epoch
-        sizes = [{sample_image_size(config, step, epoch) for step in range(0, 400, 10)} for epoch in range(epochs)]
+        sizes = [
+            {sample_image_size(config, step, epoch) for step in range(0, 400, 10)}
+            for epoch in range(epochs)
+        ]
         assert sizes == [{64, 96}] * close_mosaic_epoch + [{64}] * (epochs - close_mosaic_epoch)
 
 
 def test_course_targets_are_lower_at_reduced_width(tmp_path):
     assert list(course_targets(tiny(tmp_path)).values()) == [0.75, 0.95, 0.70]
     assert list(course_targets(tiny(tmp_path, width=1.0)).values()) == [0.80, 0.98, 0.78]
-    accuracies = {"class": 0.76, "no_object@0.05": 0.96, "object@0.05": 0.72, "no_object@0.5": 1.0, "object@0.5": 0.1}
-    passed = [[row["passed"] for row in result_rows(accuracies, tiny(tmp_path, width=width))] for width in (0.5, 1.0)]
+    accuracies = {
+        "class": 0.76,
+        "no_object@0.05": 0.96,
+        "object@0.05": 0.72,
+        "no_object@0.5": 1.0,
+        "object@0.5": 0.1,
+    }
+    passed = [
+        [row["passed"] for row in result_rows(accuracies, tiny(tmp_path, width=width))]
+        for width in (0.5, 1.0)
+    ]
     assert passed == [[True] * 3, [False] * 3]
 
 
@@ -292,7 +380,9 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypat
     with pytest.raises(FloatingPointError, match=r"not finite at step .*last valid checkpoint"):
         fit(tiny(tmp_path))
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint["epoch"] == 0 and all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert checkpoint["epoch"] == 0 and all(
+        value.isfinite().all() for value in checkpoint["state_dict"].values()
+    )
 
 
 def test_lr_finder_has_no_side_effects(tmp_path):
@@ -307,7 +397,10 @@ def test_lr_finder_has_no_side_effects(tmp_path):
     with mock.patch.object(YOLOv3Module, "training_step", record):
         result = find_lr(config, data, steps=30)
     assert rates == [{rate} for rate in np.geomspace(1e-5, 0.1, 30)]
-    assert result.rates == np.geomspace(1e-5, 0.1, 30)[: len(result.losses)].tolist() and len(result.losses) > 10
+    assert (
+        result.rates == np.geomspace(1e-5, 0.1, 30)[: len(result.losses)].tolist()
+        and len(result.losses) > 10
+    )
     assert result.suggestion == result.rates[suggest_lr(np.array(result.losses))]
     assert not list(tmp_path.iterdir())
 
@@ -344,7 +437,9 @@ def test_every_size_is_sampled_and_kept_for_the_interval(tmp_path):
     for start in range(0, 2000, config.multiscale_interval):
         assert len(set(sampled[start : start + config.multiscale_interval])) == 1
     assert sampled == [sample_image_size(config, step, 1) for step in range(2000)]
-    assert {sample_image_size(config, step, 2) for step in range(50)} == {64}  # the last epoch has no mosaics
+    assert {sample_image_size(config, step, 2) for step in range(50)} == {
+        64
+    }  # the last epoch has no mosaics
     assert {sample_image_size(tiny(tmp_path), step, 0) for step in range(50)} == {64}
 
 
@@ -352,31 +447,52 @@ def test_multi_resolution_trains_at_the_sampled_sizes(tmp_path):
     config = tiny(tmp_path, multiscale_sizes=(32, 64, 96), multiscale_interval=1, epochs=3)
     detector, seen = YOLOv3Module(config), []
     detector.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
-    make_trainer(config, max_epochs=3, limit_val_batches=0).fit(detector, datamodule=DetectionDataModule(config))
-    assert seen == [sample_image_size(config, step, step // 4) for step in range(12)] and len(set(seen[:8])) > 1
+    make_trainer(config, max_epochs=3, limit_val_batches=0).fit(
+        detector, datamodule=DetectionDataModule(config)
+    )
+    assert (
+        seen == [sample_image_size(config, step, step // 4) for step in range(12)]
+        and len(set(seen[:8])) > 1
+    )
 
 
 @pytest.mark.parametrize("size", [256, 288, 352, 448])
 def test_resized_batch_equals_a_batch_read_at_that_size(size):
     """Compare training_step's resize of a batch of 448 pixels with a data set of `size` pixels."""
     config = Config(dataset="shapes", classes=SHAPE_CLASSES, width=0.125, multiscale_sizes=(size,))
-    smooth = np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)  # width and height are multiples of 13
+    smooth = (
+        np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)
+    )  # width and height are multiples of 13
     corners = np.random.default_rng(size).uniform(0, 700, (20, 2))
-    record = make_record(smooth, np.hstack((corners, corners + np.geomspace(30, 130, 20)[:, None])), [0] * 20, [False] * 20)
-    batch, expected = (collate([ValDataset([record], config.replace(image_size=s))[0]]) for s in (448, size))
+    record = make_record(
+        smooth,
+        np.hstack((corners, corners + np.geomspace(30, 130, 20)[:, None])),
+        [0] * 20,
+        [False] * 20,
+    )
+    batch, expected = (
+        collate([ValDataset([record], config.replace(image_size=s))[0]]) for s in (448, size)
+    )
     torch.testing.assert_close(batch["targets"], expected["targets"], atol=1e-6, rtol=0)
 
     calls, model = [], build_model(config)
     detector = SimpleNamespace(
-        config=config, model=model, trainer=SimpleNamespace(global_step=0), current_epoch=0,
-        log_dict=lambda *_, **__: None, log=lambda *_, **__: None,
+        config=config,
+        model=model,
+        trainer=SimpleNamespace(global_step=0),
+        current_epoch=0,
+        log_dict=lambda *_, **__: None,
+        log=lambda *_, **__: None,
         optimizers=lambda: SimpleNamespace(param_groups=[{"lr": 0.1}]),
         training_forward=lambda images: calls.append(images) or model(images),
         loss=lambda *inputs: calls.append(inputs) or {"loss": torch.zeros(1)},
-    )  # fmt: skip
+    )
     YOLOv3Module.training_step(detector, batch, 0)
     images, (logits, targets, anchors) = calls
-    assert images.shape[-1] == size and (images - to_network_input(expected["images"])).abs().mean() < 0.005
+    assert (
+        images.shape[-1] == size
+        and (images - to_network_input(expected["images"])).abs().mean() < 0.005
+    )
     grids = [level.shape[2] for level in logits]
     assert grids == [size // 32, size // 16, size // 8]
     torch.testing.assert_close(anchors * size, torch.tensor(ANCHORS) * 416)  # the same in pixels
@@ -388,13 +504,21 @@ def test_resized_batch_equals_a_batch_read_at_that_size(size):
 def test_frozen_backbone_epochs(tmp_path):
     config = tiny(tmp_path, freeze_epochs=1, epochs=2)
     detector, states = YOLOv3Module(config), []
-    detector.on_train_epoch_end = lambda: states.append({k: v.clone() for k, v in detector.model.state_dict().items()})
+    detector.on_train_epoch_end = lambda: states.append(
+        {k: v.clone() for k, v in detector.model.state_dict().items()}
+    )
     before = {name: value.clone() for name, value in detector.model.state_dict().items()}
-    make_trainer(config, max_epochs=2, limit_val_batches=0).fit(detector, datamodule=DetectionDataModule(config))
+    make_trainer(config, max_epochs=2, limit_val_batches=0).fit(
+        detector, datamodule=DetectionDataModule(config)
+    )
     first, second = states
-    assert all(torch.equal(before[name], first[name]) for name in before if name.startswith("backbone"))
+    assert all(
+        torch.equal(before[name], first[name]) for name in before if name.startswith("backbone")
+    )
     assert not torch.equal(before["heads.0.predict.weight"], first["heads.0.predict.weight"])
-    assert not any(torch.equal(first[name], second[name]) for name in before if name.startswith("backbone"))
+    assert not any(
+        torch.equal(first[name], second[name]) for name in before if name.startswith("backbone")
+    )
 
 
 def test_a_process_with_fewer_images_than_a_batch_has_one_batch(tmp_path, monkeypatch):
@@ -408,7 +532,9 @@ def test_without_clipping_the_weights_change(tmp_path):
     config = tiny(tmp_path, gradient_clip_val=0, weight_decay=0)
     detector, data = YOLOv3Module(config), DetectionDataModule(config)
     before = detector.model.heads[0].predict.weight.clone()
-    make_trainer(config, max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(detector, datamodule=data)
+    make_trainer(config, max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(
+        detector, datamodule=data
+    )
     assert not torch.equal(before, detector.model.heads[0].predict.weight)
 
 
@@ -416,18 +542,33 @@ def test_evaluation_has_every_metric(run):
     folder, _ = run
     data = DetectionDataModule(tiny(folder))
     evaluation = evaluate(load_detector(folder), data)
-    assert set(evaluation.accuracies) == {"class", "object@0.05", "no_object@0.05", "object@0.5", "no_object@0.5"}
-    assert {"VOC AP@.5, area", "VOC AP@.5, 11 points", "course mAP@.5", "COCO AP@.5", "COCO AP@.5:.95"} == set(
-        evaluation.precisions
-    )
+    assert set(evaluation.accuracies) == {
+        "class",
+        "object@0.05",
+        "no_object@0.05",
+        "object@0.5",
+        "no_object@0.5",
+    }
+    assert {
+        "VOC AP@.5, area",
+        "VOC AP@.5, 11 points",
+        "course mAP@.5",
+        "COCO AP@.5",
+        "COCO AP@.5:.95",
+    } == set(evaluation.precisions)
     assert len(evaluation.ground_truth) == sum(len(record.labels) for record in data.val_records)
     assert len(evaluation.per_class) == len(SHAPE_CLASSES)
 
 
 def test_evaluation_on_other_classes_is_refused(run):
     folder, _ = run
-    with pytest.raises(ValueError, match=r"The detector's classes are \('circle'.*DetectionDataModule\(detector.config\)"):
-        evaluate(load_detector(folder), DetectionDataModule(tiny(folder, classes=SHAPE_CLASSES[::-1])))
+    with pytest.raises(
+        ValueError,
+        match=r"The detector's classes are \('circle'.*DetectionDataModule\(detector.config\)",
+    ):
+        evaluate(
+            load_detector(folder), DetectionDataModule(tiny(folder, classes=SHAPE_CLASSES[::-1]))
+        )
 
 
 def test_training_starts_from_pretrained_weights(run, tmp_path):
@@ -444,8 +585,12 @@ def test_classes_in_common_keep_their_logits():
     rows = {"c": (5, 7), "a": (7, 5)}  # of target and source
     for head, old, new in zip(source.heads, initial.heads, target.heads, strict=True):
         for name in ("weight", "bias"):
-            given, before, after = (getattr(part.predict, name).unflatten(0, (3, 8)) for part in (head, old, new))
-            assert torch.equal(after[:, :5], given[:, :5]) and torch.equal(after[:, 6], before[:, 6])
+            given, before, after = (
+                getattr(part.predict, name).unflatten(0, (3, 8)) for part in (head, old, new)
+            )
+            assert torch.equal(after[:, :5], given[:, :5]) and torch.equal(
+                after[:, 6], before[:, 6]
+            )
             assert all(torch.equal(after[:, one], given[:, other]) for one, other in rows.values())
 
 

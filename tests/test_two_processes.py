@@ -28,10 +28,23 @@ from tests.test_training import metrics_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Config(
-    dataset="shapes", classes=SHAPE_CLASSES, shapes_train=8, shapes_val=5, image_size=64, multiscale_sizes=(32, 64, 96),
-    multiscale_interval=1, width=0.125, epochs=2, batch_size=2, max_lr=1e-3, close_mosaic_epochs=1, num_workers=0, cache_gb=0,
-    precision="32-true", devices=2,
-)  # fmt: skip
+    dataset="shapes",
+    classes=SHAPE_CLASSES,
+    shapes_train=8,
+    shapes_val=5,
+    image_size=64,
+    multiscale_sizes=(32, 64, 96),
+    multiscale_interval=1,
+    width=0.125,
+    epochs=2,
+    batch_size=2,
+    max_lr=1e-3,
+    close_mosaic_epochs=1,
+    num_workers=0,
+    cache_gb=0,
+    precision="32-true",
+    devices=2,
+)
 START = """\
 import sys
 from src.training import fit as fitting
@@ -61,12 +74,19 @@ class LoggedModule(YOLOv3Module):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        sys.addaudithook(lambda event, args: self.log_event("wrote", Path(args[1]).name) if event == "os.rename" else None)
+        sys.addaudithook(
+            lambda event, args: (
+                self.log_event("wrote", Path(args[1]).name) if event == "os.rename" else None
+            )
+        )
         self.model.register_forward_pre_hook(self.log_size)
 
     def log_event(self, *event) -> None:
         with open(Path(self.config.run_dir) / "events", "a") as file:
-            file.write(" ".join(map(str, (dist.get_rank() if dist.is_initialized() else -1, *event))) + "\n")
+            file.write(
+                " ".join(map(str, (dist.get_rank() if dist.is_initialized() else -1, *event)))
+                + "\n"
+            )
 
     def on_fit_start(self) -> None:
         self.log_event("started", os.getpid())
@@ -77,7 +97,12 @@ class LoggedModule(YOLOv3Module):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        self.log_event("validated", len(self.ground_truth), len(set(self.ground_truth[:, 0])), self.results["mAP50"])
+        self.log_event(
+            "validated",
+            len(self.ground_truth),
+            len(set(self.ground_truth[:, 0])),
+            self.results["mAP50"],
+        )
 
 
 class WaitingModule(LoggedModule):
@@ -92,13 +117,19 @@ class NaNModule(LoggedModule):
     """Has a loss of NaN in the last step of the second process."""
 
     def training_step(self, *args) -> torch.Tensor:
-        return super().training_step(*args) * (math.nan if dist.get_rank() == 1 and self.trainer.global_step == 3 else 1)
+        return super().training_step(*args) * (
+            math.nan if dist.get_rank() == 1 and self.trainer.global_step == 3 else 1
+        )
 
 
 def events(folder: Path, kind: str, rank: int) -> list[list[str]]:
     """Return what this process logged of one kind."""
     lines = (line.split() for line in (folder / "events").read_text().splitlines())
-    return [values for logged_rank, logged_kind, *values in lines if (logged_rank, logged_kind) == (str(rank), kind)]
+    return [
+        values
+        for logged_rank, logged_kind, *values in lines
+        if (logged_rank, logged_kind) == (str(rank), kind)
+    ]
 
 
 def start(*command, **options) -> subprocess.Popen:
@@ -106,7 +137,9 @@ def start(*command, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("PYTEST_CURRENT_TEST", None)
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, text=True, **output, **options)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment, text=True, **output, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +148,15 @@ def notebook(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     cells = [nbformat.v4.new_code_cell(cell.format(folder=str(folder / "run"))) for cell in CELLS]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "in.ipynb")
-    process = start("-m", "tools.notebook", "run", folder / "in.ipynb", folder / "out.ipynb", cwd=ROOT)
+    process = start(
+        "-m", "tools.notebook", "run", folder / "in.ipynb", folder / "out.ipynb", cwd=ROOT
+    )
     printed = process.communicate()[0]
     assert process.returncode == 0, printed[-3000:]
     cells = nbformat.read(folder / "out.ipynb", as_version=4).cells
-    return folder / "run", ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
+    return folder / "run", [
+        "".join(output.get("text", "") for output in cell.outputs) for cell in cells
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +180,11 @@ def test_a_notebook_trains_on_two_gpus_after_it_has_used_one(notebook, script):
     assert forks == 0 and freed and lr_steps > 0 and "learning rates: 100%" in printed[2]
     lines = printed[3].splitlines()
     assert [line.split()[0] for line in lines if line.startswith("   ")] == ["epoch", "1", "2"]
-    assert "training: 100%" in lines[-1] and "Warning" not in printed[3] and "distributed" not in printed[3]
+    assert (
+        "training: 100%" in lines[-1]
+        and "Warning" not in printed[3]
+        and "distributed" not in printed[3]
+    )
     weights = torch.load(folder / "returned.pt", weights_only=True)
     assert all(equal(weights, load_detector(run, "last").state_dict()) for run in (folder, script))
     rows, script_rows = metrics_rows(folder), metrics_rows(script)
@@ -156,13 +197,20 @@ def test_two_processes_give_the_results_of_one(notebook, script, run):
     """Each validation image counts once, although one process has three and the other two. Only one process writes."""
     folder = notebook[0] if run == "notebook" else script
     sizes = [events(folder, "size", rank) for rank in (0, 1)]
-    assert sizes[0] == sizes[1] and [size[0] for size in sizes[0]] == list("0123") and len(set(map(tuple, sizes[0]))) == 4
+    assert (
+        sizes[0] == sizes[1]
+        and [size[0] for size in sizes[0]] == list("0123")
+        and len(set(map(tuple, sizes[0]))) == 4
+    )
     data = DetectionDataModule(CONFIG.replace(devices=1))
     detector = load_detector(folder, "last")
     one_process = evaluate(detector, data)
     objects = sum(len(record.labels) for record in data.val_records)
     validated = [events(folder, "validated", rank) for rank in (0, 1)]
-    assert validated[0] == validated[1] and [event[:2] for event in validated[0]] == [[str(objects), "5"]] * 2
+    assert (
+        validated[0] == validated[1]
+        and [event[:2] for event in validated[0]] == [[str(objects), "5"]] * 2
+    )
     last = [row for row in metrics_rows(folder) if row["val/mAP50"]][-1]
     assert float(last["val/mAP50"]) == pytest.approx(detector.results["mAP50"], abs=1e-6)
     for name, value in one_process.accuracies.items():
@@ -176,7 +224,9 @@ def in_notebook(monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
 
 
-def test_interrupted_training_leaves_no_process_and_resumes(tmp_path, notebook, monkeypatch, in_notebook):
+def test_interrupted_training_leaves_no_process_and_resumes(
+    tmp_path, notebook, monkeypatch, in_notebook
+):
     """Only the notebook's process gets the signal. Before it, no other process can train in the folder."""
     folder = tmp_path / "run"
     process = start("-c", "import sys\nsys.ps1 = '>>> '\n" + SCRIPT, folder, "WaitingModule")
@@ -196,8 +246,15 @@ def test_interrupted_training_leaves_no_process_and_resumes(tmp_path, notebook, 
     resumed = fit(CONFIG.replace(run_dir=str(folder)), ckpt_path="auto")
     assert [size[0] for size in events(folder, "size", 1)] == list("0123")
     assert equal(resumed.state_dict(), torch.load(notebook[0] / "returned.pt", weights_only=True))
-    losses = [[row["val/loss"] for row in metrics_rows(run) if row["val/loss"]] for run in (folder, notebook[0])]
-    assert losses[0] == losses[1] and len(losses[0]) == 2 and resumed.model.metadata["epochs"] == "2 of 2"
+    losses = [
+        [row["val/loss"] for row in metrics_rows(run) if row["val/loss"]]
+        for run in (folder, notebook[0])
+    ]
+    assert (
+        losses[0] == losses[1]
+        and len(losses[0]) == 2
+        and resumed.model.metadata["epochs"] == "2 of 2"
+    )
 
 
 def test_non_finite_loss_in_one_process_stops_both(tmp_path, monkeypatch, in_notebook):
@@ -205,15 +262,25 @@ def test_non_finite_loss_in_one_process_stops_both(tmp_path, monkeypatch, in_not
     with pytest.raises(FloatingPointError, match="The loss is not finite at step 4"):
         fit(CONFIG.replace(run_dir=str(tmp_path)))
     checkpoint = torch.load(tmp_path / LAST, weights_only=True)
-    assert checkpoint["epoch"] == 0 and all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert checkpoint["epoch"] == 0 and all(
+        value.isfinite().all() for value in checkpoint["state_dict"].values()
+    )
 
 
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
         ("missing", FileNotFoundError, "some.jpg"),
-        ("killed", RuntimeError, "process 1 terminated with signal SIGKILL. Often there is too little memory"),
-        ("out of memory", torch.OutOfMemoryError, r"has 16.0 GB.* Use Config\(batch_size=1, accumulate_grad_batches=2\)"),
+        (
+            "killed",
+            RuntimeError,
+            "process 1 terminated with signal SIGKILL. Often there is too little memory",
+        ),
+        (
+            "out of memory",
+            torch.OutOfMemoryError,
+            r"has 16.0 GB.* Use Config\(batch_size=1, accumulate_grad_batches=2\)",
+        ),
     ],
 )
 def test_the_end_of_one_process_ends_both(tmp_path, monkeypatch, how, error, message):

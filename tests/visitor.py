@@ -14,7 +14,9 @@ from pathlib import Path
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 DRIVER = shutil.which("chromedriver")
 TIMEOUT_S = 60  # long enough for a busy machine
 
@@ -27,14 +29,23 @@ def served(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, python: str | Path = sys.executable, **variables: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def serving(
+    folder: Path, python: str | Path = sys.executable, **variables: str
+) -> Iterator[tuple[str, subprocess.Popen]]:
     """As `served`, with another Python and environment variables. Yields the address and the process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", **variables}
+    environment = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        **variables,
+    }
     environment.pop("PYTHONPATH", None)
-    server = subprocess.Popen([python, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [python, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL
+    )
     try:
         end = time.monotonic() + 4 * TIMEOUT_S
         while time.monotonic() < end:
@@ -57,8 +68,16 @@ def browser() -> Iterator[webdriver.Chrome]:
     """Headless Chromium that logs its console and makes no other connections."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                 "--disable-background-networking", "--hide-scrollbars", "--window-size=1280,1400"):  # fmt: skip
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--hide-scrollbars",
+        "--window-size=1280,1400",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -104,7 +123,9 @@ class Visitor:
             except StaleElementReferenceException:
                 pass
             time.sleep(0.1)
-        raise TimeoutError(f"Not within {TIMEOUT_S} s. The page shows {self.text('#summary')!r} and {self.text('#message')!r}.")
+        raise TimeoutError(
+            f"Not within {TIMEOUT_S} s. The page shows {self.text('#summary')!r} and {self.text('#message')!r}."
+        )
 
     def upload(self, path) -> None:
         if clear := self.all("#image button[aria-label='Remove Image']"):
@@ -126,8 +147,9 @@ class Visitor:
             "let set = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;"
             "set.call(arguments[0], arguments[1]); arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
             "arguments[0].dispatchEvent(new Event('change', {bubbles: true})); arguments[0].blur()",
-            field, str(value),
-        )  # fmt: skip
+            field,
+            str(value),
+        )
 
     def rows(self) -> list[str]:
         """Text of the table's visible rows."""
@@ -136,11 +158,18 @@ class Visitor:
     def choose(self, name: str, choice: str) -> None:
         """Click the option that contains `choice` in a dropdown."""
         self.all(f"#{name} input")[0].click()
-        self.until(lambda: [option for option in self.all("[role=option]") if choice in option.text])[0].click()
+        self.until(
+            lambda: [option for option in self.all("[role=option]") if choice in option.text]
+        )[0].click()
 
     def resize(self, width: int, height: int = 900, density: float = 1) -> None:
         """Set the viewport in CSS pixels; below 500 it is a phone."""
-        size = {"width": width, "height": height, "deviceScaleFactor": density, "mobile": width < 500}
+        size = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": density,
+            "mobile": width < 500,
+        }
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def reset_size(self) -> None:

@@ -31,13 +31,21 @@ from tools.notebook import NOTEBOOKS, ROOT, Kernel, run
 FOLDER = ROOT / ".hosted"
 PYTHON = {"colab": "python3.13", "kaggle": "python3.12"}  # of the images in tools/pins/
 SMALL = {
-    "epochs": 1, "close_mosaic_epochs": 0, "width": 0.125, "image_size": 64, "shapes_train": 8, "shapes_val": 8,
-    "batch_size": 4, "num_workers": 1, "cache_gb": 1,
-}  # fmt: skip
+    "epochs": 1,
+    "close_mosaic_epochs": 0,
+    "width": 0.125,
+    "image_size": 64,
+    "shapes_train": 8,
+    "shapes_val": 8,
+    "batch_size": 4,
+    "num_workers": 1,
+    "cache_gb": 1,
+}
 SETTINGS = {
-    "s13_assignment.ipynb": SMALL, "multi_scale_s13_assignment.ipynb": SMALL | {"multiscale_sizes": [64, 96]},
+    "s13_assignment.ipynb": SMALL,
+    "multi_scale_s13_assignment.ipynb": SMALL | {"multiscale_sizes": [64, 96]},
     "app_with_gradCAM.ipynb": {},
-}  # fmt: skip
+}
 VOC = {"dataset": "voc", "classes": list(VOC_CLASSES)}
 LAYOUTS = {  # three layouts of data sets on Kaggle: folder -> split
     "datasets/ada/voc0712/VOC_dataset/VOCdevkit/VOC2007": "trainval",
@@ -74,7 +82,9 @@ before, clock = after, time.monotonic()
 
 def call(*command: str | Path, **options) -> str:
     """Run a command. Returns what it prints. Raises CalledProcessError if it fails."""
-    return subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, **options).stdout
+    return subprocess.run(
+        list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, **options
+    ).stdout
 
 
 def make_runtime(host: str, python: str) -> Path:
@@ -113,9 +123,15 @@ def write_voc(folder: Path, split: str, records: list[ImageRecord]) -> None:
         Image.fromarray(record.image).save(folder / f"JPEGImages/{number:06d}.jpg")
         objects = ""
         for label, box in zip(record.labels, record.boxes.astype(int), strict=True):
-            edges = zip(("xmin", "ymin", "xmax", "ymax"), (box[0] + 1, box[1] + 1, box[2], box[3]), strict=True)
+            edges = zip(
+                ("xmin", "ymin", "xmax", "ymax"),
+                (box[0] + 1, box[1] + 1, box[2], box[3]),
+                strict=True,
+            )
             inside = "".join(f"<{edge}>{value}</{edge}>" for edge, value in edges)
-            objects += f"<object><name>{VOC_CLASSES[label]}</name><bndbox>{inside}</bndbox></object>"
+            objects += (
+                f"<object><name>{VOC_CLASSES[label]}</name><bndbox>{inside}</bndbox></object>"
+            )
         (folder / f"Annotations/{number:06d}.xml").write_text(f"<annotation>{objects}</annotation>")
     lines = "".join(f"{number:06d}\n" for number in range(len(records)))
     (folder / f"ImageSets/Main/{split}.txt").write_text(lines)
@@ -138,7 +154,10 @@ def kernel_class(host: str, python: Path, folder: Path, offline: bool) -> type[K
         unshare = ["unshare", "--mount", *(["--net"] if offline else [])]
         members["python"] = (*unshare, "sh", "-c", MOUNT, "sh", str(folder), str(python))
     if offline:  # no network, so the kernel is reached through sockets that are files
-        members |= {"transport": CaselessStrEnum(["tcp", "ipc"], default_value="ipc"), "ip": Unicode(f"{FOLDER}/kernel")}
+        members |= {
+            "transport": CaselessStrEnum(["tcp", "ipc"], default_value="ipc"),
+            "ip": Unicode(f"{FOLDER}/kernel"),
+        }
     return type("HostedKernel", (Kernel,), members)
 
 
@@ -147,9 +166,17 @@ def prepare_notebook(name: str, target: Path, address: str) -> None:
     book = nbformat.read(ROOT / name, as_version=4)
     number = next(number for number, cell in enumerate(book.cells) if cell.cell_type == "code")
     first = book.cells[number]
-    first.source = re.sub(r'^REPOSITORY = ".*"', f'REPOSITORY = "{address}"', first.source, flags=re.MULTILINE)
+    first.source = re.sub(
+        r'^REPOSITORY = ".*"', f'REPOSITORY = "{address}"', first.source, flags=re.MULTILINE
+    )
     again = new_code_cell(first.source)
-    book.cells[number : number + 1] = [new_code_cell(BEFORE), first, new_code_cell(AFTER), again, new_code_cell(AFTER)]
+    book.cells[number : number + 1] = [
+        new_code_cell(BEFORE),
+        first,
+        new_code_cell(AFTER),
+        again,
+        new_code_cell(AFTER),
+    ]
     nbformat.write(book, target)
 
 
@@ -169,28 +196,56 @@ def rehearse(host: str, name: str, runtime: Path, offline: bool) -> list[str]:
     prepare_notebook(name, working / name, address)
     target = FOLDER / f"{host}{'-offline' * offline}-{name}"
     error = run(working / name, target, settings, kernel_class(host, python, folder, offline))
-    return [name, *measurements(nbformat.read(target, as_version=4), pip_problems(python) - problems), error or "none"]
+    return [
+        name,
+        *measurements(nbformat.read(target, as_version=4), pip_problems(python) - problems),
+        error or "none",
+    ]
 
 
 def measurements(book: NotebookNode, problems: set[str]) -> list[str]:
     """Print the measurements and warnings in an executed notebook. Returns cells of the report."""
-    streams = [output for cell in book.cells for output in cell.get("outputs", ()) if output.output_type == "stream"]
-    lines = [(stream.name, line) for stream in streams for line in stream.text.splitlines() if line.strip()]
-    found = [json.loads(line.removeprefix("REHEARSAL ")) for _, line in lines if line.startswith("REHEARSAL ")]
+    streams = [
+        output
+        for cell in book.cells
+        for output in cell.get("outputs", ())
+        if output.output_type == "stream"
+    ]
+    lines = [
+        (stream.name, line)
+        for stream in streams
+        for line in stream.text.splitlines()
+        if line.strip()
+    ]
+    found = [
+        json.loads(line.removeprefix("REHEARSAL "))
+        for _, line in lines
+        if line.startswith("REHEARSAL ")
+    ]
     print("new lines of pip check:", *sorted(problems), sep="\n  ")
-    print("warnings:", *(line for name, line in lines if name == "stderr" or "warning" in line.lower()), sep="\n  ")
+    print(
+        "warnings:",
+        *(line for name, line in lines if name == "stderr" or "warning" in line.lower()),
+        sep="\n  ",
+    )
     if len(found) < 2:
         return ["failed"] * 3
     changed = [
-        f"{package} {version}" + (f" (was {old})" if old else "") for package, (old, version) in found[0]["changed"].items()
+        f"{package} {version}" + (f" (was {old})" if old else "")
+        for package, (old, version) in found[0]["changed"].items()
     ]
-    return [f"{found[0]['seconds']} s: {', '.join(changed)}", ", ".join(found[0]["stale"]) or "none",
-            f"{found[1]['seconds']} s, {len(found[1]['changed'])} packages"]  # fmt: skip
+    return [
+        f"{found[0]['seconds']} s: {', '.join(changed)}",
+        ", ".join(found[0]["stale"]) or "none",
+        f"{found[1]['seconds']} s, {len(found[1]['changed'])} packages",
+    ]
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.hosted", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.hosted", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("host", choices=PYTHON)
     parser.add_argument("--python", help="default: python3.13 for Colab, python3.12 for Kaggle")
     parser.add_argument("--offline", action="store_true", help="without internet (Kaggle)")
@@ -199,10 +254,16 @@ def main() -> None:
     if args.offline and args.host == "colab":
         parser.error("Colab always has internet. Use kaggle --offline.")
     python = args.python or PYTHON[args.host]
-    if missing := [name for name in (python, "git", *["unshare"] * (args.host == "kaggle")) if not shutil.which(name)]:
+    if missing := [
+        name
+        for name in (python, "git", *["unshare"] * (args.host == "kaggle"))
+        if not shutil.which(name)
+    ]:
         parser.error(f"{', '.join(missing)} must be installed.")
     if args.host == "kaggle" and not os.path.exists("/kaggle") and os.geteuid():
-        parser.error("Only root can create the folder /kaggle. Create it, or run this as root in a container.")
+        parser.error(
+            "Only root can create the folder /kaggle. Create it, or run this as root in a container."
+        )
     os.environ["PIP_CONFIG_FILE"] = os.devnull  # this machine's own package sources
     os.environ.pop("PIP_FIND_LINKS", None)
     runtime = make_runtime(args.host, python)
@@ -210,7 +271,9 @@ def main() -> None:
     if created:
         os.mkdir("/kaggle")  # empty; only the kernels have something mounted there
     try:
-        rows = [rehearse(args.host, name, runtime, args.offline) for name in args.notebook or NOTEBOOKS]
+        rows = [
+            rehearse(args.host, name, runtime, args.offline) for name in args.notebook or NOTEBOOKS
+        ]
     finally:
         if created:
             os.rmdir("/kaggle")

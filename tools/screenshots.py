@@ -12,34 +12,49 @@ from PIL import Image
 from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"desktop": (1280, 1290, 1), "phone": (390, 1240, 1.25)}  # width and height in CSS pixels, density
+SIZES = {
+    "desktop": (1280, 1290, 1),
+    "phone": (390, 1240, 1.25),
+}  # width and height in CSS pixels, density
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.screenshots", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.screenshots", description=__doc__.partition(":")[0]
+    )
     parser.add_argument("space", type=Path, help="folder of an exported Space")
-    parser.add_argument("--sample", type=int, default=4, help="number of the sample image that is shown")
+    parser.add_argument(
+        "--sample", type=int, default=4, help="number of the sample image that is shown"
+    )
     arguments = parser.parse_args()
     space, sample = arguments.space, arguments.sample
     if not (space / "app.py").exists():
-        parser.error(f"{space} is not an exported Space: it has no app.py. `make run` writes one to space/.")
+        parser.error(
+            f"{space} is not an exported Space: it has no app.py. `make run` writes one to space/."
+        )
     if not 1 <= sample <= (count := len(list((space / "samples").glob("*.jpg")))):
         parser.error(f"--sample {sample}: {space}/samples has {count} images.")
     if not (CHROMIUM and DRIVER):
-        parser.error("Chromium and its driver are missing (Debian: apt install chromium chromium-driver).")
+        parser.error(
+            "Chromium and its driver are missing (Debian: apt install chromium chromium-driver)."
+        )
     (ROOT / "images").mkdir(exist_ok=True)
     with served(space) as address, browser() as driver:
         for name, size in SIZES.items():
             visitor = Visitor(driver, address)
             visitor.resize(*size)
-            visitor.script("arguments[0].click()", visitor.all("#samples .gallery-item")[sample - 1])
+            visitor.script(
+                "arguments[0].click()", visitor.all("#samples .gallery-item")[sample - 1]
+            )
             visitor.until(lambda page=visitor: page.source("detections") and page.source("heatmap"))
             time.sleep(3)  # for the page's animations
             path = ROOT / "images" / f"app_{name}.png"
             driver.save_screenshot(str(path))
             image = Image.open(path).convert("RGB")  # 256 colours take a third of the space
             palette = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)
-            image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+            image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(
+                path, optimize=True
+            )
             print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -47,15 +47,25 @@ def install(name: str) -> Path:
     python = environment / "bin/python"
     if (environment / "installed").exists():
         return python
-    print(f"Installing {', '.join(PACKAGES[name])} in {environment.relative_to(ROOT)} ...", file=sys.stderr)
+    print(
+        f"Installing {', '.join(PACKAGES[name])} in {environment.relative_to(ROOT)} ...",
+        file=sys.stderr,
+    )
     venv.create(environment, clear=True, with_pip=True)
-    site = sysconfig.get_path("purelib", "venv", {"base": str(environment), "installed_base": str(environment)})
+    site = sysconfig.get_path(
+        "purelib", "venv", {"base": str(environment), "installed_base": str(environment)}
+    )
     Path(site, "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    for arguments in (["install", *PACKAGES[name]], ["uninstall", "--yes", "opencv-python"]):  # the project's is headless
+    for arguments in (
+        ["install", *PACKAGES[name]],
+        ["uninstall", "--yes", "opencv-python"],
+    ):  # the project's is headless
         result = subprocess.run([*pip, *arguments], capture_output=True, text=True)
         if result.returncode:
-            raise PeerError(f"pip {arguments[0]} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+            raise PeerError(
+                f"pip {arguments[0]} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
+            )
     (environment / "installed").touch()
     return python
 
@@ -66,17 +76,27 @@ class Peer:
     def __init__(self, name: str, python: Path, module: str, settings: dict):
         cores = sorted(os.sched_getaffinity(0))[: settings["cores"]]
         environment = os.environ | {
-            "OMP_NUM_THREADS": str(len(cores)), "NO_ALBUMENTATIONS_UPDATE": "1",
-            "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": str(WORK),
-        }  # fmt: skip
+            "OMP_NUM_THREADS": str(len(cores)),
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+            "YOLO_OFFLINE": "true",
+            "YOLO_AUTOINSTALL": "false",
+            "YOLO_CONFIG_DIR": str(WORK),
+        }
         self.arguments, self.log = (name, python, module, settings), WORK / f"{name}.log"
         reader, writer = os.pipe()  # for the answers; what the peer prints goes to the log
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [str(python), "-m", module, json.dumps(settings | {"answers": writer})], cwd=ROOT, env=environment, text=True,
-                bufsize=1, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[writer],
+                [str(python), "-m", module, json.dumps(settings | {"answers": writer})],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                bufsize=1,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[writer],
                 preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            )  # fmt: skip
+            )
         os.close(writer)
         self.answers = os.fdopen(reader)
         self.info = self._answer()
@@ -127,8 +147,15 @@ def write_data(images: int) -> Path:
             ]
             names.append(Path(record.image).stem)
             (folders[1] / f"{names[-1]}.txt").write_text("".join(f"{line}\n" for line in lines))
-        (root / f"{split}.csv").write_text("image,label\n" + "".join(f"{name}.jpg,{name}.txt\n" for name in names))
-    description = {"path": str(root), "train": "images/train", "val": "images/val", "names": dict(enumerate(SHAPE_CLASSES))}
+        (root / f"{split}.csv").write_text(
+            "image,label\n" + "".join(f"{name}.jpg,{name}.txt\n" for name in names)
+        )
+    description = {
+        "path": str(root),
+        "train": "images/train",
+        "val": "images/val",
+        "names": dict(enumerate(SHAPE_CLASSES)),
+    }
     (root / "data.yaml").write_text(json.dumps(description))  # JSON is YAML
     return root
 
@@ -136,11 +163,15 @@ def write_data(images: int) -> Path:
 def start_peers(settings: dict, reference: str) -> list[Peer]:
     """Start the processes; print why one cannot be used."""
     peers = []
-    modules = {"ours": "ours", "ultralytics": "ultralytics_peer"} | ({"reference": "reference_peer"} if reference else {})
+    modules = {"ours": "ours", "ultralytics": "ultralytics_peer"} | (
+        {"reference": "reference_peer"} if reference else {}
+    )
     for name, module in modules.items():
         try:
             python = install(name) if name in PACKAGES else Path(sys.executable)
-            peers.append(Peer(name, python, f"benchmarks.peers.{module}", settings | {"checkout": reference}))
+            peers.append(
+                Peer(name, python, f"benchmarks.peers.{module}", settings | {"checkout": reference})
+            )
         except (PeerError, OSError, subprocess.SubprocessError) as error:
             if name == "ours":
                 raise
@@ -159,7 +190,9 @@ def measure(peers: list[Peer], rounds: int, seconds: float) -> dict[str, list[di
         for _ in range(rounds):
             for peer, own in zip(peers, answers, strict=True):
                 own.append(peer.run(job, seconds))
-        results[job] = [min(own, key=lambda answer: answer.get("seconds", float("inf"))) for own in answers]
+        results[job] = [
+            min(own, key=lambda answer: answer.get("seconds", float("inf"))) for own in answers
+        ]
         if job in MEMORY_OF:
             results[f"{job} alone"] = [peer.run_alone(job) for peer in peers]
         print(job, results[job], file=sys.stderr, flush=True)
@@ -171,7 +204,11 @@ def cells(answers: list[dict], text, key: str) -> list[str]:
     first = answers[0].get(key)
     values = []
     for answer in answers:
-        ratio = f" ({answer[key] / first:.2f})" if first and key in answer and answer is not answers[0] else ""
+        ratio = (
+            f" ({answer[key] / first:.2f})"
+            if first and key in answer and answer is not answers[0]
+            else ""
+        )
         values.append(text(answer[key]) + ratio if key in answer else "failed")
     return values
 
@@ -180,20 +217,36 @@ def rows(results: dict[str, list[dict]], cores: int) -> list[list[str]]:
     """Format the results of `measure` as rows of the table for a number of cores."""
     lines = []
     for job, (name, unit) in JOBS.items():
-        text = (lambda s: f"{1 / s:.1f} images/s") if unit == "images/s" else (lambda s: f"{1e3 * s:.1f} ms")
+        text = (
+            (lambda s: f"{1 / s:.1f} images/s")
+            if unit == "images/s"
+            else (lambda s: f"{1e3 * s:.1f} ms")
+        )
         lines.append([name, str(cores), *cells(results[job], text, "seconds")])
     for job in MEMORY_OF:
         name = f"peak memory, {JOBS[job][0].split(',')[0].removesuffix(' per image')}"
-        lines.append([name, str(cores), *cells(results[f"{job} alone"], lambda mb: f"{mb:.0f} MB", "memory")])
+        lines.append(
+            [name, str(cores), *cells(results[f"{job} alone"], lambda mb: f"{mb:.0f} MB", "memory")]
+        )
     return lines
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--reference", default="", help="folder of a checkout of the reference solution")
-    parser.add_argument("--size", type=int, default=224, help="image size of training, validation and prediction")
-    parser.add_argument("--loader-size", type=int, default=416, help="image size of training samples")
-    parser.add_argument("--width", type=float, default=0.25, help="width multiplier of all networks")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks peers", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--reference", default="", help="folder of a checkout of the reference solution"
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, help="image size of training, validation and prediction"
+    )
+    parser.add_argument(
+        "--loader-size", type=int, default=416, help="image size of training samples"
+    )
+    parser.add_argument(
+        "--width", type=float, default=0.25, help="width multiplier of all networks"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=400, help="validation images")
     parser.add_argument("--folder", type=int, default=64, help="images of the predicted folder")
@@ -213,7 +266,11 @@ def main(arguments: list[str]) -> None:
         header = ["measured", "cores", *(peer.info["name"] for peer in peers)]
         facts = [
             ["parameters", "", *(f"{peer.info['parameters'] / 1e6:.1f} M" for peer in peers)],
-            [f"forward pass, {options['size']} px", "", *(f"{peer.info['gflop']:.2f} GFLOP" for peer in peers)],
+            [
+                f"forward pass, {options['size']} px",
+                "",
+                *(f"{peer.info['gflop']:.2f} GFLOP" for peer in peers),
+            ],
         ]
         lines += rows(measure(peers, options["rounds"], options["seconds"]), cores)
         for peer in peers:

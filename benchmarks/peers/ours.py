@@ -25,9 +25,17 @@ CHUNK = 8  # images per forward pass when a folder is predicted
 def start(settings: dict) -> tuple[dict, dict]:
     """Build the network and the jobs."""
     config = Config(
-        data_root=settings["data"], image_size=settings["size"], width=settings["width"], batch_size=settings["batch"],
-        max_lr=1e-3, mosaic_prob=1.0, num_workers=0, cache_gb=0, epochs=1000, precision="32-true",
-    )  # fmt: skip
+        data_root=settings["data"],
+        image_size=settings["size"],
+        width=settings["width"],
+        batch_size=settings["batch"],
+        max_lr=1e-3,
+        mosaic_prob=1.0,
+        num_workers=0,
+        cache_gb=0,
+        epochs=1000,
+        precision="32-true",
+    )
     data = DetectionDataModule(config)
     data.setup()
     config = data.config
@@ -56,7 +64,9 @@ def calibrate(detector: YOLOv3Module, batch: dict) -> None:
         logits = [level.float() for level in model(images)]
 
         def scores(shift: float) -> torch.Tensor:
-            shifted = [torch.cat((level[..., :1] + shift, level[..., 1:]), dim=-1) for level in logits]
+            shifted = [
+                torch.cat((level[..., :1] + shift, level[..., 1:]), dim=-1) for level in logits
+            ]
             return decode(shifted, model.anchors_at(images.shape[-1]))[1].amax(dim=2)
 
         for head in model.heads:
@@ -67,14 +77,18 @@ def training_step(config: Config, batch: dict, bfloat16: bool) -> Job:
     """Forward pass, loss, backward pass, clipping, AdamW, schedule and EMA."""
     detector = YOLOv3Module(config).train()
     model = detector.model.to(memory_format=torch.channels_last)
-    optimizers = onecycle_adamw(detector, config.max_lr, config.weight_decay, config.warmup_fraction, 1_000_000)
+    optimizers = onecycle_adamw(
+        detector, config.max_lr, config.weight_decay, config.warmup_fraction, 1_000_000
+    )
     optimizer, scheduler = optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"]
     ema = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
 
     def step() -> int:
         images = to_network_input(batch["images"])
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            terms = detector.loss(model(images), batch["targets"], model.anchors_at(images.shape[-1]))
+            terms = detector.loss(
+                model(images), batch["targets"], model.anchors_at(images.shape[-1])
+            )
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), config.gradient_clip_val)
         optimizer.step()
@@ -91,7 +105,9 @@ def first_epoch(records: list, config: Config) -> Job:
 
     def epoch() -> int:
         with tempfile.TemporaryDirectory() as folder:
-            dataset = MosaicDataset(records, config, ImageCache(Path(folder) / "cache", len(records), config.image_size))
+            dataset = MosaicDataset(
+                records, config, ImageCache(Path(folder) / "cache", len(records), config.image_size)
+            )
             return len([dataset[number] for number in range(len(records))])
 
     return epoch
@@ -100,7 +116,9 @@ def first_epoch(records: list, config: Config) -> Job:
 def later_epochs(records: list, config: Config) -> Job:
     """Passes over the images with a filled cache."""
     folder = tempfile.TemporaryDirectory()
-    dataset = MosaicDataset(records, config, ImageCache(Path(folder.name) / "cache", len(records), config.image_size))
+    dataset = MosaicDataset(
+        records, config, ImageCache(Path(folder.name) / "cache", len(records), config.image_size)
+    )
     sample_ids = itertools.count()
 
     def epoch() -> int:

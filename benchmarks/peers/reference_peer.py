@@ -27,12 +27,23 @@ def start(settings: dict) -> tuple[dict, dict]:
     utils.tqdm = lambda iterable, **_: iterable  # its progress bar needs a notebook
     model.model_config[:] = [scale_width(layer, settings["width"]) for layer in model.model_config]
     network = model.YOLOv3(num_classes=CLASSES)
-    batch = next(iter(DataLoader(Usable(dataset(config, settings, "train", config.train_transforms)), settings["batch"])))
+    batch = next(
+        iter(
+            DataLoader(
+                Usable(dataset(config, settings, "train", config.train_transforms)),
+                settings["batch"],
+            )
+        )
+    )
     calibrate(network, batch[0], config.CONF_THRESHOLD)
     images = files(f"{settings['data']}/images/val", settings["folder"])
     loader_config = load_config(Path(settings["checkout"]), settings["loader_size"])
-    samples = Usable(dataset(loader_config, settings, "train", loader_config.train_transforms, mosaic=1.0))
-    validation = DataLoader(Usable(dataset(config, settings, "val", config.test_transforms)), settings["batch"])
+    samples = Usable(
+        dataset(loader_config, settings, "train", loader_config.train_transforms, mosaic=1.0)
+    )
+    validation = DataLoader(
+        Usable(dataset(config, settings, "val", config.test_transforms)), settings["batch"]
+    )
     return describe("reference solution", network, settings["size"]), {
         "train float32": lambda: training_step(model, config, batch, False),
         "train bfloat16": lambda: training_step(model, config, batch, True),
@@ -47,7 +58,12 @@ def start(settings: dict) -> tuple[dict, dict]:
 def load_config(checkout: Path, size: int) -> types.ModuleType:
     """Load its config.py with another image size."""
     module = sys.modules["config"] = types.ModuleType("config")
-    source = re.sub(r"^IMAGE_SIZE = .*$", f"IMAGE_SIZE = {size}", (checkout / "config.py").read_text(), flags=re.MULTILINE)
+    source = re.sub(
+        r"^IMAGE_SIZE = .*$",
+        f"IMAGE_SIZE = {size}",
+        (checkout / "config.py").read_text(),
+        flags=re.MULTILINE,
+    )
     exec(compile(source, str(checkout / "config.py"), "exec"), module.__dict__)
     return module
 
@@ -60,9 +76,15 @@ def scale_width(layer, width: float):
 def dataset(config, settings: dict, split: str, transform, mosaic: float = 0.0):
     root = settings["data"]
     data = importlib.import_module("dataset").YOLODataset(
-        f"{root}/{split}.csv", f"{root}/images/{split}", f"{root}/labels/{split}", config.ANCHORS,
-        image_size=config.IMAGE_SIZE, S=config.S, C=CLASSES, transform=transform,
-    )  # fmt: skip
+        f"{root}/{split}.csv",
+        f"{root}/images/{split}",
+        f"{root}/labels/{split}",
+        config.ANCHORS,
+        image_size=config.IMAGE_SIZE,
+        S=config.S,
+        C=CLASSES,
+        transform=transform,
+    )
     data.mosaic_p = mosaic
     return data
 
@@ -99,7 +121,9 @@ def calibrate(network, images, threshold: float) -> None:
 def training_step(model, config, batch, bfloat16: bool) -> Job:
     """Forward pass, loss, backward pass and Adam; it has neither clipping nor EMA."""
     network, loss_function = model.YOLOv3(num_classes=CLASSES).train(), model.YoloLoss()
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY)
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY
+    )
     anchors = torch.tensor(config.ANCHORS) * torch.tensor(config.S)[:, None, None]
     images, targets = batch
 
@@ -107,7 +131,9 @@ def training_step(model, config, batch, bfloat16: bool) -> Job:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = network(images)
         parts = zip(logits, targets, anchors, strict=True)
-        loss = sum(loss_function(level.float(), target.clone(), scale) for level, target, scale in parts)
+        loss = sum(
+            loss_function(level.float(), target.clone(), scale) for level, target, scale in parts
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -127,7 +153,11 @@ def validate(utils, config, network, loader) -> int:
         device="cpu",
     )
     utils.mean_average_precision(
-        predictions, ground_truth, iou_threshold=config.MAP_IOU_THRESH, box_format="midpoint", num_classes=CLASSES
+        predictions,
+        ground_truth,
+        iou_threshold=config.MAP_IOU_THRESH,
+        box_format="midpoint",
+        num_classes=CLASSES,
     )
     return len(loader.dataset)
 
@@ -137,7 +167,9 @@ def predict(utils, config, network, images: list[str]) -> int:
     """Predict one image after another with its transforms, decoding and NMS."""
     network.eval()
     for path in images:
-        image = config.test_transforms(image=np.array(Image.open(path).convert("RGB")), bboxes=[])["image"][None]
+        image = config.test_transforms(image=np.array(Image.open(path).convert("RGB")), bboxes=[])[
+            "image"
+        ][None]
         boxes = []
         for level, anchors in zip(network(image), config.ANCHORS, strict=True):
             grid = level.shape[2]

@@ -34,9 +34,13 @@ def serve(start: Callable[[dict], tuple[dict, dict[str, Callable[[], Job]]]]) ->
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            job = prepared.get(request["job"]) or prepared.setdefault(request["job"], jobs[request["job"]]())
+            job = prepared.get(request["job"]) or prepared.setdefault(
+                request["job"], jobs[request["job"]]()
+            )
             answer = measure(job, request["seconds"])
-        except Exception as error:  # of the peer's code: the comparison continues without this figure
+        except (
+            Exception
+        ) as error:  # of the peer's code: the comparison continues without this figure
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers)
 

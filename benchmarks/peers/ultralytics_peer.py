@@ -21,26 +21,43 @@ def start(settings: dict) -> tuple[dict, dict]:
     torch_utils.NUM_THREADS = settings["cores"]  # otherwise its cores minus one
     work = Path(settings["work"])
     config = write_model(work / "yolov3-width.yaml", settings["width"])
-    options = OPTIONS | {"imgsz": settings["size"], "batch": settings["batch"], "project": str(work / "runs"), "exist_ok": True}
+    options = OPTIONS | {
+        "imgsz": settings["size"],
+        "batch": settings["batch"],
+        "project": str(work / "runs"),
+        "exist_ok": True,
+    }
     options["data"] = f"{settings['data']}/data.yaml"
 
     def trainer() -> DetectionTrainer:
-        trainer = DetectionTrainer(overrides=options | {"model": config, "pretrained": False, "epochs": 1000, "val": False})
+        trainer = DetectionTrainer(
+            overrides=options | {"model": config, "pretrained": False, "epochs": 1000, "val": False}
+        )
         trainer._setup_train()
         return trainer
 
     yolo = YOLO(config, task="detect", verbose=False)
     calibrate(yolo, trainer())
     images = files(f"{settings['data']}/images/val", settings["folder"])
-    predict = {"imgsz": settings["size"], "device": "cpu", "verbose": False, "save": False, "project": options["project"]}
-    return describe(f"ultralytics {ultralytics.__version__}", YOLO(config).model, settings["size"]), {
+    predict = {
+        "imgsz": settings["size"],
+        "device": "cpu",
+        "verbose": False,
+        "save": False,
+        "project": options["project"],
+    }
+    return describe(
+        f"ultralytics {ultralytics.__version__}", YOLO(config).model, settings["size"]
+    ), {
         "train float32": lambda: training_step(trainer(), False),
         "train bfloat16": lambda: training_step(trainer(), True),
         "sample cold": lambda: first_epoch(dataset_factory(trainer(), settings)),
         "sample warm": lambda: later_epochs(dataset_factory(trainer(), settings)(cache="ram")),
         "validate": lambda: lambda: (yolo.val(**options, name="val"), settings["images"])[1],
         "predict image": lambda: lambda: len(yolo.predict(images[0], **predict)),
-        "predict folder": lambda: lambda: len(list(yolo.predict(images, **predict, batch=8, stream=True))),
+        "predict folder": lambda: (
+            lambda: len(list(yolo.predict(images, **predict, batch=8, stream=True)))
+        ),
     }
 
 
@@ -63,7 +80,9 @@ def calibrate(yolo: YOLO, trainer: DetectionTrainer) -> None:
     calibrate_batch_norm(yolo.model, images)
     with torch.no_grad():
         probability = yolo.model(images)[0][:, 4:].amax(dim=1).clamp(1e-12, 1 - 1e-6)
-        shift = bias_shift(lambda shift: (probability.logit() + shift).sigmoid(), MIN_SCORE, len(images))
+        shift = bias_shift(
+            lambda shift: (probability.logit() + shift).sigmoid(), MIN_SCORE, len(images)
+        )
         for branch in yolo.model.model[-1].cv3:
             branch[-1].bias += shift
 

@@ -53,7 +53,9 @@ class ImageCache:
         slot = self.slots[index]
         height, width, *original_size = (int(v) for v in slot["shape"])
         if height:
-            return slot["pixels"][: height * width * 3].reshape(height, width, 3), tuple(original_size)
+            return slot["pixels"][: height * width * 3].reshape(height, width, 3), tuple(
+                original_size
+            )
         image, original_size = read()
         with open(self.path, "r+b") as file:  # half the time of writing through the memory map
             file.seek(index * self.dtype.itemsize + self.dtype.fields["pixels"][1])
@@ -62,7 +64,9 @@ class ImageCache:
         return image, original_size
 
 
-def open_cache(images: list[str | np.ndarray], name: str, size: int, max_gb: float) -> ImageCache | None:
+def open_cache(
+    images: list[str | np.ndarray], name: str, size: int, max_gb: float
+) -> ImageCache | None:
     """Return a cache for these images at this size, or None with a printed reason if it can't be created.
 
     The file name contains a digest of CONTENT and the images (path, file size and time, or pixels), so changed images get a
@@ -84,6 +88,8 @@ def open_cache(images: list[str | np.ndarray], name: str, size: int, max_gb: flo
             raise OSError(f"Config.cache_gb allows {max_gb:g} GB")
         cache.reserve()
     except OSError as error:
-        print(f"No cache for {len(images):,} {name} images, {required_gb:.1f} GB ({error}). Each epoch decodes them again.")
+        print(
+            f"No cache for {len(images):,} {name} images, {required_gb:.1f} GB ({error}). Each epoch decodes them again."
+        )
         return None
     return cache

@@ -19,11 +19,16 @@ def check(root: str | Path, classes: tuple[str, ...] = ()) -> list[Problem]:
     """
     reader = FORMATS[detect_format(root)]
     classes = classes or reader.class_names(root)
-    splits = [split for split in reader.list_splits(root) if split.partition("/")[2].rpartition("_")[0] not in
-              {*classes, *VOC_CLASSES}]  # fmt: skip
+    splits = [
+        split
+        for split in reader.list_splits(root)
+        if split.partition("/")[2].rpartition("_")[0] not in {*classes, *VOC_CLASSES}
+    ]
     if not splits:
         raise FileNotFoundError(f"{root} has no VOCdevkit folder, no data.yaml and no COCO file.")
-    items = {item[:2]: item for item in reader.list_images(root, splits)}  # an image may be in several splits
+    items = {
+        item[:2]: item for item in reader.list_images(root, splits)
+    }  # an image may be in several splits
     problems, num_boxes, num_valid = [], 0, 0
     for item in tqdm(items.values(), unit="image", leave=False, disable=None):
         record, image_problems = reader.read_image_record(*item, classes, decode=True)
@@ -34,15 +39,25 @@ def check(root: str | Path, classes: tuple[str, ...] = ()) -> list[Problem]:
         for problem in image_problems:
             tqdm.write(problem.text, file=sys.stdout)
     bad = f"{len(items) - num_valid:,} bad: {count_kinds(problems)}" if problems else "none bad"
-    print(f"{len(items):,} images in {len(splits)} splits: {num_valid:,} good, with {num_boxes:,} boxes; {bad}.")
+    print(
+        f"{len(items):,} images in {len(splits)} splits: {num_valid:,} good, with {num_boxes:,} boxes; {bad}."
+    )
     return problems
 
 
 def main() -> None:
     """Run the command. The exit status is 1 if an image can't be used."""
-    parser = argparse.ArgumentParser(prog="python -m src.data.check", description="List every problem of a data set.")
-    parser.add_argument("folder", help="the folder that contains VOCdevkit, data.yaml or COCO files")
-    parser.add_argument("--classes", default="", help="class names, separated by commas; default: the data set's, or VOC's")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.data.check", description="List every problem of a data set."
+    )
+    parser.add_argument(
+        "folder", help="the folder that contains VOCdevkit, data.yaml or COCO files"
+    )
+    parser.add_argument(
+        "--classes",
+        default="",
+        help="class names, separated by commas; default: the data set's, or VOC's",
+    )
     args = parser.parse_args()
     classes = tuple(name.strip() for name in args.classes.split(",") if name.strip())
     try:

@@ -8,7 +8,13 @@ from src.data.records import Problem, Result, check_image, clip_box, is_hidden, 
 
 SECTIONS = ("images", "annotations", "categories")
 OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_")
-UNNAMED = ("_annotations.coco", "annotations", "labels", "instances", "coco")  # the folder names the split
+UNNAMED = (
+    "_annotations.coco",
+    "annotations",
+    "labels",
+    "instances",
+    "coco",
+)  # the folder names the split
 
 
 def find_files(root: str | Path) -> dict[str, Path]:
@@ -18,9 +24,13 @@ def find_files(root: str | Path) -> dict[str, Path]:
     """
     root, files = Path(root).absolute(), {}
     paths = [*sorted(root.glob("*.json")), *sorted(root.glob("*/*.json"))]
-    for path in [root] if root.suffix == ".json" else [path for path in paths if not is_hidden(path, root)]:
+    for path in (
+        [root] if root.suffix == ".json" else [path for path in paths if not is_hidden(path, root)]
+    ):
         if path.is_file() and not path.name.startswith(OTHER_TASKS) and has_sections(path):
-            split = path.parent.name if path.stem in UNNAMED else path.stem.removeprefix("instances_")
+            split = (
+                path.parent.name if path.stem in UNNAMED else path.stem.removeprefix("instances_")
+            )
             files.setdefault(split, path)
     return files
 
@@ -63,7 +73,9 @@ def class_names(root: str | Path) -> tuple[str, ...]:
             if not (category.get("supercategory") == "none" and name in parents):
                 names[name] = None
     if not names:
-        raise ValueError(f"{root} has no COCO file with categories. Set Config.data_root to the folder that contains it.")
+        raise ValueError(
+            f"{root} has no COCO file with categories. Set Config.data_root to the folder that contains it."
+        )
     return tuple(names)
 
 
@@ -75,7 +87,9 @@ def list_images(root: str | Path, splits: tuple[str, ...]) -> list[tuple]:
     files, result = find_files(root), []
     for split in splits:
         if split not in files:
-            raise FileNotFoundError(f"{root} has no COCO file for the split {split!r}. It has {list(files)}.")
+            raise FileNotFoundError(
+                f"{root} has no COCO file for the split {split!r}. It has {list(files)}."
+            )
         path = files[split]
         data, categories = _load(path)
         annotations = defaultdict(list)
@@ -90,14 +104,28 @@ def list_images(root: str | Path, splits: tuple[str, ...]) -> list[tuple]:
             entry = entries.get(image_id, {})
             places = [folder / str(entry.get("file_name")) for folder in folders]
             image = next((place for place in places if place.exists()), places[0])
-            result.append((image, f"{path}: image {image_id}", entry, annotations.get(image_id, []), categories))
+            result.append(
+                (
+                    image,
+                    f"{path}: image {image_id}",
+                    entry,
+                    annotations.get(image_id, []),
+                    categories,
+                )
+            )
     if not result:
         raise ValueError(f"The splits {tuple(splits)} of {root} list no images.")
     return result
 
 
 def read_image_record(
-    image: Path, where: str, entry: dict, annotations: list[dict], categories: dict, classes: tuple[str, ...], decode=False
+    image: Path,
+    where: str,
+    entry: dict,
+    annotations: list[dict],
+    categories: dict,
+    classes: tuple[str, ...],
+    decode=False,
 ) -> Result:
     """Read the record of an image. Crowd annotations (`iscrowd`) become difficult objects."""
     if not isinstance(entry.get("file_name"), str):
@@ -107,24 +135,40 @@ def read_image_record(
     if size and all(stated) and stated != size:
         actual = f"{image} has {size[0]} x {size[1]} pixels (after EXIF rotation)"
         problems.append(Problem("size", f"{where} is {stated[0]} x {stated[1]}, but {actual}."))
-    labelled = [(annotation, f"{where}: annotation {annotation.get('id')}") for annotation in annotations if size]
-    return make_result(image, [_read_annotation(*item, categories, classes, size) for item in labelled], problems)
+    labelled = [
+        (annotation, f"{where}: annotation {annotation.get('id')}")
+        for annotation in annotations
+        if size
+    ]
+    return make_result(
+        image, [_read_annotation(*item, categories, classes, size) for item in labelled], problems
+    )
 
 
-def _read_annotation(annotation: dict, where: str, categories: dict, classes: tuple, size: tuple) -> tuple | Problem:
+def _read_annotation(
+    annotation: dict, where: str, categories: dict, classes: tuple, size: tuple
+) -> tuple | Problem:
     """Read (box xyxy, label, difficult) of an annotation. COCO counts pixels from 0; its boxes are x, y, width, height."""
     try:
         x, y, width, height = (float(value) for value in annotation["bbox"])
     except (KeyError, TypeError, ValueError, OverflowError):
-        return Problem("annotation", f"{where}: `bbox` is {str(annotation.get('bbox'))[:60]}, not x, y, width, height.")
+        return Problem(
+            "annotation",
+            f"{where}: `bbox` is {str(annotation.get('bbox'))[:60]}, not x, y, width, height.",
+        )
     number = annotation.get("category_id")
     name = categories.get(number) if isinstance(number, int | str) else None
     if name is None:
-        return Problem("class", f"{where}: `category_id` {str(number)[:20]} is not in `categories`.")
+        return Problem(
+            "class", f"{where}: `category_id` {str(number)[:20]} is not in `categories`."
+        )
     if name not in classes:
         return Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes.")
     box = clip_box((x, y, x + width, y + height), size)
     if box is None:
         image = f"the image of {size[0]} x {size[1]} pixels"
-        return Problem("box", f"{where} ({name[:40]}): `bbox` {annotation['bbox']} is empty or outside {image}.")
+        return Problem(
+            "box",
+            f"{where} ({name[:40]}): `bbox` {annotation['bbox']} is empty or outside {image}.",
+        )
     return box, classes.index(name), bool(annotation.get("iscrowd"))

@@ -21,7 +21,9 @@ from src.data.shapes import draw_shapes
 from src.data.voc import download_voc
 from src.serving.images import get_image_size, letterbox, letterbox_placement, load_image
 
-SHARED_MEMORY = "/dev/shm"  # loader processes pass their batches through it; Docker's default size is 64 MB
+SHARED_MEMORY = (
+    "/dev/shm"  # loader processes pass their batches through it; Docker's default size is 64 MB
+)
 
 
 class ValDataset(Dataset):
@@ -43,7 +45,9 @@ class ValDataset(Dataset):
         placement = letterbox_placement(width, height, size)
         boxes = record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)
         boxes = np.clip(boxes, 0, size).astype(np.float32)
-        return *to_sample(np.array(square), boxes, record.labels), torch.from_numpy(record.difficult)
+        return *to_sample(np.array(square), boxes, record.labels), torch.from_numpy(
+            record.difficult
+        )
 
 
 def collate(samples: list[tuple]) -> dict[str, Tensor]:
@@ -77,10 +81,27 @@ def _world_and_rank() -> tuple[int, int]:
 
 
 DATA_FIELDS = (  # fields of Config that determine the batches
-    "dataset", "data_root", "train_splits", "val_splits", "val_fraction", "classes", "skip_bad_files", "shapes_train",
-    "shapes_val", "image_size", "multiscale_sizes", "mosaic_prob", "close_mosaic_epochs", "mosaic_scale", "image_scale",
-    "min_visibility", "epochs", "batch_size", "devices", "seed",
-)  # fmt: skip
+    "dataset",
+    "data_root",
+    "train_splits",
+    "val_splits",
+    "val_fraction",
+    "classes",
+    "skip_bad_files",
+    "shapes_train",
+    "shapes_val",
+    "image_size",
+    "multiscale_sizes",
+    "mosaic_prob",
+    "close_mosaic_epochs",
+    "mosaic_scale",
+    "image_scale",
+    "min_visibility",
+    "epochs",
+    "batch_size",
+    "devices",
+    "seed",
+)
 
 
 class DetectionDataModule(pl.LightningDataModule):
@@ -125,16 +146,26 @@ class DetectionDataModule(pl.LightningDataModule):
         else:
             self.train_records, self.val_records = read_splits(config)
         train_cache = open_cache(
-            [record.image for record in self.train_records], "training", config.canvas_size, config.cache_gb
+            [record.image for record in self.train_records],
+            "training",
+            config.canvas_size,
+            config.cache_gb,
         )
         self.train_data = MosaicDataset(self.train_records, config, train_cache)
-        val_cache = open_cache([record.image for record in self.val_records], "validation", config.image_size, config.cache_gb)
+        val_cache = open_cache(
+            [record.image for record in self.val_records],
+            "validation",
+            config.image_size,
+            config.cache_gb,
+        )
         self.val_data = ValDataset(self.val_records, config, val_cache)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training loader. It drops an incomplete last batch, except if that is the only one."""
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        return self._loader(self.train_data, sampler, drop_last=len(sampler) >= self.config.batch_size)
+        return self._loader(
+            self.train_data, sampler, drop_last=len(sampler) >= self.config.batch_size
+        )
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation loader: each image exactly once, split among the processes."""
@@ -143,10 +174,16 @@ class DetectionDataModule(pl.LightningDataModule):
 
     def _loader(self, dataset: Dataset, sampler, **options) -> DataLoader:
         return DataLoader(
-            dataset, self.config.batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate,
-            worker_init_fn=single_thread_worker, persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(), **options,
-        )  # fmt: skip
+            dataset,
+            self.config.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            worker_init_fn=single_thread_worker,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
 
     @cached_property
     def num_workers(self) -> int:
@@ -163,8 +200,10 @@ class DetectionDataModule(pl.LightningDataModule):
         free = shutil.disk_usage(SHARED_MEMORY).free
         possible = max(0, free // (2 * batch) - 1)
         if possible < requested:
-            print(f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for {requested} loader processes. "
-                  f"Using {possible}. In Docker, `docker run --shm-size=2g` provides more.")  # fmt: skip
+            print(
+                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for {requested} loader processes. "
+                f"Using {possible}. In Docker, `docker run --shm-size=2g` provides more."
+            )
         return min(requested, possible)
 
 

@@ -34,7 +34,9 @@ def resolve(config: Config) -> Config:
         return config
     return config.replace(
         dataset=dataset,
-        classes=FORMATS[dataset].class_names(root) if config.classes == VOC_CLASSES else config.classes,
+        classes=FORMATS[dataset].class_names(root)
+        if config.classes == VOC_CLASSES
+        else config.classes,
         train_splits=train if config.train_splits == Config.train_splits else config.train_splits,
         val_splits=val if config.val_splits == Config.val_splits else config.val_splits,
     )
@@ -65,7 +67,10 @@ def read_splits(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """
     train, val = _read_splits(config)
     if config.dataset == "coco":
-        train = [record._replace(**{n: getattr(record, n)[~record.difficult] for n in OBJECT_FIELDS}) for record in train]
+        train = [
+            record._replace(**{n: getattr(record, n)[~record.difficult] for n in OBJECT_FIELDS})
+            for record in train
+        ]
     return train, val
 
 
@@ -76,9 +81,13 @@ def _read_splits(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     records = read_records(config, config.train_splits)
     count = max(1, round(config.val_fraction * len(records)))
     if count >= len(records):
-        raise ValueError(f"{config.data_root} has {len(records)} images: too few to use {count} of them for validation.")
-    print(f"{config.data_root} has no validation split. {count:,} of {len(records):,} images are used for validation "
-          f"(Config.val_fraction = {config.val_fraction:g}, random with seed {config.seed}).")  # fmt: skip
+        raise ValueError(
+            f"{config.data_root} has {len(records)} images: too few to use {count} of them for validation."
+        )
+    print(
+        f"{config.data_root} has no validation split. {count:,} of {len(records):,} images are used for validation "
+        f"(Config.val_fraction = {config.val_fraction:g}, random with seed {config.seed})."
+    )
     chosen = set(np.random.default_rng(config.seed).permutation(len(records))[:count].tolist())
     val = [record for index, record in enumerate(records) if index in chosen]
     return [record for index, record in enumerate(records) if index not in chosen], val
@@ -87,5 +96,8 @@ def _read_splits(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
 def read_records(config: Config, splits: tuple[str, ...]) -> list[ImageRecord]:
     """Read the records of some splits. Raises FileNotFoundError or ValueError that lists all problems."""
     reader = FORMATS[config.dataset]
-    results = [reader.read_image_record(*item, config.classes) for item in reader.list_images(config.data_root, splits)]
+    results = [
+        reader.read_image_record(*item, config.classes)
+        for item in reader.list_images(config.data_root, splits)
+    ]
     return usable_records(results, config.data_root, splits, config.classes, config.skip_bad_files)

@@ -18,7 +18,9 @@ from src.serving.images import get_image_size, load_image, resize_long_side
 LAYOUT = "Expected train/CLASS/**/*.jpg and val/CLASS/**/*.jpg, or Tiny ImageNet's val/images and val/val_annotations.txt."
 
 
-def read_image_folder(root: str | Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
+def read_image_folder(
+    root: str | Path,
+) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
     """Read the names of the classes and the (path, label) pairs of both splits.
 
     root: a folder in ImageNet's layout (`train/CLASS/**/*.jpg`, `val` the same), or Tiny ImageNet's.
@@ -27,13 +29,17 @@ def read_image_folder(root: str | Path) -> tuple[list[str], list[tuple[str, int]
     root = Path(root)
     classes, train = _read_split(root / "train")
     if len(classes) < 2:
-        raise ValueError(f"{root / 'train'} has only the class {classes}. Pretraining needs at least two. {LAYOUT}")
+        raise ValueError(
+            f"{root / 'train'} has only the class {classes}. Pretraining needs at least two. {LAYOUT}"
+        )
     annotations = root / "val" / "val_annotations.txt"
     if annotations.exists():
         return classes, train, _read_annotations(annotations, classes)
     val_classes, val = _read_split(root / "val")
     if unknown := set(val_classes) - set(classes):
-        raise ValueError(f"{root / 'val'} has classes without training images: {sorted(unknown)[:5]}. {LAYOUT}")
+        raise ValueError(
+            f"{root / 'val'} has classes without training images: {sorted(unknown)[:5]}. {LAYOUT}"
+        )
     return classes, train, [(path, classes.index(val_classes[label])) for path, label in val]
 
 
@@ -52,7 +58,9 @@ class VisibleImageFolder(ImageFolder):
 
 def _read_split(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     def is_image(path: str) -> bool:
-        return has_file_allowed_extension(path, IMG_EXTENSIONS) and not is_hidden(Path(path), folder)
+        return has_file_allowed_extension(path, IMG_EXTENSIONS) and not is_hidden(
+            Path(path), folder
+        )
 
     try:
         split = VisibleImageFolder(folder, is_valid_file=is_image)
@@ -67,7 +75,9 @@ def _read_annotations(path: Path, classes: list[str]) -> list[tuple[str, int]]:
     with open(path, encoding="utf-8", newline="") as file:
         for line, row in enumerate(csv.reader(file, delimiter="\t"), start=1):
             if len(row) < 2 or row[1] not in labels:
-                raise ValueError(f"{path}, line {line}: no image file and class of train/. Restore the data set's own list.")
+                raise ValueError(
+                    f"{path}, line {line}: no image file and class of train/. Restore the data set's own list."
+                )
             samples.append((str(path.parent / "images" / row[0]), labels[row[1]]))
     return samples
 
@@ -83,18 +93,22 @@ class ClassificationDataset(Dataset):
         self.samples, self.config, self.training = samples, config, training
         self.cache_size = max(config.image_size, config.final_size) * 5 // 4
         name = "pretraining" if training else "pretraining-val"
-        self.cache = open_cache([path for path, _ in samples], name, self.cache_size, config.cache_gb)
+        self.cache = open_cache(
+            [path for path, _ in samples], name, self.cache_size, config.cache_gb
+        )
         final = config.final_size
         self.center = A.Compose([A.SmallestMaxSize(final), A.CenterCrop(final, final)])
         self.random = {size: self._random_crop(size) for size in (config.image_size, final)}
 
     def _random_crop(self, size: int) -> A.Compose:
-        return A.Compose([
-            A.RandomResizedCrop((size, size), scale=(self.config.min_crop, 1)),
-            A.HorizontalFlip(p=0.5),
-            A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
-            A.HueSaturationValue(8, 40, 20, p=0.5),
-        ])  # fmt: skip
+        return A.Compose(
+            [
+                A.RandomResizedCrop((size, size), scale=(self.config.min_crop, 1)),
+                A.HorizontalFlip(p=0.5),
+                A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
+                A.HueSaturationValue(8, 40, 20, p=0.5),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -105,13 +119,17 @@ class ClassificationDataset(Dataset):
 
         def read():
             image = load_image(path, self.cache_size)
-            return resize_long_side(image, min(max(image.shape), self.cache_size)), get_image_size(path)
+            return resize_long_side(image, min(max(image.shape), self.cache_size)), get_image_size(
+                path
+            )
 
         image = np.array((self.cache.fetch(index, read) if self.cache else read())[0])
         transform = self.center
         if self.training:
             transform = self.random[self.config.size_at(epoch)]
-            transform.set_random_seed(int(np.random.default_rng((self.config.seed, sample_id)).integers(2**31)))
+            transform.set_random_seed(
+                int(np.random.default_rng((self.config.seed, sample_id)).integers(2**31))
+            )
         return torch.from_numpy(transform(image=image)["image"]), label
 
 

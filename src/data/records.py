@@ -30,13 +30,17 @@ class ImageRecord(NamedTuple):
     difficult: np.ndarray  # bool [n]: hard to see; VOC's average precision ignores these objects
 
 
-Result = tuple[ImageRecord | None, list[Problem]]  # of reading an image: its record, or None and the problems
+Result = tuple[
+    ImageRecord | None, list[Problem]
+]  # of reading an image: its record, or None and the problems
 
 
 def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: list) -> ImageRecord:
     """Convert lists to an ImageRecord; they may be empty."""
     boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    return ImageRecord(image, boxes, np.asarray(labels, dtype=np.int64), np.asarray(difficult, dtype=bool))
+    return ImageRecord(
+        image, boxes, np.asarray(labels, dtype=np.int64), np.asarray(difficult, dtype=bool)
+    )
 
 
 def make_result(image: Path, objects: list[tuple | Problem], problems: list[Problem]) -> Result:
@@ -63,7 +67,11 @@ def check_image(path: Path, decode: bool = False) -> tuple[tuple[int, int] | Non
     except FileNotFoundError:
         return None, [Problem("missing file", f"{path} is missing, but its split lists it.")]
     except Exception as error:  # decoders raise any type of exception on damaged files
-        text = str(error) if str(path) in str(error) else f"{path} can't be read as an image ({error})."
+        text = (
+            str(error)
+            if str(path) in str(error)
+            else f"{path} can't be read as an image ({error})."
+        )
         return None, [Problem("image", text)]
 
 
@@ -87,13 +95,25 @@ def clip_box(box: tuple, size: tuple[float, float], min_side: float = 0.1) -> tu
     Returns None if a side is shorter than `min_side`, or if the box extends more than MAX_OUTSIDE beyond the image.
     """
     left, top, right, bottom = box
-    inside = min(left, top) >= -MAX_OUTSIDE and right <= size[0] + MAX_OUTSIDE and bottom <= size[1] + MAX_OUTSIDE
+    inside = (
+        min(left, top) >= -MAX_OUTSIDE
+        and right <= size[0] + MAX_OUTSIDE
+        and bottom <= size[1] + MAX_OUTSIDE
+    )
     clipped = max(left, 0.0), max(top, 0.0), min(right, size[0]), min(bottom, size[1])
-    return clipped if inside and clipped[2] - clipped[0] >= min_side and clipped[3] - clipped[1] >= min_side else None
+    return (
+        clipped
+        if inside and clipped[2] - clipped[0] >= min_side and clipped[3] - clipped[1] >= min_side
+        else None
+    )
 
 
 def usable_records(
-    results: list[Result], root: str | Path, splits: tuple[str, ...], classes: tuple[str, ...], skip_bad: bool
+    results: list[Result],
+    root: str | Path,
+    splits: tuple[str, ...],
+    classes: tuple[str, ...],
+    skip_bad: bool,
 ) -> list[ImageRecord]:
     """Return the records of a data set whose images were read one by one.
 
@@ -108,14 +128,19 @@ def usable_records(
     command = shlex.join(("python", "-m", "src.data.check", str(root), *options))
     bad = f"{len(results) - len(records):,} of {len(results):,} images of {', '.join(splits)}"
     if skip_bad and records:
-        print(f"{bad} can't be used ({count_kinds(problems)}) and are left out. `{command}` lists them.")
+        print(
+            f"{bad} can't be used ({count_kinds(problems)}) and are left out. `{command}` lists them."
+        )
         return records
     lines = [f"{bad} can't be used ({count_kinds(problems)}):"]
     lines += [f"  {problem.text}" for problem in problems[:MAX_SHOWN]]
     if len(problems) > MAX_SHOWN:
         lines.append(f"and {len(problems) - MAX_SHOWN:,} more problems.")
-    lines.append(f"List all with `{command}`. Leave these images out with Config(skip_bad_files=True)."
-                 if records else "No image is left.")  # fmt: skip
+    lines.append(
+        f"List all with `{command}`. Leave these images out with Config(skip_bad_files=True)."
+        if records
+        else "No image is left."
+    )
     raise ValueError("\n".join(lines))
 
 

@@ -14,7 +14,9 @@ from src.config import SHAPE_CLASSES
 from src.data.records import ImageRecord, make_record
 
 SIDE_RANGE = (0.08, 0.64)  # longer side of a shape's box, as a fraction of the image
-MAX_ROTATION = 15  # degrees in both directions; a small network takes far longer to learn larger ones
+MAX_ROTATION = (
+    15  # degrees in both directions; a small network takes far longer to learn larger ones
+)
 MAX_SHAPES = 5  # per image
 MAX_TRIES = 6  # random positions tried per shape
 MIN_VISIBLE_FRACTION = 0.3  # a shape with less is moved, or left out after MAX_TRIES
@@ -26,12 +28,16 @@ class Shape(NamedTuple):
     """One shape of a scene."""
 
     label: int
-    curves: list[np.ndarray]  # closed, float64 [k, 2] x, y in pixels: the outline, then a hole if there is one
+    curves: list[
+        np.ndarray
+    ]  # closed, float64 [k, 2] x, y in pixels: the outline, then a hole if there is one
     box: np.ndarray  # [4] xyxy in pixels, clipped to the image, hidden parts included
     visible: float  # 0..1, fraction of its pixels in the image that no other shape hides
 
 
-def _arc(start: float, stop: float, radius: float = 1, centre: tuple = (0, 0), points: int = 96) -> np.ndarray:
+def _arc(
+    start: float, stop: float, radius: float = 1, centre: tuple = (0, 0), points: int = 96
+) -> np.ndarray:
     """Return points of a circular arc between two angles in degrees, [points, 2]."""
     angle = np.radians(np.linspace(start, stop, points))
     return np.array(centre) + radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -49,10 +55,15 @@ def _rounded(corners: list | np.ndarray, radius: float, points: int = 240) -> np
 
 ARROW = [(10, 0), (1, -8), (1, -3), (-10, -3), (-10, 3), (1, 3), (1, 8)]
 BOLT = [(0, -11), (-7, 2), (-1, 2), (-4, 11), (7, -3), (1, -3), (5, -11)]
-STAR = np.stack([_arc(-90, 198, points=5), _arc(-54, 234, radius=0.44, points=5)], axis=1).reshape(10, 2)
+STAR = np.stack([_arc(-90, 198, points=5), _arc(-54, 234, radius=0.44, points=5)], axis=1).reshape(
+    10, 2
+)
 CRESCENT = np.concatenate([_arc(45, 315), _arc(-70, -290, radius=0.752, centre=(0.45, 0))])
 T = np.linspace(0, 2 * np.pi, 240)  # curve parameter of the heart
-HEART = [16 * np.sin(T) ** 3, 5 * np.cos(2 * T) + 2 * np.cos(3 * T) + np.cos(4 * T) - 13 * np.cos(T)]
+HEART = [
+    16 * np.sin(T) ** 3,
+    5 * np.cos(2 * T) + 2 * np.cos(3 * T) + np.cos(4 * T) - 13 * np.cos(T),
+]
 OUTLINES = {  # curves around the origin, in any unit, y downwards
     "circle": [_arc(0, 360)],
     "triangle": [_rounded(_arc(-90, 150, points=3), radius=0.12)],
@@ -81,14 +92,21 @@ def _fill(curves: list[np.ndarray], window: tuple, scale: int = 4) -> np.ndarray
     mask = np.zeros(((y2 - y1) * scale, (x2 - x1) * scale), np.uint8)
     fixed = [np.rint(((curve - (x1, y1)) * scale - 0.5) * 16).astype(np.int32) for curve in curves]
     cv2.fillPoly(mask, fixed, 255, shift=4)
-    return cv2.resize(mask, (x2 - x1, y2 - y1), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    return (
+        cv2.resize(mask, (x2 - x1, y2 - y1), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    )
 
 
 def _box(curves: list[np.ndarray], mask: np.ndarray, window: tuple) -> np.ndarray:
     """Return the box around the curves and their mask in the window, xyxy in pixels, [4]."""
     covered = mask > 0.2
-    columns, rows = np.flatnonzero(covered.any(axis=0)) + window[0], np.flatnonzero(covered.any(axis=1)) + window[1]
-    low = np.maximum(curves[0].min(axis=0), (columns[0], rows[0]))  # curves: subpixel; mask: clipped to the image
+    columns, rows = (
+        np.flatnonzero(covered.any(axis=0)) + window[0],
+        np.flatnonzero(covered.any(axis=1)) + window[1],
+    )
+    low = np.maximum(
+        curves[0].min(axis=0), (columns[0], rows[0])
+    )  # curves: subpixel; mask: clipped to the image
     high = np.minimum(curves[0].max(axis=0), (columns[-1] + 1, rows[-1] + 1))
     return np.concatenate([low, high])
 
@@ -121,7 +139,9 @@ def plan(rng: Generator, size: int) -> list[Shape]:
 
 def _colour(lightness: float, chroma: float, hue: float) -> np.ndarray:
     """Convert a CIELAB colour (0..100, about 0..60, degrees) to RGB in 0..1, [3, 1, 1]."""
-    lab = np.float32([lightness, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))])
+    lab = np.float32(
+        [lightness, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))]
+    )
     return cv2.cvtColor(lab.reshape(1, 1, 3), cv2.COLOR_Lab2RGB).reshape(3, 1, 1)
 
 
@@ -166,7 +186,14 @@ def _background(rng: Generator, clouds: np.ndarray, hue: float) -> np.ndarray:
     return (dark + blend * (light - dark)) * (1 + 0.04 * clouds)
 
 
-def _paint(rng: Generator, image: np.ndarray, shape: Shape, clouds: np.ndarray, hue: float, light: np.ndarray) -> None:
+def _paint(
+    rng: Generator,
+    image: np.ndarray,
+    shape: Shape,
+    clouds: np.ndarray,
+    hue: float,
+    light: np.ndarray,
+) -> None:
     """Paint a shape and its shadow on the image [3, size, size]. light: unit vector [2] towards the light source."""
     side = np.ptp(shape.curves[0], axis=0).max()
     window = x1, y1, x2, y2 = _window(shape.curves, image.shape[1], 0.22 * side + 2)
@@ -196,7 +223,9 @@ def _scene(seed: int, index: int, size: int) -> ImageRecord:
     canvas, light = _background(rng, clouds, hue), _arc(rng.uniform(200, 300), 0, points=1)[0]
     for shape in reversed(shapes):
         _paint(rng, canvas, shape, clouds, hue + rng.uniform(50, 310), light)
-    canvas += rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(0, 0.022))
+    canvas += rng.standard_normal((size, size), dtype=np.float32) * np.float32(
+        rng.uniform(0, 0.022)
+    )
     image = np.rint(canvas * 255).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
     return make_record(
         cv2.GaussianBlur(np.ascontiguousarray(image), (3, 3), rng.uniform(0.2, 0.7)),
@@ -215,5 +244,7 @@ def draw_shapes(count: int, size: int = 192, seed: int = 0) -> list[ImageRecord]
     if count < 0:
         raise ValueError(f"draw_shapes: count is {count}. Use 0 or more.")
     if size < 64:
-        raise ValueError(f"draw_shapes: size is {size} pixels. Use at least 64: smaller shapes can't be told apart.")
+        raise ValueError(
+            f"draw_shapes: size is {size} pixels. Use at least 64: smaller shapes can't be told apart."
+        )
     return [_scene(seed, index, size) for index in range(count)]

@@ -8,15 +8,32 @@ from pathlib import Path
 
 from src.config import DATA_ROOT, VOC_CLASSES
 from src.data.coco import has_sections
-from src.data.records import Problem, Result, check_image, clip_box, is_hidden, make_result, read_list
+from src.data.records import (
+    Problem,
+    Result,
+    check_image,
+    clip_box,
+    is_hidden,
+    make_result,
+    read_list,
+)
 from src.serving.images import IMAGE_SUFFIXES
 
 UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can't be read
-SUFFIXES = (".jpg", ".JPG", *IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))  # first those that are likely
-PUBLISHED_SPLITS = tuple(f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")) + ("2007/test",)
+SUFFIXES = (
+    ".jpg",
+    ".JPG",
+    *IMAGE_SUFFIXES,
+    *map(str.upper, IMAGE_SUFFIXES),
+)  # first those that are likely
+PUBLISHED_SPLITS = tuple(
+    f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")
+) + ("2007/test",)
 DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # each published archive may have its own VOCdevkit
 KAGGLE_INPUTS = Path("/kaggle/input")
-KAGGLE_DEPTHS = tuple("*/" * depth for depth in range(1, 7))  # datasets/OWNER/NAME/ANY/VOCdevkit/, or NAME/ without VOCdevkit
+KAGGLE_DEPTHS = tuple(
+    "*/" * depth for depth in range(1, 7)
+)  # datasets/OWNER/NAME/ANY/VOCdevkit/, or NAME/ without VOCdevkit
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -26,7 +43,9 @@ class _NoDoctype(ElementTree.TreeBuilder):
         raise ValueError("A DOCTYPE is not allowed. Remove it.")
 
 
-def read_annotation(path: Path, classes: tuple[str, ...], size: tuple[float, float] = UNKNOWN_SIZE) -> list[tuple | Problem]:
+def read_annotation(
+    path: Path, classes: tuple[str, ...], size: tuple[float, float] = UNKNOWN_SIZE
+) -> list[tuple | Problem]:
     """Read an annotation: a tuple (box xyxy, label, difficult) or a problem per object, and other problems. Does not raise.
 
     VOC counts pixels from 1, both ends included; the boxes returned count from 0, with right and bottom exclusive.
@@ -39,9 +58,15 @@ def read_annotation(path: Path, classes: tuple[str, ...], size: tuple[float, flo
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
         return [Problem("annotation", f"{path} is not an XML annotation: {error}")]
     if root.tag != "annotation":
-        return [Problem("annotation", f"{path}: the root element is <{root.tag[:40]}>, not <annotation>.")]
+        return [
+            Problem(
+                "annotation", f"{path}: the root element is <{root.tag[:40]}>, not <annotation>."
+            )
+        ]
     items = enumerate(root.findall("object"), start=1)
-    objects = [_read_object(item, classes, size, f"{path}: object {number}") for number, item in items]
+    objects = [
+        _read_object(item, classes, size, f"{path}: object {number}") for number, item in items
+    ]
     return [*_check_size(root, size, str(path)), *objects]
 
 
@@ -59,24 +84,36 @@ def _check_size(root: ElementTree.Element, size: tuple, where: str) -> list[Prob
     return [Problem("size", f"{where}: <size> is {stated[0]:g} x {stated[1]:g}, but {actual}.")]
 
 
-def _read_object(item: ElementTree.Element, classes: tuple, size: tuple, where: str) -> tuple | Problem:
+def _read_object(
+    item: ElementTree.Element, classes: tuple, size: tuple, where: str
+) -> tuple | Problem:
     """Return (box, label, difficult) of an <object>, or its first problem."""
     try:
         name = _text(item, "name", where).strip()
         if name not in classes:
-            return Problem("class", f"{where} has class {name[:40]!r}, which is not in Config.classes.")
+            return Problem(
+                "class", f"{where} has class {name[:40]!r}, which is not in Config.classes."
+            )
         where = f"{where} ({name[:40]})"
-        difficult = "0" if item.find("difficult") is None else _text(item, "difficult", where).strip()
+        difficult = (
+            "0" if item.find("difficult") is None else _text(item, "difficult", where).strip()
+        )
         if difficult not in ("0", "1"):
             raise ValueError(f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1.")
         _text(item, "bndbox", where)
-        edges = [_number(item, f"bndbox/{edge}", where) for edge in ("xmin", "ymin", "xmax", "ymax")]
+        edges = [
+            _number(item, f"bndbox/{edge}", where) for edge in ("xmin", "ymin", "xmax", "ymax")
+        ]
     except ValueError as error:
         return Problem("annotation", str(error))
     box = clip_box((edges[0] - 1, edges[1] - 1, *edges[2:]), size, min_side=1)
     if box is None:
-        image = "the image" if size == UNKNOWN_SIZE else f"the image of {size[0]} x {size[1]} pixels"
-        return Problem("box", f"{where}: box xmin, ymin, xmax, ymax = {edges} is empty or outside {image}.")
+        image = (
+            "the image" if size == UNKNOWN_SIZE else f"the image of {size[0]} x {size[1]} pixels"
+        )
+        return Problem(
+            "box", f"{where}: box xmin, ymin, xmax, ymax = {edges} is empty or outside {image}."
+        )
     return box, classes.index(name), difficult == "1"
 
 
@@ -100,10 +137,14 @@ def _number(parent: ElementTree.Element, field: str, where: str) -> float:
     return value
 
 
-def read_image_record(folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False) -> Result:
+def read_image_record(
+    folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False
+) -> Result:
     """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `check_image`."""
     candidates = (folder / "JPEGImages" / f"{stem}{suffix}" for suffix in SUFFIXES)
-    image = next((path for path in candidates if path.exists()), folder / "JPEGImages" / f"{stem}.jpg")
+    image = next(
+        (path for path in candidates if path.exists()), folder / "JPEGImages" / f"{stem}.jpg"
+    )
     size, problems = check_image(image, decode)
     objects = read_annotation(folder / "Annotations" / f"{stem}.xml", classes, size or UNKNOWN_SIZE)
     return make_result(image, objects, problems)
@@ -129,8 +170,16 @@ def class_names(root: str | Path) -> tuple[str, ...]:
 
 def list_splits(root: str | Path) -> list[str]:
     """Return each list of the trees once, as "year/name", or "year/*" (all annotations) if there are no lists."""
-    lists = [f"{path.parents[2].name[3:]}/{path.stem}" for path in find_in_trees(root, "VOC*/ImageSets/Main/*.txt")]
-    return list(dict.fromkeys(lists or [f"{path.parent.name[3:]}/*" for path in find_in_trees(root, "VOC*/Annotations")]))
+    lists = [
+        f"{path.parents[2].name[3:]}/{path.stem}"
+        for path in find_in_trees(root, "VOC*/ImageSets/Main/*.txt")
+    ]
+    return list(
+        dict.fromkeys(
+            lists
+            or [f"{path.parent.name[3:]}/*" for path in find_in_trees(root, "VOC*/Annotations")]
+        )
+    )
 
 
 def split_folder(root: str | Path, split: str) -> Path:
@@ -151,14 +200,22 @@ def list_images(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str
     for split in splits:
         folder = split_folder(root, split)
         if split.endswith("/*"):
-            images += [(folder, path.stem) for path in sorted((folder / "Annotations").glob("[!.]*.xml"))]
+            images += [
+                (folder, path.stem) for path in sorted((folder / "Annotations").glob("[!.]*.xml"))
+            ]
             continue
         path = folder / "ImageSets" / "Main" / f"{split.partition('/')[2]}.txt"
         if not path.exists():
-            others = ", ".join(split for split in list_splits(root) if "_" not in split)  # without lists of single classes
+            others = ", ".join(
+                split for split in list_splits(root) if "_" not in split
+            )  # without lists of single classes
             raise FileNotFoundError(
                 f"{path} is missing. "
-                + (f"There are {others}: set Config.train_splits and Config.val_splits to some of them. " if others else "")
+                + (
+                    f"There are {others}: set Config.train_splits and Config.val_splits to some of them. "
+                    if others
+                    else ""
+                )
                 + "Set Config.data_root (or, before Python starts, the environment variable VOC_ROOT) to the folder that "
                 'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes"), which needs no download.'
             )
@@ -183,10 +240,14 @@ def check_download_folder(root: Path) -> None:
             f"The folder {root.resolve()} does not exist. Correct Config.data_root or VOC_ROOT if it is mistyped. "
             "To download VOC (2.9 GB) into this folder, create it."
         )
-    files = (path for depth in DEPTHS[:3] for path in sorted(root.glob(f"{depth}*")) if path.is_file())
+    files = (
+        path for depth in DEPTHS[:3] for path in sorted(root.glob(f"{depth}*")) if path.is_file()
+    )
     for path in (path for path in files if not is_hidden(path, root)):
-        is_yolo = path.suffix in (".yaml", ".yml") and re.search(rb"^names\s*:", path.read_bytes(), re.MULTILINE)
-        if is_yolo or path.suffix == ".json" and has_sections(path):
+        is_yolo = path.suffix in (".yaml", ".yml") and re.search(
+            rb"^names\s*:", path.read_bytes(), re.MULTILINE
+        )
+        if is_yolo or (path.suffix == ".json" and has_sections(path)):
             raise FileNotFoundError(
                 f"{root} has no VOCdevkit, but {path}. For a YOLO data set, set Config.data_root to its YAML file; for a COCO "
                 "data set, to the folder of its JSON files. To download VOC (2.9 GB), set it to another folder."
@@ -205,9 +266,13 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
         year, _, name = split.partition("/")
         archive = ("test",) if name == "test" else ("train", "val", "trainval")
         folder = split_folder(root, split) / "ImageSets" / "Main"
-        marker = Path(root) / f".{year}-{archive[-1]}.incomplete"  # an unpacking that was interrupted is repeated
+        marker = (
+            Path(root) / f".{year}-{archive[-1]}.incomplete"
+        )  # an unpacking that was interrupted is repeated
         lists = [folder / f"{other}.txt" for other in archive]
-        if split not in PUBLISHED_SPLITS or any(path.exists() for path in lists) and not marker.exists():
+        if split not in PUBLISHED_SPLITS or (
+            any(path.exists() for path in lists) and not marker.exists()
+        ):
             continue
         check_download_folder(Path(root))
         print(f"VOC {split} is not under {root}, or not complete. Downloading it.")

@@ -10,7 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from src.figures.style import FONT_POINTS, INK, SERIES, SOFT, TARGET, TRAIN, VAL, NotebookFigure, colours, with_style
+from src.figures.style import (
+    FONT_POINTS,
+    INK,
+    SERIES,
+    SOFT,
+    TARGET,
+    TRAIN,
+    VAL,
+    NotebookFigure,
+    colours,
+    with_style,
+)
 from src.model.network import STRIDES
 from src.serving.images import get_image_size
 from src.training.callbacks import read_metrics
@@ -18,14 +29,20 @@ from src.training.metrics import THRESHOLDS, match, precision_recall
 from src.training.report import NAMES
 
 LOSSES = {
-    "loss": "Total loss", "box_loss": "Box loss", "object_loss": "Object loss", "no_object_loss": "No-object loss",
+    "loss": "Total loss",
+    "box_loss": "Box loss",
+    "object_loss": "Object loss",
+    "no_object_loss": "No-object loss",
     "class_loss": "Class loss",
-}  # fmt: skip
+}
 
 
 def _box_sizes(records: Sequence) -> np.ndarray:
     """Return width and height of all boxes [n, 2], as fractions of the letterboxed image."""
-    sizes = [(record.boxes[:, 2:] - record.boxes[:, :2]) / max(get_image_size(record.image)) for record in records]
+    sizes = [
+        (record.boxes[:, 2:] - record.boxes[:, :2]) / max(get_image_size(record.image))
+        for record in records
+    ]
     return np.concatenate([np.zeros((0, 2)), *sizes])
 
 
@@ -36,14 +53,18 @@ def plot_dataset_summary(records: Sequence, classes: Sequence[str]) -> Figure:
     left, right = figure.subplots(1, 2)
     counts = np.bincount(np.concatenate([r.labels for r in records]), minlength=len(classes))
     bars = left.barh(classes, counts, color=colours(len(classes)), edgecolor=INK, linewidth=0.4)
-    left.bar_label(bars, [f"{count:,}" for count in counts], padding=3, fontsize=FONT_POINTS, color=SOFT)
+    left.bar_label(
+        bars, [f"{count:,}" for count in counts], padding=3, fontsize=FONT_POINTS, color=SOFT
+    )
     left.invert_yaxis()
     left.grid(axis="y", visible=False)
     left.set(title=f"{counts.sum():,} objects in {len(records):,} images", xlabel="objects")
     left.margins(x=0.12)
     sizes = np.sqrt(_box_sizes(records).prod(axis=1))
     right.hist(sizes, bins=np.geomspace(0.01, 1, 31), color=VAL, edgecolor="white", linewidth=0.5)
-    right.set(title="Object size", xlabel="√(width × height), in % of the image size", ylabel="objects")
+    right.set(
+        title="Object size", xlabel="√(width × height), in % of the image size", ylabel="objects"
+    )
     right.set_xscale("log")
     right.set_xticks([0.01, 0.03, 0.1, 0.3, 1], ["1", "3", "10", "30", "100"])
     right.set_xticks([], minor=True)
@@ -59,10 +80,20 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
     left.scatter(*_box_sizes(records).T, s=6, color=SOFT, alpha=0.3, linewidths=0)
     for scale, (stride, colour, marker) in enumerate(zip(STRIDES, SERIES, "s^o", strict=True)):
         name = f"anchors of stride {stride}"
-        left.scatter(*np.transpose(anchors[scale]), s=75, c=colour, marker=marker, edgecolors="white", label=name, zorder=3)
+        left.scatter(
+            *np.transpose(anchors[scale]),
+            s=75,
+            c=colour,
+            marker=marker,
+            edgecolors="white",
+            label=name,
+            zorder=3,
+        )
         for width, height in anchors[scale]:
             corner = 0.5 - width / 2, 0.5 - height / 2
-            right.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8))
+            right.add_patch(
+                Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.8)
+            )
     left.set(xscale="log", yscale="log", xlim=(0.012, 1.1), ylim=(0.012, 1.1), aspect="equal")
     left.set(xlabel="width, in % of the image size", ylabel="height, in % of the image size")
     left.set_title("Width and height of the objects (grey)")
@@ -70,7 +101,14 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
         axis.set_ticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ["2", "5", "10", "20", "50", "100"])
         axis.set_ticks([], minor=True)
     left.legend(loc="lower right", handletextpad=0.2)
-    right.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", title="The nine anchors, centred in an image", xticks=[], yticks=[])
+    right.set(
+        xlim=(0, 1),
+        ylim=(1, 0),
+        aspect="equal",
+        title="The nine anchors, centred in an image",
+        xticks=[],
+        yticks=[],
+    )
     for spine in right.spines.values():
         spine.set_visible(True)
     return figure
@@ -83,12 +121,25 @@ def plot_lr_finder(result) -> Figure:
     axis = figure.subplots()
     axis.plot(result.rates, result.losses, color=VAL)
     axis.axvline(result.suggestion, color=TARGET, linestyle="--", linewidth=1.4)
-    low, high = np.nanmin(result.losses), max(result.losses[: result.rates.index(result.suggestion) + 1])
-    axis.set(xscale="log", xlabel="learning rate", ylabel="training loss (smoothed)", title="Learning-rate range test")
+    low, high = (
+        np.nanmin(result.losses),
+        max(result.losses[: result.rates.index(result.suggestion) + 1]),
+    )
+    axis.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="training loss (smoothed)",
+        title="Learning-rate range test",
+    )
     span = max(high - low, 0.01 * abs(high))
     axis.set_ylim(low - 0.15 * span, high + 0.25 * span)
-    axis.annotate(f"  suggestion: {result.suggestion:.2g}", (result.suggestion, 0.9), xycoords=("data", "axes fraction"),
-                  color=TARGET, fontweight="bold")  # fmt: skip
+    axis.annotate(
+        f"  suggestion: {result.suggestion:.2g}",
+        (result.suggestion, 0.9),
+        xycoords=("data", "axes fraction"),
+        color=TARGET,
+        fontweight="bold",
+    )
     return figure
 
 
@@ -120,7 +171,14 @@ def plot_training_curves(path: str | Path, targets: dict[str, float]) -> Figure:
     layout = [["loss", "loss", "lr", "lr"], [*LOSSES][1:], [*NAMES, "map"]]
     axes = figure.subplot_mosaic(layout)
     for key, title in LOSSES.items():
-        _curve(axes[key], path, f"train/{key}", color=TRAIN, linestyle=(0, (4, 1.2)), label="training (mosaics)")
+        _curve(
+            axes[key],
+            path,
+            f"train/{key}",
+            color=TRAIN,
+            linestyle=(0, (4, 1.2)),
+            label="training (mosaics)",
+        )
         _curve(axes[key], path, f"val/{key}", color=VAL, label="validation")
         axes[key].set_title(title)
         _from_zero(axes[key])
@@ -155,14 +213,18 @@ def _accuracy(axis: Axes, path: str | Path, key: str, target: float) -> None:
         for threshold, line in zip(THRESHOLDS, ("-", (0, (1, 1))), strict=True):
             style = {"color": VAL, "linestyle": line, "label": f"threshold {threshold}"}
             _curve(axis, path, f"val/accuracy/{key}@{threshold}", **style)
-    axis.axhline(target, color=TARGET, linestyle="--", linewidth=1.2, label=f"target: {100 * target:.0f}%")
+    axis.axhline(
+        target, color=TARGET, linestyle="--", linewidth=1.2, label=f"target: {100 * target:.0f}%"
+    )
     axis.legend(loc="best")
     axis.set_ylim(0.9 if key == "no_object" else 0, 1.005)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 @with_style
-def plot_precision_recall(predictions: np.ndarray, ground_truth: np.ndarray, per_class: Sequence[dict]) -> Figure:
+def plot_precision_recall(
+    predictions: np.ndarray, ground_truth: np.ndarray, per_class: Sequence[dict]
+) -> Figure:
     """Plot one precision-recall curve per class, at IoU 0.5.
 
     predictions [n, 7], ground_truth [m, 7] and per_class: as in an `Evaluation`.
@@ -175,7 +237,10 @@ def plot_precision_recall(predictions: np.ndarray, ground_truth: np.ndarray, per
     for label, (axis, row) in enumerate(zip(axes, per_class, strict=False)):
         precision, recall = precision_recall(predictions, ground_truth, matched, label)
         envelope = np.maximum.accumulate(precision[::-1])[::-1]  # VOC's AP is the area under it
-        x, y = np.r_[recall[:1] * 0, recall], np.r_[envelope[:1], envelope]  # from recall 0; empty without predictions
+        x, y = (
+            np.r_[recall[:1] * 0, recall],
+            np.r_[envelope[:1], envelope],
+        )  # from recall 0; empty without predictions
         axis.fill_between(x, y, step="pre", color=colours(len(per_class))[label], alpha=0.55)
         axis.plot(x, y, drawstyle="steps-pre", color=INK, linewidth=1)
         axis.set(xlim=(0, 1), ylim=(0, 1.03), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
@@ -195,17 +260,29 @@ def plot_per_class_ap(per_class: Sequence[dict]) -> Figure:
     names = [f"{row['class']} ({row['num_gt']:,})" for row in per_class]
     values = np.array([row["ap"] for row in per_class])
     mean = np.nanmean(values)
-    bars = axis.barh(names, np.nan_to_num(values), color=colours(len(per_class)), edgecolor=INK, linewidth=0.4)
+    bars = axis.barh(
+        names, np.nan_to_num(values), color=colours(len(per_class)), edgecolor=INK, linewidth=0.4
+    )
     texts = ["no objects" if np.isnan(value) else f"{value:.2f}" for value in values]
     white_background = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     axis.bar_label(bars, texts, padding=3, fontsize=FONT_POINTS, bbox=white_background, zorder=4)
     axis.axvline(mean, color=INK, linestyle="--", linewidth=1.2)
-    axis.annotate(f"mean {mean:.3f}", (mean, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
-                  fontsize=FONT_POINTS)  # fmt: skip
+    axis.annotate(
+        f"mean {mean:.3f}",
+        (mean, 1),
+        xycoords=("data", "axes fraction"),
+        ha="center",
+        va="bottom",
+        fontsize=FONT_POINTS,
+    )
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.set(xlim=(0, 1.06), xlabel="average precision at IoU 0.5", ylabel="class (validation objects)",
-             xticks=np.arange(0, 1.1, 0.2))  # fmt: skip
+    axis.set(
+        xlim=(0, 1.06),
+        xlabel="average precision at IoU 0.5",
+        ylabel="class (validation objects)",
+        xticks=np.arange(0, 1.1, 0.2),
+    )
     return figure
 
 
@@ -220,7 +297,15 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in zip(*np.nonzero(counts), strict=True):
         colour = "white" if fractions[row, column] > 0.55 else INK
-        axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=FONT_POINTS, color=colour)
+        axis.text(
+            column,
+            row,
+            f"{counts[row, column]:,}",
+            ha="center",
+            va="center",
+            fontsize=FONT_POINTS,
+            color=colour,
+        )
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(names)), names)
     axis.tick_params(length=0)
@@ -236,11 +321,18 @@ def plot_multiscale_sizes(sizes: Sequence[int]) -> Figure:
     figure = NotebookFigure(2.8)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
     left.step(np.arange(len(sizes)), sizes, where="post", color=VAL, linewidth=1.2)
-    left.set(xlabel="step", ylabel="image size, pixels", title="Image size during training", yticks=sorted(set(sizes)))
+    left.set(
+        xlabel="step",
+        ylabel="image size, pixels",
+        title="Image size during training",
+        yticks=sorted(set(sizes)),
+    )
     unique, counts = np.unique(sizes, return_counts=True)
     gap = np.diff(unique).min() if len(unique) > 1 else 32
     bars = right.barh(unique, counts / len(sizes), height=0.7 * gap, color=VAL)
-    right.bar_label(bars, [f"{count / len(sizes):.0%}" for count in counts], padding=3, fontsize=FONT_POINTS)
+    right.bar_label(
+        bars, [f"{count / len(sizes):.0%}" for count in counts], padding=3, fontsize=FONT_POINTS
+    )
     right.set(title="Steps", xticks=[])
     right.margins(x=0.3)
     right.grid(visible=False)
@@ -248,7 +340,9 @@ def plot_multiscale_sizes(sizes: Sequence[int]) -> Figure:
 
 
 @with_style
-def plot_size_comparison(sizes: Sequence[int], map50: dict[str, Sequence[float]], latencies: Sequence[float]) -> Figure:
+def plot_size_comparison(
+    sizes: Sequence[int], map50: dict[str, Sequence[float]], latencies: Sequence[float]
+) -> Figure:
     """Plot mAP at IoU 0.5 and latency against the image size at test time.
 
     map50: the name of each run -> one value per size. latencies: milliseconds per image, one per size.
@@ -256,13 +350,22 @@ def plot_size_comparison(sizes: Sequence[int], map50: dict[str, Sequence[float]]
     figure = NotebookFigure(3.3)
     left, right = figure.subplots(1, 2)
     style = {"markersize": 6, "markeredgecolor": "white"}
-    for (name, values), colour, marker in zip(map50.items(), cycle(SERIES), cycle("os^D"), strict=False):
+    for (name, values), colour, marker in zip(
+        map50.items(), cycle(SERIES), cycle("os^D"), strict=False
+    ):
         left.plot(sizes, values, color=colour, marker=marker, label=name, **style)
     right.plot(sizes, latencies, color=INK, marker="o", **style)
     low, high = min(map(min, map50.values())), max(map(max, map50.values()))
     margin = max(0.01, 0.25 * (high - low))
-    limits = max(0, np.floor(100 * (low - margin)) / 100), min(1, np.ceil(100 * (high + margin)) / 100)
-    left.set(title="Accuracy", ylabel=f"mAP at IoU 0.5 (axis from {limits[0]:.2f} to {limits[1]:.2f})", ylim=limits)
+    limits = (
+        max(0, np.floor(100 * (low - margin)) / 100),
+        min(1, np.ceil(100 * (high + margin)) / 100),
+    )
+    left.set(
+        title="Accuracy",
+        ylabel=f"mAP at IoU 0.5 (axis from {limits[0]:.2f} to {limits[1]:.2f})",
+        ylim=limits,
+    )
     right.set(title="Latency of one image", ylabel="milliseconds", ylim=(0, None))
     for axis in (left, right):
         axis.set(xlabel="image size at test time, pixels", xticks=sizes)

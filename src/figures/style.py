@@ -16,14 +16,33 @@ INK, SOFT, GRID = "#1f2328", "#6b7280", "#e3e5e8"
 TRAIN, VAL, TARGET = "#e69f00", "#0072b2", "#d55e00"  # by Okabe and Ito, for any colour vision
 SERIES = ("#0072b2", "#d55e00", "#009e73")
 STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "text.color": INK, "axes.labelcolor": INK,
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.titlepad": 7, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True, "lines.linewidth": 1.8,
-    "legend.frameon": False, "legend.fontsize": FONT_POINTS, "figure.constrained_layout.h_pad": 0.06,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "legend.fontsize": FONT_POINTS,
+    "figure.constrained_layout.h_pad": 0.06,
     "figure.constrained_layout.w_pad": 0.06,
-}  # fmt: skip
+}
 with_style = rc_context(STYLE)  # decorator of functions that draw a figure
 
 
@@ -53,7 +72,9 @@ class NotebookFigure(Figure):
         if self.jpeg:
             image.save(file, "jpeg", quality=60)
         else:
-            image.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(file, "png", optimize=True)  # keeps rare colours
+            image.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(
+                file, "png", optimize=True
+            )  # keeps rare colours
         return file.getvalue()
 
 

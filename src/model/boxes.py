@@ -15,7 +15,9 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
-def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int | Tensor) -> Tensor:
+def decode_boxes(
+    offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int | Tensor
+) -> Tensor:
     """Apply the paper's box equations (YOLOv3, section 2.1) in float32.
 
     offsets [..., 4]: the network's x, y, w, h. column, row [...]: the cell. anchor [..., 2]: width and height in 0..1 of
@@ -32,7 +34,9 @@ def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, g
 def cell_boxes(level: Tensor, anchors: Tensor) -> Tensor:
     """Decode the boxes of one scale: level [B, 3, G, G, 5 + C], anchors [3, 2] -> [B, 3, G, G, 4] xyxy in 0..1."""
     cells = torch.arange(level.shape[2], device=level.device)
-    boxes = decode_boxes(level[..., 1:5], cells, cells[:, None], anchors[:, None, None], level.shape[2])
+    boxes = decode_boxes(
+        level[..., 1:5], cells, cells[:, None], anchors[:, None, None], level.shape[2]
+    )
     return cxcywh_to_xyxy(boxes)
 
 
@@ -50,25 +54,39 @@ def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
 
 
-def decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> list[tuple[Tensor, Tensor]]:
+def decode_above(
+    logits: list[Tensor], anchors: Tensor, confidence: float
+) -> list[tuple[Tensor, Tensor]]:
     """Decode only the cells whose objectness is above `confidence`: no other cell can have a higher score.
 
     Returns boxes [k, 4] xyxy in 0..1 and scores [k, C] per image, in the order of `decode`.
     """
     images, boxes, scores = [], [], []
     for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
-        image, anchor, row, column = (level[..., 0].float().contiguous().sigmoid() > confidence).nonzero(as_tuple=True)
+        image, anchor, row, column = (
+            level[..., 0].float().contiguous().sigmoid() > confidence
+        ).nonzero(as_tuple=True)
         cells = level[image, anchor, row, column].float()  # [k, 5 + C]
         images.append(image)
-        boxes.append(cxcywh_to_xyxy(decode_boxes(cells[:, 1:5], column, row, scale_anchors[anchor], level.shape[2])))
+        boxes.append(
+            cxcywh_to_xyxy(
+                decode_boxes(cells[:, 1:5], column, row, scale_anchors[anchor], level.shape[2])
+            )
+        )
         scores.append(cells[:, :1].sigmoid() * cells[:, 5:].sigmoid())
     image = torch.cat(images)
     order, counts = image.argsort(stable=True), image.bincount(minlength=len(logits[0])).tolist()
-    return list(zip(*(torch.cat(part)[order].split(counts) for part in (boxes, scores)), strict=True))
+    return list(
+        zip(*(torch.cat(part)[order].split(counts) for part in (boxes, scores)), strict=True)
+    )
 
 
 def nms(
-    boxes: Tensor, scores: Tensor, confidence: float, iou_threshold: float, max_detections: int = 300
+    boxes: Tensor,
+    scores: Tensor,
+    confidence: float,
+    iou_threshold: float,
+    max_detections: int = 300,
 ) -> tuple[Tensor, Tensor]:
     """Apply non-maximum suppression per class to the predictions of one image.
 

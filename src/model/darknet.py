@@ -36,25 +36,39 @@ def load_darknet(model: nn.Module, path: str | Path) -> str:
     layers = _layers_in_file_order(model)
     backbone = sum(tensor.numel() for tensor in sum(layers[:BACKBONE_CONVOLUTIONS], []))
     whole = sum(tensor.numel() for tensor in sum(layers, []))
-    last_80 = sum(3 * (80 - len(model.classes)) * (head.predict.in_channels + 1) for head in model.heads)
+    last_80 = sum(
+        3 * (80 - len(model.classes)) * (head.predict.in_channels + 1) for head in model.heads
+    )
     parts = {backbone: "backbone", whole + last_80: "all but the last layers", whole: "everything"}
     part = parts.get(count)
     if part is None:
         raise ValueError(_explain_size(path, size, count, list(parts), model.width))
     values = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=header))
     if not values.isfinite().all():
-        raise ValueError(f"{path} has the right size, {size:,} bytes, but contains NaN or infinity. Download it again.")
-    _copy_values(values, layers if part != "backbone" else layers[:BACKBONE_CONVOLUTIONS], part != "all but the last layers")
+        raise ValueError(
+            f"{path} has the right size, {size:,} bytes, but contains NaN or infinity. Download it again."
+        )
+    _copy_values(
+        values,
+        layers if part != "backbone" else layers[:BACKBONE_CONVOLUTIONS],
+        part != "all but the last layers",
+    )
     return part
 
 
 def _explain_size(path: Path, size: int, count: float, expected: list[int], width: float) -> str:
     """Say what a file of `count` values is, and what to do."""
     if count in PUBLISHED:
-        message, advice = f"{path} is {PUBLISHED[count]}.", "Use yolov3.weights or darknet53.conv.74."
+        message, advice = (
+            f"{path} is {PUBLISHED[count]}.",
+            "Use yolov3.weights or darknet53.conv.74.",
+        )
     else:
         sizes = " or ".join(f"{20 + 4 * values:,}" for values in expected)
-        message, advice = f"{path} has {size:,} bytes. Darknet weights of this network have {sizes}.", "Download it again."
+        message, advice = (
+            f"{path} has {size:,} bytes. Darknet weights of this network have {sizes}.",
+            "Download it again.",
+        )
     return f"{message} {advice if width == 1 else f'Published weights fit width 1 only; this network has width {width:g}.'}"
 
 
@@ -80,7 +94,9 @@ def _layers_in_file_order(model: nn.Module) -> list[list[Tensor]]:
             if module.bias is not None:
                 layers.append([module.bias, kernel])
         elif isinstance(module, nn.BatchNorm2d):
-            layers.append([module.bias, module.weight, module.running_mean, module.running_var, kernel])
+            layers.append(
+                [module.bias, module.weight, module.running_mean, module.running_var, kernel]
+            )
     return layers
 
 

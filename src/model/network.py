@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -61,7 +66,9 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.body = nn.Sequential(ConvBlock(channels, channels // 2, 1), ConvBlock(channels // 2, channels, 3))
+        self.body = nn.Sequential(
+            ConvBlock(channels, channels // 2, 1), ConvBlock(channels // 2, channels, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -74,7 +81,9 @@ class Darknet53(nn.Module):
         super().__init__()
         self.stem = ConvBlock(3, channels[0], 3)
         self.stages = nn.ModuleList(
-            nn.Sequential(ConvBlock(before, after, 3, stride=2), *(Residual(after) for _ in range(repeats)))
+            nn.Sequential(
+                ConvBlock(before, after, 3, stride=2), *(Residual(after) for _ in range(repeats))
+            )
             for before, after, repeats in zip(channels, channels[1:], (1, 2, 8, 8, 4), strict=False)
         )
 
@@ -97,9 +106,12 @@ class Head(nn.Module):
         self.lateral = ConvBlock(channels_coarser, mid, 1) if channels_coarser else None
         joined = channels_in + (mid if channels_coarser else 0)
         self.neck = nn.Sequential(
-            ConvBlock(joined, mid, 1), ConvBlock(mid, 2 * mid, 3), ConvBlock(2 * mid, mid, 1),
-            ConvBlock(mid, 2 * mid, 3), ConvBlock(2 * mid, mid, 1),
-        )  # fmt: skip
+            ConvBlock(joined, mid, 1),
+            ConvBlock(mid, 2 * mid, 3),
+            ConvBlock(2 * mid, mid, 1),
+            ConvBlock(mid, 2 * mid, 3),
+            ConvBlock(2 * mid, mid, 1),
+        )
         self.expand = ConvBlock(mid, 2 * mid, 3)
         self.predict = nn.Conv2d(2 * mid, 3 * (5 + num_classes), 1)
 
@@ -110,7 +122,9 @@ class Head(nn.Module):
     def forward_neck(self, features: Tensor, coarser: Tensor | None) -> Tensor:
         """Compute the neck alone."""
         if self.lateral is not None:
-            upsampled = nn.functional.interpolate(self.lateral(coarser), scale_factor=2.0, mode="nearest")
+            upsampled = nn.functional.interpolate(
+                self.lateral(coarser), scale_factor=2.0, mode="nearest"
+            )
             features = torch.cat((upsampled, features), dim=1)
         return self.neck(features)
 
@@ -121,9 +135,14 @@ class Head(nn.Module):
 
 
 class YOLOv3(
-    nn.Module, PyTorchModelHubMixin, library_name="pytorch", tags=["object-detection", "yolov3"], license="mit",
-    pipeline_tag="object-detection", model_card_template=CARD,
-):  # fmt: skip
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="pytorch",
+    tags=["object-detection", "yolov3"],
+    license="mit",
+    pipeline_tag="object-detection",
+    model_card_template=CARD,
+):
     """Images float [B, 3, S, S] in 0..1 -> three logits [B, 3, S/stride, S/stride, 5 + C], strides 32, 16, 8.
 
     Per cell and anchor: objectness, x, y, w, h, classes. `width` multiplies the channels of every layer.
@@ -143,28 +162,44 @@ class YOLOv3(
     ):
         super().__init__()
         if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"YOLOv3: num_classes is {num_classes}, but classes has {len(classes)} names")
+            raise ValueError(
+                f"YOLOv3: num_classes is {num_classes}, but classes has {len(classes)} names"
+            )
         if num_classes < 1 or not 0 < width <= 4:
-            raise ValueError(f"YOLOv3: num_classes must be at least 1 and width in 0..4, not {num_classes} and {width}")
+            raise ValueError(
+                f"YOLOv3: num_classes must be at least 1 and width in 0..4, not {num_classes} and {width}"
+            )
         self.classes = list(classes) if classes else [f"class {i}" for i in range(num_classes)]
         self.width, self.image_size, self.metadata = width, image_size, metadata or about or {}
         c = [max(8, 8 * round(channels * width / 8)) for channels in (32, 64, 128, 256, 512, 1024)]
         self.backbone = Darknet53(c)
         self.heads = nn.ModuleList(
             Head(channels_in, coarser, mid, num_classes)
-            for channels_in, coarser, mid in ((c[5], 0, c[4]), (c[4], c[4], c[3]), (c[3], c[3], c[2]))
+            for channels_in, coarser, mid in (
+                (c[5], 0, c[4]),
+                (c[4], c[4], c[3]),
+                (c[3], c[3], c[2]),
+            )
         )
         self.anchor_sizes = anchors  # as given, for config.json: the buffer loses digits in .half()
-        self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32), persistent=False)  # [3, 3, 2]
+        self.register_buffer(
+            "anchors", torch.tensor(anchors, dtype=torch.float32), persistent=False
+        )  # [3, 3, 2]
         self._initialize()
 
     def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
-            if isinstance(module, Residual):  # start as the identity: Goyal et al. 2017, section 5.1
+                nn.init.kaiming_normal_(
+                    module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu"
+                )
+            if isinstance(
+                module, Residual
+            ):  # start as the identity: Goyal et al. 2017, section 5.1
                 nn.init.zeros_(module.body[1][1].weight)
-        for head in self.heads:  # start with a low objectness: RetinaNet (Lin et al. 2017), section 4.1
+        for (
+            head
+        ) in self.heads:  # start with a low objectness: RetinaNet (Lin et al. 2017), section 4.1
             nn.init.normal_(head.predict.weight, std=0.01)
             bias = head.predict.bias.data.zero_().view(3, -1)
             bias[:, 0] = -math.log(999)  # objectness 0.001
@@ -173,10 +208,14 @@ class YOLOv3(
     def forward(self, images: Tensor) -> list[Tensor]:
         size = images.shape[-1]
         if images.dim() != 4 or images.shape[-2] != size or size == 0 or size % 32:
-            raise ValueError(f"YOLOv3 takes images [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}")
+            raise ValueError(
+                f"YOLOv3 takes images [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}"
+            )
         return self.forward_heads(self.backbone(images))[1]
 
-    def forward_heads(self, features: tuple[Tensor, Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward_heads(
+        self, features: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Compute the three necks and the three logits from the backbone's features at strides 32, 16 and 8."""
         necks, logits = [None], []
         for head, level_features in zip(self.heads, features, strict=True):
@@ -202,22 +241,33 @@ class YOLOv3(
     def settings(self) -> dict:
         """Return the arguments that build this network again; config.json stores them."""
         return {
-            "num_classes": len(self.classes), "width": self.width, "classes": self.classes,
-            "anchors": self.anchor_sizes, "image_size": self.image_size, "metadata": self.metadata,
-        }  # fmt: skip
+            "num_classes": len(self.classes),
+            "width": self.width,
+            "classes": self.classes,
+            "anchors": self.anchor_sizes,
+            "image_size": self.image_size,
+            "metadata": self.metadata,
+        }
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         """Return the README.md that `save_pretrained` and `push_to_hub` write where there is none."""
-        facts = "\n".join(f"| {name} | {value} |" for name, value in format_metadata(self.metadata).items())
+        facts = "\n".join(
+            f"| {name} | {value} |" for name, value in format_metadata(self.metadata).items()
+        )
         return super().generate_model_card(
-            width=f"{self.width:g}", image_size=self.image_size, parameters=f"{self.num_parameters / 1e6:.1f}",
-            classes=", ".join(self.classes), facts=facts,
-        )  # fmt: skip
+            width=f"{self.width:g}",
+            image_size=self.image_size,
+            parameters=f"{self.num_parameters / 1e6:.1f}",
+            classes=", ".join(self.classes),
+            facts=facts,
+        )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config.json and model.safetensors for `save_pretrained`; an interrupted call leaves no partial weights."""
         write_weights(self.state_dict(), save_directory / "model.safetensors")
-        (save_directory / "config.json").write_text(json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8")
+        (save_directory / "config.json").write_text(
+            json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options) -> "YOLOv3":
@@ -227,7 +277,12 @@ class YOLOv3(
         """
         try:
             return super().from_pretrained(source, **options)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        except (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+        ) as error:
             raise FileNotFoundError(
                 f"{source} is not a folder here, and can't be loaded from the Hub. Give a folder written by "
                 f"YOLOv3.save_pretrained, or the id of a model (owner/name). {error}"
@@ -236,14 +291,19 @@ class YOLOv3(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "YOLOv3":
         """Load a model for `from_pretrained`. Reads safetensors only, never a pickle; every tensor must be present and fit."""
-        hub = {n: options.pop(n) for n in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        hub = {
+            n: options.pop(n)
+            for n in ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        }
         for name in ("proxies", "resume_download"):  # huggingface-hub before 1.0 passes these too
             options.pop(name, None)
         path = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
             path = Path(hf_hub_download(model_id, path.name, **hub))
         elif not path.exists():
-            raise FileNotFoundError(f"{path} is missing. Give a folder written by YOLOv3.save_pretrained, or a Hub id.")
+            raise FileNotFoundError(
+                f"{path} is missing. Give a folder written by YOLOv3.save_pretrained, or a Hub id."
+            )
         model = cls(**options)
         try:
             model.load_state_dict(load_file(path))
@@ -268,7 +328,11 @@ class YOLOv3(
 def format_metadata(metadata: dict) -> dict:
     """Return the metadata of weights with its metrics in one level, floats with three digits."""
     flat = metadata | metadata.get("metrics", {})
-    return {name: f"{v:.3g}" if isinstance(v, float) else v for name, v in flat.items() if name != "metrics"}
+    return {
+        name: f"{v:.3g}" if isinstance(v, float) else v
+        for name, v in flat.items()
+        if name != "metrics"
+    }
 
 
 def fuse_batch_norms(model: YOLOv3) -> YOLOv3:

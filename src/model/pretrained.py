@@ -15,7 +15,11 @@ WEIGHTS, CONFIG = "backbone.safetensors", "config.json"
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file; an interrupted call leaves no partial file."""
     part = path.with_name(path.name + ".part")
-    save_file({name: value.contiguous() for name, value in weights.items()}, part, metadata={"format": "pt"})
+    save_file(
+        {name: value.contiguous() for name, value in weights.items()},
+        part,
+        metadata={"format": "pt"},
+    )
     part.chmod(0o644)  # safetensors makes it private to the owner
     os.replace(part, path)
 
@@ -24,7 +28,10 @@ def save_backbone(backbone: nn.Module, folder: str | Path, width: float, metadat
     """Write the weights of a `Darknet53` in half precision, and a config.json with its width and metadata."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.half() if value.is_floating_point() else value for name, value in backbone.state_dict().items()}
+    weights = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in backbone.state_dict().items()
+    }
     write_weights(weights, folder / WEIGHTS)
     config = {"architecture": "Darknet-53", "width": width, "metadata": metadata}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -70,12 +77,20 @@ def transfer_weights(model: nn.Module, source: nn.Module) -> str:
             f"The pretrained weights have width {source.width:g}, but the network has width {model.width:g}. "
             f"Set Config.width={source.width:g}."
         )
-    weights = {name: value for name, value in source.state_dict().items() if ".predict." not in name}
+    weights = {
+        name: value for name, value in source.state_dict().items() if ".predict." not in name
+    }
     model.load_state_dict(weights, strict=False)
     common = [name for name in model.classes if name in source.classes]
-    rows = [list(range(5)) + [5 + net.classes.index(name) for name in common] for net in (model, source)]
+    rows = [
+        list(range(5)) + [5 + net.classes.index(name) for name in common] for net in (model, source)
+    ]
     for head, source_head in zip(model.heads, source.heads, strict=True):
-        for parameter, values in zip(head.predict.parameters(), source_head.predict.parameters(), strict=True):
-            parameter.unflatten(0, (3, -1))[:, rows[0]] = values.unflatten(0, (3, -1))[:, rows[1]].to(parameter)
+        for parameter, values in zip(
+            head.predict.parameters(), source_head.predict.parameters(), strict=True
+        ):
+            parameter.unflatten(0, (3, -1))[:, rows[0]] = values.unflatten(0, (3, -1))[
+                :, rows[1]
+            ].to(parameter)
     model.set_anchors(source.anchors_at(model.image_size))
     return f"all layers, and the logits of {len(common)} of {len(model.classes)} classes"

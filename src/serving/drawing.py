@@ -11,14 +11,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from src.serving.predictor import Detections
 
-SYSTEM_FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")  # Pillow searches the system for them
+SYSTEM_FONTS = (
+    "DejaVuSans.ttf",
+    "LiberationSans-Regular.ttf",
+    "Arial.ttf",
+    "arial.ttf",
+)  # Pillow searches the system for them
 
 # The first seven are by Okabe and Ito (2008, https://jfly.uni-koeln.de/color), for any colour vision. Each of the others has
 # the largest distance in Oklab to those before it, for normal, red-blind and green-blind vision.
 COLOURS = (
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
-    (120, 15, 75), (0, 0, 255), (120, 255, 255), (60, 45, 150), (150, 105, 255), (120, 75, 0), (105, 210, 150),
-    (180, 45, 120), (210, 15, 195), (255, 75, 105), (105, 255, 150), (15, 105, 75), (255, 180, 210),
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+    (204, 121, 167), (120, 15, 75), (0, 0, 255), (120, 255, 255), (60, 45, 150), (150, 105, 255),
+    (120, 75, 0), (105, 210, 150), (180, 45, 120), (210, 15, 195), (255, 75, 105), (105, 255, 150),
+    (15, 105, 75), (255, 180, 210),
 )  # fmt: skip
 
 
@@ -28,8 +34,14 @@ def class_colours(count: int) -> list[tuple[int, int, int]]:
     A longer list starts with the shorter one. The first 20 are easy to tell apart; the hues of the others differ by the
     golden ratio.
     """
-    others = [colorsys.hls_to_rgb(0.618034 * i % 1, (0.7, 0.4)[i % 2], 0.7) for i in range(count - len(COLOURS))]
-    return [*COLOURS[:count], *(tuple(round(255 * channel) for channel in colour) for colour in others)]
+    others = [
+        colorsys.hls_to_rgb(0.618034 * i % 1, (0.7, 0.4)[i % 2], 0.7)
+        for i in range(count - len(COLOURS))
+    ]
+    return [
+        *COLOURS[:count],
+        *(tuple(round(255 * channel) for channel in colour) for colour in others),
+    ]
 
 
 def label_colours(labels: Sequence[int], classes: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -71,7 +83,9 @@ def draw_boxes(
         draw = ImageDraw.Draw(drawn)
     occupied = []
     for box, colour, text in zip(boxes, colours, texts, strict=False):
-        _draw_label(draw, box, text, colour, _font(font_size, text.isascii()), line, drawn.size, occupied)
+        _draw_label(
+            draw, box, text, colour, _font(font_size, text.isascii()), line, drawn.size, occupied
+        )
     return np.asarray(drawn)
 
 
@@ -103,17 +117,32 @@ def _font(size: float, is_ascii: bool) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple, line: int, size: tuple[int, int]) -> None:
+def _draw_box(
+    draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple, line: int, size: tuple[int, int]
+) -> None:
     """Draw one box: a coloured line between two thin lines of the contrasting brightness."""
     edge = max(1, line // 3)
     x1, y1 = np.floor(box[:2]).clip(0, np.array(size) - 1)
-    x2, y2 = np.ceil(box[2:]).clip((x1 + 1, y1 + 1), np.maximum(np.array(size) - 1, (x1 + 1, y1 + 1)))
-    draw.rectangle((x1 - edge, y1 - edge, x2 + edge, y2 + edge), outline=_contrast(colour), width=2 * edge + line)
+    x2, y2 = np.ceil(box[2:]).clip(
+        (x1 + 1, y1 + 1), np.maximum(np.array(size) - 1, (x1 + 1, y1 + 1))
+    )
+    draw.rectangle(
+        (x1 - edge, y1 - edge, x2 + edge, y2 + edge),
+        outline=_contrast(colour),
+        width=2 * edge + line,
+    )
     draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
 
 
 def _draw_label(
-    draw: ImageDraw.ImageDraw, box: np.ndarray, text: str, colour: tuple, font, line: int, size: tuple, occupied: list
+    draw: ImageDraw.ImageDraw,
+    box: np.ndarray,
+    text: str,
+    colour: tuple,
+    font,
+    line: int,
+    size: tuple,
+    occupied: list,
 ) -> None:
     """Draw the text on a filled rectangle above the box, or inside if there is no space above.
 
@@ -125,12 +154,17 @@ def _draw_label(
     left = float(np.clip(box[0] - line // 2, 0, max(0, size[0] - width)))
     top = float(box[1] - height if box[1] >= height else box[1])
     for _ in range(8):
-        if not any(left < x2 and x1 < left + width and top < y2 and y1 < top + height for x1, y1, x2, y2 in occupied):
+        if not any(
+            left < x2 and x1 < left + width and top < y2 and y1 < top + height
+            for x1, y1, x2, y2 in occupied
+        ):
             break
         top += height
     top = float(np.clip(top, 0, max(0, size[1] - height)))
     occupied.append((left, top, left + width, top + height))
-    draw.rectangle((left - 1, top - 1, left + width, top + height), fill=colour, outline=_contrast(colour))
+    draw.rectangle(
+        (left - 1, top - 1, left + width, top + height), fill=colour, outline=_contrast(colour)
+    )
     draw.text((left + pad, top + pad / 2), text, fill=_contrast(colour), font=font)
 
 
@@ -141,6 +175,8 @@ def draw_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.6) -
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
     levels = np.rint(heatmap * 255).astype(np.uint8)
-    colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB).astype(np.float32)
+    colours = cv2.cvtColor(
+        cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB
+    ).astype(np.float32)
     weight = opacity * (0.25 + 0.75 * heatmap[..., None])
     return np.rint(grey * (1 - weight) + colours * weight).astype(np.uint8)

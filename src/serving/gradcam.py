@@ -15,8 +15,18 @@ from src.serving.images import load_image
 from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
 
-METHODS = {"hirescam": HiResCAM, "gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "eigencam": EigenCAM}
-METHOD_NAMES = {"hirescam": "HiResCAM", "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "eigencam": "EigenCAM"}
+METHODS = {
+    "hirescam": HiResCAM,
+    "gradcam": GradCAM,
+    "gradcam++": GradCAMPlusPlus,
+    "eigencam": EigenCAM,
+}
+METHOD_NAMES = {
+    "hirescam": "HiResCAM",
+    "gradcam": "Grad-CAM",
+    "gradcam++": "Grad-CAM++",
+    "eigencam": "EigenCAM",
+}
 MAX_EXPLAINED = 24  # detections per heatmap; the best are taken
 BATCH_SIZE = 4  # detections per backward pass
 ONNX_MESSAGE = "Grad-CAM needs gradients, and an .onnx file has none. Load the PyTorch weights that it was exported from."
@@ -26,11 +36,15 @@ ONNX_MESSAGE = "Grad-CAM needs gradients, and an .onnx file has none. Load the P
 class Explanation:
     """A heatmap for one or more detections of an image."""
 
-    heatmap: np.ndarray  # float32 [H, W] in 0..1 on the image's pixels; its maximum is 1, or all are 0
+    heatmap: (
+        np.ndarray
+    )  # float32 [H, W] in 0..1 on the image's pixels; its maximum is 1, or all are 0
     detections: Detections  # of the image; if there are none, the top candidate
     explained: np.ndarray  # int64 [m] rows of `detections` that the heatmap shows
     message: str  # for the reader: no detection found, or the heatmap is empty; else ""
-    is_candidate: bool  # nothing was detected, `detections` is the top candidate below the threshold
+    is_candidate: (
+        bool  # nothing was detected, `detections` is the top candidate below the threshold
+    )
 
 
 class Explainer:
@@ -54,8 +68,12 @@ class Explainer:
             self.features = self.model.backbone(self.inputs)
             self.necks, logits = self.model.forward_heads(self.features)
             boxes, scores = predictor.decode(logits)
-        self.candidates = predictor.postprocess(boxes[0].cpu(), scores[0].cpu(), self.placement, *self.size)
-        self.scale_ends = np.cumsum([level[0, ..., 0].numel() for level in logits])  # end of each scale in the K predictions
+        self.candidates = predictor.postprocess(
+            boxes[0].cpu(), scores[0].cpu(), self.placement, *self.size
+        )
+        self.scale_ends = np.cumsum(
+            [level[0, ..., 0].numel() for level in logits]
+        )  # end of each scale in the K predictions
 
     def explain(
         self,
@@ -71,7 +89,9 @@ class Explainer:
         if method not in METHODS:
             raise ValueError(f"Unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
         if layer not in ("own", "all", *range(len(STRIDES))):
-            raise ValueError(f'Unknown layer {layer!r}. Choose "own", "all" or a scale from 0 to {len(STRIDES) - 1}.')
+            raise ValueError(
+                f'Unknown layer {layer!r}. Choose "own", "all" or a scale from 0 to {len(STRIDES) - 1}.'
+            )
         detections, rows, message = self._select(target, confidence, iou_threshold)
         is_candidate = bool(message)
         if len(rows) > MAX_EXPLAINED:
@@ -86,24 +106,35 @@ class Explainer:
             target_scales = {"own": [scale], "all": [*range(scale + 1)]}.get(layer, [layer])
             group = rows[scales[rows] == scale]
             for batch in np.split(group, range(BATCH_SIZE, len(group), BATCH_SIZE)):
-                cam = self._heatmap(detections.index[batch], detections.labels[batch], scale, target_scales, method)
+                cam = self._heatmap(
+                    detections.index[batch], detections.labels[batch], scale, target_scales, method
+                )
                 heatmap = np.maximum(heatmap, cam)
         if len(rows) and not (message or heatmap.any()):
             message = "No part of the image raises the score, by this method on this layer."
         return Explanation(self._crop_to_image(heatmap), detections, rows, message, is_candidate)
 
-    def _select(self, target: str | int, confidence: float, iou_threshold: float) -> tuple[Detections, np.ndarray, str]:
+    def _select(
+        self, target: str | int, confidence: float, iou_threshold: float
+    ) -> tuple[Detections, np.ndarray, str]:
         """Return the detections, the rows `target` selects and no message; if there are none, the top candidate and why."""
-        classes, detections = self.predictor.classes, self.candidates.detections(confidence, iou_threshold)
+        classes, detections = (
+            self.predictor.classes,
+            self.candidates.detections(confidence, iou_threshold),
+        )
         label, rows = None, np.arange(len(detections))
         if target in classes:
             label = classes.index(target)
             rows = rows[detections.labels == label]
         elif isinstance(target, str) and target != "all":
-            raise ValueError(f'Unknown target {target!r}. Choose "all", the row of a detection, or one of {classes}.')
+            raise ValueError(
+                f'Unknown target {target!r}. Choose "all", the row of a detection, or one of {classes}.'
+            )
         elif target != "all" and len(detections):
             if not 0 <= target < len(detections):
-                raise ValueError(f"Unknown target {target}. There are {len(detections)} detections, numbered from 0.")
+                raise ValueError(
+                    f"Unknown target {target}. There are {len(detections)} detections, numbered from 0."
+                )
             rows = rows[[target]]
         if len(rows):
             return detections, rows, ""
@@ -112,19 +143,36 @@ class Explainer:
         candidate = f"The top candidate is {classes[top.labels[0]]} at {100 * top.scores[0]:.1f}%."
         return top, np.zeros(1, np.int64), f"{missing} above {100 * confidence:.0f}%. {candidate}"
 
-    def _heatmap(self, index: np.ndarray, labels: np.ndarray, scale: int, target_scales: list[int], method: str) -> np.ndarray:
+    def _heatmap(
+        self,
+        index: np.ndarray,
+        labels: np.ndarray,
+        scale: int,
+        target_scales: list[int],
+        method: str,
+    ) -> np.ndarray:
         """Return the maximum [S, S] over the heatmaps (0..1) of the predictions index [m], all from one scale.
 
         The target layers are the necks of `target_scales`. A prediction sees 3 x 3 cells of its own scale's neck.
         """
         start = self.scale_ends[scale - 1] if scale else 0
-        scores = [partial(_score, index=i, label=c) for i, c in zip((index - start).tolist(), labels.tolist(), strict=True)]
-        scores = scores[:1] if method == "eigencam" else scores  # its heatmap is the same for every prediction
+        scores = [
+            partial(_score, index=i, label=c)
+            for i, c in zip((index - start).tolist(), labels.tolist(), strict=True)
+        ]
+        scores = (
+            scores[:1] if method == "eigencam" else scores
+        )  # its heatmap is the same for every prediction
         first = target_scales[0]
         part = slice(first, scale + 1)
         heads = _Heads(self.model.heads[part], self.features[part], self.necks[first], len(scores))
-        target_layers = [heads.first_neck, *(self.model.heads[target].neck for target in target_scales[1:])]
-        cam = METHODS[method](heads, target_layers, reshape_transform=Tensor.float)  # numpy has no bfloat16
+        target_layers = [
+            heads.first_neck,
+            *(self.model.heads[target].neck for target in target_scales[1:]),
+        ]
+        cam = METHODS[method](
+            heads, target_layers, reshape_transform=Tensor.float
+        )  # numpy has no bfloat16
         try:
             return cam(self.inputs, scores).max(axis=0)
         finally:
@@ -134,7 +182,9 @@ class Explainer:
         """[S, S] on the letterboxed square -> [H, W] on the image without the bars, scaled to a maximum of 1."""
         (width, height), (scale_x, scale_y, left, top) = self.size, self.placement
         right, bottom = round(left + width * scale_x), round(top + height * scale_y)
-        heatmap = cv2.resize(heatmap[int(top) : bottom, int(left) : right], self.size, interpolation=cv2.INTER_LINEAR)
+        heatmap = cv2.resize(
+            heatmap[int(top) : bottom, int(left) : right], self.size, interpolation=cv2.INTER_LINEAR
+        )
         return heatmap / max(heatmap.max(), 1e-7)
 
 
@@ -182,7 +232,9 @@ class _Heads(nn.Module):
     in the order of boxes.decode. It starts from `copies` of the first head's neck, a target layer as `first_neck`.
     """
 
-    def __init__(self, heads: nn.ModuleList, features: tuple[Tensor, ...], neck: Tensor, copies: int):
+    def __init__(
+        self, heads: nn.ModuleList, features: tuple[Tensor, ...], neck: Tensor, copies: int
+    ):
         super().__init__()
         self.heads, self.first_neck = heads, nn.Identity()
         self.features = [level.expand(copies, -1, -1, -1) for level in features]

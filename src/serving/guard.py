@@ -19,7 +19,10 @@ class BoundedRequests:
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        limit, received = MAX_UPLOAD_BYTES if scope.get("path", "").endswith("/upload") else MAX_REQUEST_BYTES, 0
+        limit, received = (
+            MAX_UPLOAD_BYTES if scope.get("path", "").endswith("/upload") else MAX_REQUEST_BYTES,
+            0,
+        )
 
         async def receive_bounded():
             nonlocal received

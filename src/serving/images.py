@@ -12,10 +12,21 @@ from torch.nn.functional import interpolate
 PAD = 114  # grey value of the letterbox's bars
 
 Image.init()
-FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys())  # EPS runs a program
-IMAGE_SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+FORMATS = tuple(
+    {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()
+)  # EPS runs a program
+IMAGE_SUFFIXES = tuple(
+    suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS
+)
 # What PIL raises for files and objects that are not images:
-UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError, AttributeError)
+UNREADABLE = (
+    OSError,
+    Image.DecompressionBombError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
 
 def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
@@ -29,7 +40,9 @@ def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
     or shape; FileNotFoundError.
     """
     if isinstance(source, Tensor):
-        raise ValueError("The image is a tensor. Convert it to a uint8 array [H, W, 3]: image.permute(1, 2, 0).numpy().")
+        raise ValueError(
+            "The image is a tensor. Convert it to a uint8 array [H, W, 3]: image.permute(1, 2, 0).numpy()."
+        )
     if isinstance(source, np.ndarray):
         if source.ndim != 2 and (source.ndim != 3 or source.shape[2] not in (3, 4)):
             raise ValueError(
@@ -46,7 +59,9 @@ def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         if max_pixels and image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width:,} x {image.height:,} pixels, more than {max_pixels / 1e6:.0f} million")
+            raise ValueError(
+                f"{image.width:,} x {image.height:,} pixels, more than {max_pixels / 1e6:.0f} million"
+            )
         if min_size:
             image.draft("RGB", _scaled_size(image.width, image.height, min_size))
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -55,7 +70,9 @@ def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
     except FileNotFoundError:
         raise
     except UNREADABLE as error:
-        raise ValueError(f"{name} can't be read as an image ({error}). Use a JPEG or PNG file.") from None
+        raise ValueError(
+            f"{name} can't be read as an image ({error}). Use a JPEG or PNG file."
+        ) from None
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -103,7 +120,14 @@ def resize_long_side(image: np.ndarray, long_side: int) -> np.ndarray:
 def letterbox_placement(width: int, height: int, size: int) -> np.ndarray:
     """Return what `letterbox` does to coordinates: float32 (scale x, scale y, left, top); x -> x * scale x + left."""
     inner_width, inner_height = _scaled_size(width, height, size)
-    return np.float32([inner_width / width, inner_height / height, (size - inner_width) // 2, (size - inner_height) // 2])
+    return np.float32(
+        [
+            inner_width / width,
+            inner_height / height,
+            (size - inner_width) // 2,
+            (size - inner_height) // 2,
+        ]
+    )
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

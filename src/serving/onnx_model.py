@@ -41,7 +41,9 @@ def export_onnx(model: YOLOv3, path: str | Path) -> Path:
     try:
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
-        raise ImportError("The export to ONNX needs onnxscript. Run `pip install onnxscript`.") from error
+        raise ImportError(
+            "The export to ONNX needs onnxscript. Run `pip install onnxscript`."
+        ) from error
     program = torch.onnx.export(
         _DecodedYOLOv3(fuse_batch_norms(model).cpu()).eval(),
         (torch.zeros(2, 3, 64, 64),),
@@ -54,7 +56,9 @@ def export_onnx(model: YOLOv3, path: str | Path) -> Path:
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         for axis, name in AXES[value.name].items():
             value.shape[axis] = name
-    program.model.metadata_props.update({name: json.dumps(value) for name, value in _facts(model).items()})
+    program.model.metadata_props.update(
+        {name: json.dumps(value) for name, value in _facts(model).items()}
+    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -69,7 +73,10 @@ def _facts(model: YOLOv3) -> dict:
         "classes": model.classes,
         "image_size": model.image_size,
         "strides": STRIDES,
-        "anchors": [[[edge * model.image_size for edge in anchor] for anchor in scale] for scale in model.anchor_sizes],
+        "anchors": [
+            [[edge * model.image_size for edge in anchor] for anchor in scale]
+            for scale in model.anchor_sizes
+        ],
         "num_parameters": model.num_parameters,
         "metadata": model.metadata,
     }
@@ -84,7 +91,9 @@ class OnnxModel:
     def __init__(self, path: str | Path):
         """Raises FileNotFoundError, ValueError if the file is not an export, and ImportError without onnxruntime."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is missing. Write it with export_onnx(model, {str(path)!r}).")
+            raise FileNotFoundError(
+                f"{path} is missing. Write it with export_onnx(model, {str(path)!r})."
+            )
         try:
             import onnxruntime
         except ImportError as error:
@@ -94,17 +103,24 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"]
+            )
             facts = self.session.get_modelmeta().custom_metadata_map
             self.classes, self.image_size, self.metadata, self.num_parameters = (
-                json.loads(facts[name]) for name in ("classes", "image_size", "metadata", "num_parameters")
+                json.loads(facts[name])
+                for name in ("classes", "image_size", "metadata", "num_parameters")
             )
         except Exception as error:  # onnxruntime has an exception class per error code
-            raise ValueError(f"{path} is not a file of export_onnx: {error!r}. Export it again.") from None
+            raise ValueError(
+                f"{path} is not a file of export_onnx: {error!r}. Export it again."
+            ) from None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images float [B, 3, S, S] in 0..1 -> boxes [B, K, 4] and scores [B, K, C] of `decode`."""
         if images.shape[2] != images.shape[3] or images.shape[3] % 32:
-            raise ValueError(f"The model takes images [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}.")
+            raise ValueError(
+                f"The model takes images [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}."
+            )
         outputs = self.session.run(["boxes", "scores"], {"images": images.numpy()})
         return tuple(map(torch.from_numpy, outputs))

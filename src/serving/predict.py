@@ -53,7 +53,9 @@ def predict(
     if format not in FORMATS:
         raise ValueError(f"Unknown format {format!r}. Choose one of {', '.join(FORMATS)}.")
     if is_video and heatmap:
-        raise ValueError("Heatmaps are computed for images only. Leave out the heatmap, or give an image or a folder.")
+        raise ValueError(
+            "Heatmaps are computed for images only. Leave out the heatmap, or give an image or a folder."
+        )
     files = source_files(source, folder)
     run = PredictionRun(predictor, folder, confidence, iou_threshold, format)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,9 @@ def parse_source(source: str | Path | int) -> Path | int:
     if isinstance(source, int) or (str(source).isdecimal() and not Path(source).exists()):
         return int(source)
     if not Path(source).exists():
-        raise FileNotFoundError(f"{source} does not exist. Give an image, a folder of images, a video file or a camera number.")
+        raise FileNotFoundError(
+            f"{source} does not exist. Give an image, a folder of images, a video file or a camera number."
+        )
     return Path(source)
 
 
@@ -83,7 +87,9 @@ def source_files(source: Path | int, folder: Path) -> list[Path]:
     """Return the files of a source, none for a camera. Raises ValueError if results in `folder` could overwrite them."""
     files = [] if isinstance(source, int) else [source] if source.is_file() else list_images(source)
     if any(file.parent.resolve() == folder.resolve() for file in files):
-        raise ValueError(f"{folder} contains the source, which the results could overwrite. Choose another folder.")
+        raise ValueError(
+            f"{folder} contains the source, which the results could overwrite. Choose another folder."
+        )
     return files
 
 
@@ -92,20 +98,30 @@ def list_images(folder: Path) -> list[Path]:
 
     Raises FileNotFoundError if there are no images.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))  # macOS: ._photo.jpg
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+    )  # macOS: ._photo.jpg
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise FileNotFoundError(f"{folder} has no images. {SUPPORTED}")
     if others := sorted({path.suffix.lower() or path.name for path in set(files) - set(images)}):
-        print(f"{folder}: other files are left out ({len(files) - len(images)}): {', '.join(others)}. {SUPPORTED}")
+        print(
+            f"{folder}: other files are left out ({len(files) - len(images)}): {', '.join(others)}. {SUPPORTED}"
+        )
     return images
 
 
 def detections_to_dicts(detections: Detections, classes: list[str]) -> list[dict]:
     """Return "class", "confidence" and "box" (left, top, right, bottom in pixels) of each detection, best first."""
     return [
-        {"class": classes[label], "confidence": round(float(score), 4), "box": box.astype(float).round(1).tolist()}
-        for label, score, box in zip(detections.labels, detections.scores, detections.boxes, strict=True)
+        {
+            "class": classes[label],
+            "confidence": round(float(score), 4),
+            "box": box.astype(float).round(1).tolist(),
+        }
+        for label, score, box in zip(
+            detections.labels, detections.scores, detections.boxes, strict=True
+        )
     ]
 
 
@@ -130,7 +146,9 @@ class PredictionRun:
 
     def predict_images(self, files: list[Path], heatmap: bool) -> None:
         """Process image files. Unreadable ones are reported and skipped."""
-        for number, (file, stem) in enumerate(zip(files, output_stems(files), strict=True), start=1):
+        for number, (file, stem) in enumerate(
+            zip(files, output_stems(files), strict=True), start=1
+        ):
             try:
                 image = load_image(file)
             except (OSError, ValueError) as error:
@@ -140,22 +158,36 @@ class PredictionRun:
             self.save_image(self.detect(image, stem, image_name=file.name), f"{stem}.jpg")
             if heatmap:
                 self.save_image(self.explain(image), f"{stem}_heatmap.jpg")
-            print(f"{number} of {len(files)}: {file.name}: {count_classes(self.entries[-1])}", flush=True)
+            print(
+                f"{number} of {len(files)}: {file.name}: {count_classes(self.entries[-1])}",
+                flush=True,
+            )
 
     def predict_video(self, source: Path | int) -> None:
         """Process a video file, or a camera until Ctrl-C."""
-        name, stem = (source.name, source.stem) if isinstance(source, Path) else (f"camera {source}", f"camera_{source}")
+        name, stem = (
+            (source.name, source.stem)
+            if isinstance(source, Path)
+            else (f"camera {source}", f"camera_{source}")
+        )
         capture, writer, printed = open_video(source), None, self.start
-        total = f" of {capture.get(cv2.CAP_PROP_FRAME_COUNT):.0f}" if isinstance(source, Path) else ""
+        total = (
+            f" of {capture.get(cv2.CAP_PROP_FRAME_COUNT):.0f}" if isinstance(source, Path) else ""
+        )
         try:
             while (frame := capture.read()[1]) is not None:
                 number, image = len(self.entries), cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
                 drawn = self.detect(image, f"{stem}_{number:06d}", image_name=name, frame=number)
-                writer = writer or open_writer(self.folder / f"{stem}.mp4", capture.get(cv2.CAP_PROP_FPS), frame)
+                writer = writer or open_writer(
+                    self.folder / f"{stem}.mp4", capture.get(cv2.CAP_PROP_FPS), frame
+                )
                 writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
                 if time.perf_counter() - printed > PROGRESS_INTERVAL:
                     printed = time.perf_counter()
-                    print(f"{name}: frame {number + 1}{total}: {count_classes(self.entries[-1])}", flush=True)
+                    print(
+                        f"{name}: frame {number + 1}{total}: {count_classes(self.entries[-1])}",
+                        flush=True,
+                    )
         except KeyboardInterrupt:
             if isinstance(source, Path):
                 raise
@@ -181,9 +213,13 @@ class PredictionRun:
         """Return a copy of the image with its Grad-CAM heatmap and the boxes that this explains."""
         from src.serving.gradcam import explain  # loads matplotlib, through grad-cam
 
-        result = explain(self.predictor, image, confidence=self.confidence, iou_threshold=self.iou_threshold)
+        result = explain(
+            self.predictor, image, confidence=self.confidence, iou_threshold=self.iou_threshold
+        )
         drawn, classes = draw_heatmap(image, result.heatmap), self.predictor.classes
-        return draw_detections(drawn, result.detections, classes, result.is_candidate, result.explained)
+        return draw_detections(
+            drawn, result.detections, classes, result.is_candidate, result.explained
+        )
 
     def save_image(self, image: np.ndarray, name: str) -> None:
         """Write a JPEG file."""
@@ -193,8 +229,13 @@ class PredictionRun:
         """Print the number of images or frames, detections and errors, and the speed."""
         counts = [len(entry["detections"]) for entry in self.entries if "error" not in entry]
         done, seconds = len(counts), time.perf_counter() - self.start
-        numbers = ", ".join(f"{n:,} {noun}{'s' * (n != 1)}" for n, noun in ((done, unit), (sum(counts), "detection")))
-        print(f"{numbers}, {done / seconds:.1f} {unit}s per second (with reading and writing). Results: {self.folder}")
+        numbers = ", ".join(
+            f"{n:,} {noun}{'s' * (n != 1)}"
+            for n, noun in ((done, unit), (sum(counts), "detection"))
+        )
+        print(
+            f"{numbers}, {done / seconds:.1f} {unit}s per second (with reading and writing). Results: {self.folder}"
+        )
         failed = len(self.entries) - done
         if failed:
             print(f"{failed} of {len(self.entries)} images can't be read.")
@@ -203,7 +244,9 @@ class PredictionRun:
 def output_stems(files: list[Path]) -> list[str]:
     """Return the file names of the results, without suffix: the images' stems, or their full names if results would collide."""
     stems = [file.stem for file in files]
-    names = {f"{stem}{suffix}".casefold() for stem in stems for suffix in ("", "_heatmap")}  # A and a are one file on macOS
+    names = {
+        f"{stem}{suffix}".casefold() for stem in stems for suffix in ("", "_heatmap")
+    }  # A and a are one file on macOS
     return stems if len(names) == 2 * len(files) else [file.name for file in files]
 
 
@@ -213,7 +256,9 @@ def open_video(source: Path | int) -> cv2.VideoCapture:
     if capture.isOpened():
         return capture
     if isinstance(source, int):
-        raise OSError(f"Camera {source} can't be opened. Check that it is connected and that no other program uses it.")
+        raise OSError(
+            f"Camera {source} can't be opened. Check that it is connected and that no other program uses it."
+        )
     raise ValueError(f"{source} can't be read as a video. {BAD_VIDEO}")
 
 
@@ -235,18 +280,53 @@ def count_classes(entry: dict) -> str:
 
 def main() -> None:
     """Run the command. The exit status is 1 if an image can't be read."""
-    parser = argparse.ArgumentParser(prog="python -m src.serving.predict", description="Detect objects and save the results.")
-    parser.add_argument("source", help="an image, a folder of images, a video file or a camera number")
-    parser.add_argument("--weights", default=WEIGHTS, help="exported weights: a folder or Hub id; default: the shipped ones")
-    parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="confidence threshold (default: %(default)s)")
-    parser.add_argument("--iou-threshold", type=float, default=IOU_THRESHOLD, help="NMS IoU threshold (default: %(default)s)")
-    parser.add_argument("--save", default="runs/predict", metavar="FOLDER", help="for the results (default: %(default)s)")
-    parser.add_argument("--format", choices=FORMATS, default="json", help="of the detections (default: %(default)s)")
-    parser.add_argument("--heatmap", action="store_true", help="also save a Grad-CAM heatmap per image")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.serving.predict", description="Detect objects and save the results."
+    )
+    parser.add_argument(
+        "source", help="an image, a folder of images, a video file or a camera number"
+    )
+    parser.add_argument(
+        "--weights",
+        default=WEIGHTS,
+        help="exported weights: a folder or Hub id; default: the shipped ones",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        default=CONFIDENCE,
+        help="confidence threshold (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--iou-threshold",
+        type=float,
+        default=IOU_THRESHOLD,
+        help="NMS IoU threshold (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--save",
+        default="runs/predict",
+        metavar="FOLDER",
+        help="for the results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="json", help="of the detections (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--heatmap", action="store_true", help="also save a Grad-CAM heatmap per image"
+    )
     args = parser.parse_args()
     try:
         predictor = Predictor.load(args.weights)
-        entries = predict(args.source, predictor, args.save, args.confidence, args.iou_threshold, args.format, args.heatmap)
+        entries = predict(
+            args.source,
+            predictor,
+            args.save,
+            args.confidence,
+            args.iou_threshold,
+            args.format,
+            args.heatmap,
+        )
     except (OSError, ValueError, ImportError) as error:
         sys.exit(str(error))
     sys.exit(any("error" in entry for entry in entries))

@@ -16,7 +16,9 @@ from src.serving.images import letterbox, load_image, to_network_input
 from src.serving.onnx_model import OnnxModel
 
 MIN_SCORE = 0.01  # predictions with a lower score are dropped
-CONFIDENCE = 0.35  # default threshold of scores: F1 of the shipped weights is 0.589, its best 0.591 at 0.43
+CONFIDENCE = (
+    0.35  # default threshold of scores: F1 of the shipped weights is 0.589, its best 0.591 at 0.43
+)
 IOU_THRESHOLD = 0.45  # of NMS
 
 
@@ -27,7 +29,9 @@ class Detections:
     boxes: np.ndarray  # float32 [n, 4] xyxy in pixels of the image
     scores: np.ndarray  # float32 [n] objectness times class probability
     labels: np.ndarray  # int64 [n] index into the model's classes
-    index: np.ndarray  # int64 [n] index into the network's K predictions, in the order of boxes.decode
+    index: (
+        np.ndarray
+    )  # int64 [n] index into the network's K predictions, in the order of boxes.decode
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -42,22 +46,30 @@ class Candidates:
     index: Tensor  # int64 [k] index into the network's K predictions
     size: tuple[int, int]  # width and height of the image
 
-    def detections(self, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD) -> Detections:
+    def detections(
+        self, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD
+    ) -> Detections:
         """Apply the confidence threshold and NMS. Raises ValueError if a threshold is not in 0..1."""
         for name, value in (("confidence", confidence), ("iou_threshold", iou_threshold)):
             if not (isinstance(value, Real) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a number in 0..1")
-        return self._select(*nms(self.boxes, self.scores, max(confidence, MIN_SCORE), iou_threshold))
+        return self._select(
+            *nms(self.boxes, self.scores, max(confidence, MIN_SCORE), iou_threshold)
+        )
 
     def top_candidate(self, label: int | None = None) -> Detections:
         """Return the candidate with the highest score, of one class if `label` is given, below any threshold too."""
-        index = self.scores.amax(dim=1).argmax() if label is None else self.scores[:, label].argmax()
+        index = (
+            self.scores.amax(dim=1).argmax() if label is None else self.scores[:, label].argmax()
+        )
         label = self.scores[index].argmax() if label is None else torch.tensor(label)
         return self._select(index[None], label[None])
 
     def _select(self, rows: Tensor, labels: Tensor) -> Detections:
         boxes = self.boxes[rows].clamp(min=0).minimum(torch.tensor(self.size * 2))
-        return Detections(*(t.numpy() for t in (boxes, self.scores[rows, labels], labels, self.index[rows])))
+        return Detections(
+            *(t.numpy() for t in (boxes, self.scores[rows, labels], labels, self.index[rows]))
+        )
 
 
 class Predictor:
@@ -66,16 +78,24 @@ class Predictor:
     The first prediction makes a copy of the model with fused batch norms. Later changes of the model need a new Predictor.
     """
 
-    def __init__(self, model: YOLOv3 | OnnxModel, image_size: int = 0, device: str | torch.device = ""):
+    def __init__(
+        self, model: YOLOv3 | OnnxModel, image_size: int = 0, device: str | torch.device = ""
+    ):
         """image_size: the network's input, default model.image_size. device: default CUDA if available, else the CPU.
 
         An OnnxModel gives the same detections on the CPU, but no Grad-CAM.
         """
         onnx = isinstance(model, OnnxModel)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu"))
+        self.device = torch.device(
+            device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu")
+        )
         if onnx and self.device.type != "cpu":
-            raise ValueError(f"An .onnx file runs on the CPU, not on {self.device}. Leave out device, or load PyTorch weights.")
-        self.model = model if onnx else model.to(self.device, memory_format=torch.channels_last).eval()
+            raise ValueError(
+                f"An .onnx file runs on the CPU, not on {self.device}. Leave out device, or load PyTorch weights."
+            )
+        self.model = (
+            model if onnx else model.to(self.device, memory_format=torch.channels_last).eval()
+        )
         self.dtype = torch.float32 if onnx else next(model.parameters()).dtype
         self.image_size = image_size or model.image_size
         self.classes = model.classes
@@ -83,20 +103,28 @@ class Predictor:
     @classmethod
     def load(cls, source: str | Path, **options) -> "Predictor":
         """Load a model from a folder written by `YOLOv3.save_pretrained`, a Hub id, or an .onnx file of `export_onnx`."""
-        model = OnnxModel(source) if Path(source).suffix == ".onnx" else YOLOv3.from_pretrained(source)
+        model = (
+            OnnxModel(source) if Path(source).suffix == ".onnx" else YOLOv3.from_pretrained(source)
+        )
         return cls(model, **options)
 
-    def __call__(self, image, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD) -> Detections:
+    def __call__(
+        self, image, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD
+    ) -> Detections:
         """Detect objects. Boxes are in pixels of the upright image (EXIF applied)."""
         return self.candidates(image).detections(confidence, iou_threshold)
 
-    def batch(self, images: Sequence, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD) -> list[Detections]:
+    def batch(
+        self, images: Sequence, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD
+    ) -> list[Detections]:
         """Detect objects in several images with one forward pass, in the model's precision.
 
         bfloat16 is not the default: `Predictor(model.bfloat16())` is about twice as fast on CPUs that compute it, but on five
         photographs its scores differed by up to 0.03, and one detection was added to 15.
         """
-        return [candidates.detections(confidence, iou_threshold) for candidates in self._forward(images)]
+        return [
+            candidates.detections(confidence, iou_threshold) for candidates in self._forward(images)
+        ]
 
     def candidates(self, image) -> Candidates:
         """Run one forward pass; thresholds are applied later, to what it returns."""
@@ -114,10 +142,16 @@ class Predictor:
         images = [load_image(image) for image in images]
         inputs, placements = zip(*map(self.preprocess, images), strict=True)
         inputs = torch.cat(inputs)
-        boxes, scores = self.model(inputs) if isinstance(self.model, OnnxModel) else self.decode(self.fused(inputs))
+        boxes, scores = (
+            self.model(inputs)
+            if isinstance(self.model, OnnxModel)
+            else self.decode(self.fused(inputs))
+        )
         return [
             self.postprocess(*prediction, image.shape[1], image.shape[0])
-            for *prediction, image in zip(boxes.cpu(), scores.cpu(), placements, images, strict=True)
+            for *prediction, image in zip(
+                boxes.cpu(), scores.cpu(), placements, images, strict=True
+            )
         ]
 
     def preprocess(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
@@ -130,11 +164,15 @@ class Predictor:
         """logits of the network -> boxes [B, K, 4] xyxy in 0..1 of its input, scores [B, K, C]."""
         return decode(logits, self.model.anchors_at(self.image_size))
 
-    def postprocess(self, boxes: Tensor, scores: Tensor, placement: np.ndarray, width: int, height: int) -> Candidates:
+    def postprocess(
+        self, boxes: Tensor, scores: Tensor, placement: np.ndarray, width: int, height: int
+    ) -> Candidates:
         """Convert boxes [K, 4] and scores [K, C] of one image of width x height pixels; `placement` is its letterbox's."""
         best = scores.amax(dim=1)
         kept = best > MIN_SCORE
         kept[best.argmax()] = True  # so that there is always a top candidate
         index = torch.nonzero(kept).flatten()
         boxes = boxes[index] * self.image_size - torch.from_numpy(placement[[2, 3, 2, 3]])
-        return Candidates(boxes / torch.from_numpy(placement[[0, 1, 0, 1]]), scores[index], index, (width, height))
+        return Candidates(
+            boxes / torch.from_numpy(placement[[0, 1, 0, 1]]), scores[index], index, (width, height)
+        )

@@ -15,7 +15,14 @@ from PIL import Image
 from src.model.network import YOLOv3
 from src.serving.images import load_image
 
-PINNED = "numpy", "opencv-python-headless", "pillow", "safetensors", "grad-cam", "gradio"  # gradio requires huggingface_hub
+PINNED = (
+    "numpy",
+    "opencv-python-headless",
+    "pillow",
+    "safetensors",
+    "grad-cam",
+    "gradio",
+)  # gradio requires huggingface_hub
 REQUIREMENTS = """# Spaces choose the versions of torch and torchvision. ZeroGPU refuses others.
 torch
 torchvision
@@ -91,8 +98,14 @@ def export_space(
     Raises FileExistsError if `folder` contains anything but an export, and ValueError if a sample is not an image.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} was not made by export_space and is not replaced. Choose another folder.")
+    if (
+        folder.exists()
+        and not (folder / MARKER).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise FileExistsError(
+            f"{folder} was not made by export_space and is not replaced. Choose another folder."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
@@ -104,11 +117,15 @@ def export_space(
     return folder
 
 
-def _write_space(model: YOLOv3, folder: Path, samples: Sequence, links: dict, title: str, hub_model: str) -> None:
+def _write_space(
+    model: YOLOv3, folder: Path, samples: Sequence, links: dict, title: str, hub_model: str
+) -> None:
     """Write the files of a Space into a new folder."""
     source = Path(__file__).parents[1]
     for part in ("model", "serving"):
-        shutil.copytree(source / part, folder / "src" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            source / part, folder / "src" / part, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copyfile(source / "__init__.py", folder / "src" / "__init__.py")
     for name in ("weights", "samples"):
         (folder / name).mkdir()
@@ -153,7 +170,9 @@ def push_space(folder: str | Path, repo_id: str, token: str | None = None) -> st
     not create the Space.
     """
     if not (Path(folder) / MARKER).is_file():
-        raise FileNotFoundError(f"{folder} is not an exported Space. Make one with export_space(model, {str(folder)!r}).")
+        raise FileNotFoundError(
+            f"{folder} is not an exported Space. Make one with export_space(model, {str(folder)!r})."
+        )
     if not (token or get_token()):
         raise PermissionError(
             "No Hugging Face token. Create one with write access at https://huggingface.co/settings/tokens. Then run "
@@ -161,7 +180,9 @@ def push_space(folder: str | Path, repo_id: str, token: str | None = None) -> st
         )
     api, hardware = HfApi(token=token), SpaceHardware.ZERO_A10G  # the name of ZeroGPU
     try:
-        address = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", space_hardware=hardware, exist_ok=True)
+        address = api.create_repo(
+            repo_id, repo_type="space", space_sdk="gradio", space_hardware=hardware, exist_ok=True
+        )
     except HfHubHTTPError as error:
         if error.response.status_code not in (402, 403):
             raise

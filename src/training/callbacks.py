@@ -22,7 +22,11 @@ from src.training.module import sample_image_size
 
 LOSS_TERMS = ("box", "object", "no_object", "class")
 FORMER_COLUMNS = {  # of metrics.csv as older runs wrote it
-    **{f"{split}/{term}": f"{split}/{term}_loss" for split in ("train", "val") for term in LOSS_TERMS},
+    **{
+        f"{split}/{term}": f"{split}/{term}_loss"
+        for split in ("train", "val")
+        for term in LOSS_TERMS
+    },
     "val/map50": "val/mAP50",
     "lr-AdamW/pg1": "lr",
 }
@@ -51,7 +55,10 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float | Tensor], step: int) -> None:
-        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        values = {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in metrics.items()
+        }
         self.rows.append(values | {"step": step})
 
     @rank_zero_only
@@ -86,7 +93,9 @@ class EMA(WeightAveraging):
         if trainer.global_step == count:  # gradients are accumulated
             return
         update = get_ema_multi_avg_fn(min(self.decay, (1 + count) / (10 + count)) if count else 0.0)
-        pairs = [*zip(self._tensors(self._average_model.module), self._tensors(module), strict=True)]
+        pairs = [
+            *zip(self._tensors(self._average_model.module), self._tensors(module), strict=True)
+        ]
         for is_float in (True, False):
             group = [pair for pair in pairs if pair[0].is_floating_point() == is_float]
             if group:
@@ -109,7 +118,9 @@ class StopIfNotFinite(pl.Callback):
         finite = outputs["loss"].isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
         if batch_idx % FINITE_CHECK_INTERVAL == 0 or trainer.is_last_batch:
-            if not trainer.strategy.reduce(self.finite.float(), reduce_op="min"):  # over all processes
+            if not trainer.strategy.reduce(
+                self.finite.float(), reduce_op="min"
+            ):  # over all processes
                 raise FloatingPointError(
                     f"The loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}). The last valid "
                     f"checkpoint is in {module.config.run_dir}. Use a lower Config.max_lr, or precision='32-true'."
@@ -119,7 +130,10 @@ class StopIfNotFinite(pl.Callback):
 
 def format_duration(seconds: float) -> str:
     """Format a duration in the largest unit of which it has at least 1.5."""
-    return next((f"{seconds / length:.1f} {unit}" for length, unit in DURATIONS if seconds >= 1.5 * length), f"{seconds:.0f} s")
+    return next(
+        (f"{seconds / length:.1f} {unit}" for length, unit in DURATIONS if seconds >= 1.5 * length),
+        f"{seconds:.0f} s",
+    )
 
 
 def remaining_size_factor(config, step: int, epoch: int, timed: int = TIMED_STEPS) -> float:
@@ -148,8 +162,17 @@ class Progress(pl.callbacks.ProgressBar):
 
     def on_train_start(self, trainer, module) -> None:
         steps = trainer.estimated_stepping_batches
-        self.bar = tqdm(total=steps, initial=trainer.global_step, desc="training", unit="step", file=sys.stdout,
-                        mininterval=2, dynamic_ncols=False, ncols=90, disable=not self.enabled)  # fmt: skip
+        self.bar = tqdm(
+            total=steps,
+            initial=trainer.global_step,
+            desc="training",
+            unit="step",
+            file=sys.stdout,
+            mininterval=2,
+            dynamic_ncols=False,
+            ncols=90,
+            disable=not self.enabled,
+        )
         self.start = time.monotonic()
         self.write_row("epoch", *module.progress_columns, "minutes", titles=module.progress_columns)
 
@@ -164,24 +187,36 @@ class Progress(pl.callbacks.ProgressBar):
         elif batch_idx == 1 + steps and not self.estimated:
             self.estimated = True
             step_seconds = (time.monotonic() - self.timed_from) / steps
-            step_seconds *= remaining_size_factor(module.config, trainer.global_step, trainer.current_epoch, steps)
-            self.write_estimate(step_seconds * trainer.num_training_batches, trainer.max_epochs - trainer.current_epoch)
+            step_seconds *= remaining_size_factor(
+                module.config, trainer.global_step, trainer.current_epoch, steps
+            )
+            self.write_estimate(
+                step_seconds * trainer.num_training_batches,
+                trainer.max_epochs - trainer.current_epoch,
+            )
 
     def write_estimate(self, seconds: float, epochs: int) -> None:
         """Print the time of an epoch and of the remaining epochs, and a warning if that is more than a day."""
         total = seconds * epochs
-        self.write(f"Estimated time: {format_duration(seconds)} per epoch, {format_duration(total)} for the remaining "
-                   f"{epochs}, plus validation.")  # fmt: skip
+        self.write(
+            f"Estimated time: {format_duration(seconds)} per epoch, {format_duration(total)} for the remaining "
+            f"{epochs}, plus validation."
+        )
         if total > DURATIONS[0][0]:
-            self.write('Warning: that is more than a day. Use a GPU, or reduce Config.width, image_size or epochs. '
-                       'PRESETS["small"] suits a CPU.')  # fmt: skip
+            self.write(
+                "Warning: that is more than a day. Use a GPU, or reduce Config.width, image_size or epochs. "
+                'PRESETS["small"] suits a CPU.'
+            )
 
     def on_train_batch_end(self, trainer, *_) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         columns, metrics = module.progress_columns, trainer.callback_metrics
-        values = (f"{factor * float(metrics.get(name, math.nan)):.{digits}f}" for name, factor, digits in columns.values())
+        values = (
+            f"{factor * float(metrics.get(name, math.nan)):.{digits}f}"
+            for name, factor, digits in columns.values()
+        )
         minutes = (time.monotonic() - self.start) / 60
         self.write_row(trainer.current_epoch + 1, *values, f"{minutes:.1f}", titles=columns)
 

@@ -23,12 +23,22 @@ except ImportError:  # Windows
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 RESUME_CANDIDATES = (LAST, PREVIOUS, "last-1.ckpt")  # best first; older runs wrote "last-1.ckpt"
 RESUMABLE_FIELDS = (  # may differ when a run is resumed
-    "data_root", "skip_bad_files", "cache_gb", "num_workers", "precision", "compile", "run_dir", "max_lr", "pretrained_weights",
-)  # fmt: skip
+    "data_root",
+    "skip_bad_files",
+    "cache_gb",
+    "num_workers",
+    "precision",
+    "compile",
+    "run_dir",
+    "max_lr",
+    "pretrained_weights",
+)
 DIGEST_MARK, DIGEST_SIZE = b"blake2b:", 32
 
 
-def atomic_write(path: Path, write: Callable, mode: str = "wb", keep_as: Path | None = None, **options) -> None:
+def atomic_write(
+    path: Path, write: Callable, mode: str = "wb", keep_as: Path | None = None, **options
+) -> None:
     """Write a file completely or not at all: call `write(file)` on a temporary file beside `path`, sync it, rename it.
 
     keep_as: new name of the file that `path` replaces.
@@ -52,7 +62,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        return super().state_key.replace("BestCheckpoint", "ModelCheckpoint")  # as in checkpoints of older runs
+        return super().state_key.replace(
+            "BestCheckpoint", "ModelCheckpoint"
+        )  # as in checkpoints of older runs
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Keep the score if the folder has its best.ckpt."""
@@ -81,7 +93,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def _write(self, checkpoint: dict, file: BinaryIO) -> None:
         torch.save(checkpoint, file)
-        file.write(compute_digest(file, file.seek(0, 2)))  # zip readers ignore what follows the archive
+        file.write(
+            compute_digest(file, file.seek(0, 2))
+        )  # zip readers ignore what follows the archive
 
 
 def compute_digest(file: BinaryIO, length: int) -> bytes:
@@ -140,13 +154,19 @@ def find_checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
     if ckpt_path in ("last", "auto"):
         path = latest_valid_checkpoint(folder)
         if not path and ckpt_path == "last":
-            raise FileNotFoundError(f"{folder / LAST} is missing, so there is no run to resume. Call fit without ckpt_path.")
+            raise FileNotFoundError(
+                f"{folder / LAST} is missing, so there is no run to resume. Call fit without ckpt_path."
+            )
         return path
     path = Path(ckpt_path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing. Give the path of a checkpoint, or call fit without ckpt_path.")
+        raise FileNotFoundError(
+            f"{path} is missing. Give the path of a checkpoint, or call fit without ckpt_path."
+        )
     if problem := find_corruption(path):
-        raise ValueError(f'{path} is damaged: {problem}. Use another checkpoint, or ckpt_path="last".')
+        raise ValueError(
+            f'{path} is damaged: {problem}. Use another checkpoint, or ckpt_path="last".'
+        )
     return path
 
 
@@ -167,7 +187,9 @@ def run_lock(folder: Path) -> Iterator[None]:
                 f"Another process is training in {folder}. Wait for it, stop it, or choose another Config.run_dir."
             ) from None
         except OSError as error:
-            print(f"{folder} can't be locked ({error}). Make sure that no other process trains there.")
+            print(
+                f"{folder} can't be locked ({error}). Make sure that no other process trains there."
+            )
         yield
 
 

@@ -24,7 +24,9 @@ from src.training.trainer import make_trainer
 
 
 @explain_out_of_memory
-def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str | None = None) -> YOLOv3Module:
+def fit(
+    config: Config, data: DetectionDataModule | None = None, ckpt_path: str | None = None
+) -> YOLOv3Module:
     """Train a detector and return it with the averaged (EMA) weights of the last epoch.
 
     Writes config.json, metrics.csv and checkpoints to `config.run_dir`: best.ckpt (highest VOC mAP), last.ckpt and
@@ -41,7 +43,9 @@ def fit(config: Config, data: DetectionDataModule | None = None, ckpt_path: str 
     return train(YOLOv3Module, config, data, ckpt_path)
 
 
-def train(module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None) -> OneCycleModule:
+def train(
+    module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None
+) -> OneCycleModule:
     """Train `module_class(config)` on `data`, see `fit`. config: a dataclass with the methods and training fields of Config."""
     with checkpoints.run_lock(Path(config.run_dir)):
         config, checkpoint = prepare_run(module_class, config, data, ckpt_path)
@@ -61,23 +65,40 @@ def train(module_class: type[OneCycleModule], config, data: pl.LightningDataModu
 
 
 def run_trainer(
-    module_class: type[OneCycleModule], config, data: pl.LightningDataModule, checkpoint: Path | None
+    module_class: type[OneCycleModule],
+    config,
+    data: pl.LightningDataModule,
+    checkpoint: Path | None,
 ) -> OneCycleModule:
     """Train a new module, or resume from `checkpoint`, with EMA, progress, metrics.csv and checkpoints."""
     pl.seed_everything(config.seed, verbose=False)
     module = module_class(config)
-    folder, options = Path(config.run_dir), {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    folder, options = (
+        Path(config.run_dir),
+        {"save_on_train_epoch_end": True, "enable_version_counter": False},
+    )
     step, _ = checkpoint_progress(checkpoint)
     trainer = make_trainer(
-        config, max_epochs=config.epochs, log_every_n_steps=10, default_root_dir=folder,
-        plugins=checkpoints.AtomicCheckpointIO(), enable_checkpointing=True, enable_progress_bar=True,
+        config,
+        max_epochs=config.epochs,
+        log_every_n_steps=10,
+        default_root_dir=folder,
+        plugins=checkpoints.AtomicCheckpointIO(),
+        enable_checkpointing=True,
+        enable_progress_bar=True,
         logger=ResumableCSVLogger(folder / "metrics.csv", before=step),
         callbacks=[
-            Progress(), StopIfNotFinite(), EMA(config.ema_decay),
-            checkpoints.BestCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options),
-            ModelCheckpoint(folder, "last", **options),  # save_last would save only when the best improves
+            Progress(),
+            StopIfNotFinite(),
+            EMA(config.ema_decay),
+            checkpoints.BestCheckpoint(
+                folder, "best", monitor=module.monitor, mode="max", **options
+            ),
+            ModelCheckpoint(
+                folder, "last", **options
+            ),  # save_last would save only when the best improves
         ],
-    )  # fmt: skip
+    )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return module
 
@@ -108,7 +129,11 @@ def prepare_run(
         data.setup("fit")
         for name in (checkpoints.BEST, *checkpoints.RESUME_CANDIDATES, "metrics.csv"):
             (folder / name).unlink(missing_ok=True)
-        for path in (checkpoint.with_name(checkpoints.BEST), checkpoint.with_name("metrics.csv")) if checkpoint else ():
+        for path in (
+            (checkpoint.with_name(checkpoints.BEST), checkpoint.with_name("metrics.csv"))
+            if checkpoint
+            else ()
+        ):
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
     config.save(folder / "config.json")
@@ -146,7 +171,9 @@ def load_detector(folder: str | Path, which: str = "best") -> YOLOv3Module:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing. Train first, or give the folder of a run.")
     if which != "last" and (problem := checkpoints.find_corruption(path)):
-        raise ValueError(f'{path} is damaged: {problem}. Load another one with load_detector(folder, "last").')
+        raise ValueError(
+            f'{path} is damaged: {problem}. Load another one with load_detector(folder, "last").'
+        )
     return load_ema_module(YOLOv3Module, Config.load(folder / "config.json"), path)
 
 
@@ -161,8 +188,22 @@ def evaluate(detector: YOLOv3Module, data: DetectionDataModule) -> Evaluation:
             "Create the data with the detector's config: DetectionDataModule(detector.config)."
         )
     data.setup()
-    make_trainer(detector.config.replace(devices=1)).validate(detector, data.val_dataloader(), verbose=False)
-    columns = {"VOC AP@.5, area": "ap", "VOC AP@.5, 11 points": "ap_11pt", "course mAP@.5": "ap_course"}
-    precisions = {name: mean_average_precision(detector.per_class, column) for name, column in columns.items()}
+    make_trainer(detector.config.replace(devices=1)).validate(
+        detector, data.val_dataloader(), verbose=False
+    )
+    columns = {
+        "VOC AP@.5, area": "ap",
+        "VOC AP@.5, 11 points": "ap_11pt",
+        "course mAP@.5": "ap_course",
+    }
+    precisions = {
+        name: mean_average_precision(detector.per_class, column) for name, column in columns.items()
+    }
     precisions |= coco_average_precision(detector.predictions, detector.ground_truth)
-    return Evaluation(detector.accuracies, precisions, detector.per_class, detector.predictions, detector.ground_truth)
+    return Evaluation(
+        detector.accuracies,
+        precisions,
+        detector.per_class,
+        detector.predictions,
+        detector.ground_truth,
+    )

@@ -38,7 +38,9 @@ def wh_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
     return intersection / (sizes.prod(dim=-1)[:, None] + anchors.prod(dim=-1) - intersection)
 
 
-def assign_targets(targets: Tensor, grids: list[int], anchors: Tensor, batch: int) -> list[Assigned]:
+def assign_targets(
+    targets: Tensor, grids: list[int], anchors: Tensor, batch: int
+) -> list[Assigned]:
     """Assign each object one positive per scale: the anchor of best wh_iou, in the cell that holds its centre.
 
     targets float32 [N, 6]: image index, class, cx, cy, w, h in 0..1; grids: cells per side of each scale;
@@ -49,22 +51,33 @@ def assign_targets(targets: Tensor, grids: list[int], anchors: Tensor, batch: in
     sizes = [batch * 3 * grid * grid for grid in grids]
     for scale, grid in enumerate(grids):
         column, row = (targets[:, 2:4] * grid).long().clamp(0, grid - 1).unbind(dim=1)
-        first = (image * 3 * grid + row) * grid + column + sum(sizes[:scale])  # index into the cells of all scales
+        first = (
+            (image * 3 * grid + row) * grid + column + sum(sizes[:scale])
+        )  # index into the cells of all scales
         cells.append(torch.stack((first, first + grid * grid, first + 2 * grid * grid), dim=1))
         columns.append(column)
         rows.append(row)
     cells = torch.stack(cells)  # [scales, N, 3]: the cell of each anchor
-    iou = wh_iou(targets[:, 4:6], anchors.flatten(0, 1)).unflatten(1, (-1, 3)).transpose(0, 1)  # [scales, N, 3]
+    iou = (
+        wh_iou(targets[:, 4:6], anchors.flatten(0, 1)).unflatten(1, (-1, 3)).transpose(0, 1)
+    )  # [scales, N, 3]
     anchor = iou.argmax(dim=2)  # [scales, N]
     place = cells.gather(2, anchor[..., None]).squeeze(2)  # [scales, N]
-    valid = ~(place[:, :, None] == place[:, None]).triu(1).any(dim=2)  # no later object has the same place
-    positive, ignored = torch.zeros(2, sum(sizes) + 1, dtype=torch.bool, device=targets.device)  # the last: no cell
+    valid = ~(place[:, :, None] == place[:, None]).triu(1).any(
+        dim=2
+    )  # no later object has the same place
+    positive, ignored = torch.zeros(
+        2, sum(sizes) + 1, dtype=torch.bool, device=targets.device
+    )  # the last: no cell
     positive.scatter_(0, place.flatten(), True)
     ignored.scatter_(0, torch.where(iou > IGNORE_IOU, cells, sum(sizes)).flatten(), True)
     ignored.scatter_(0, place.flatten(), False)
     shapes = [(batch, 3, grid, grid) for grid in grids]
     masks = [list(map(Tensor.view, flat[:-1].split(sizes), shapes)) for flat in (positive, ignored)]
-    return [Assigned(image, *fields) for fields in zip(anchor, rows, columns, valid, *masks, strict=True)]
+    return [
+        Assigned(image, *fields)
+        for fields in zip(anchor, rows, columns, valid, *masks, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -79,17 +92,24 @@ def ignore_mask(level: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
         pairs = _ignore_candidates(level, targets, anchors)  # [P]
     else:
         sizes = len(targets), 3, grid, grid
-        pairs = torch.meshgrid([torch.arange(size, device=level.device) for size in sizes], indexing="ij")  # [N, 3, G, G]
+        pairs = torch.meshgrid(
+            [torch.arange(size, device=level.device) for size in sizes], indexing="ij"
+        )  # [N, 3, G, G]
     number, anchor, row, column = pairs
     image, objects = targets[number, 0].long(), cxcywh_to_xyxy(targets[number, 2:6])
     boxes = decode_boxes(level[image, anchor, row, column, 1:5], column, row, anchors[anchor], grid)
     boxes = cxcywh_to_xyxy(boxes)
-    low, high = torch.maximum(boxes[..., :2], objects[..., :2]), torch.minimum(boxes[..., 2:], objects[..., 2:])
+    low, high = (
+        torch.maximum(boxes[..., :2], objects[..., :2]),
+        torch.minimum(boxes[..., 2:], objects[..., 2:]),
+    )
     intersection = (high - low).clamp(min=0).prod(dim=-1)
     areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) + targets[number, 4] * targets[number, 5]
     above = intersection > IGNORE_IOU * (areas - intersection)
     cell = ((image * 3 + anchor) * grid + row) * grid + column
-    mask = torch.zeros(level[..., 0].numel() + 1, dtype=torch.bool, device=level.device)  # the last: no cell
+    mask = torch.zeros(
+        level[..., 0].numel() + 1, dtype=torch.bool, device=level.device
+    )  # the last: no cell
     mask.scatter_(0, torch.where(above, cell, len(mask) - 1).flatten(), True)
     return mask[:-1].view(level.shape[:4])
 
@@ -102,12 +122,25 @@ def _ignore_candidates(level: Tensor, targets: Tensor, anchors: Tensor) -> tuple
     """
     grid = level.shape[2]
     cells, centre = torch.arange(grid), targets[:, 2:4, None] * grid
-    distance = torch.maximum(cells - centre, centre - cells - 1).clamp(min=0) - 0.01  # of the nearest point in a column, row
+    distance = (
+        torch.maximum(cells - centre, centre - cells - 1).clamp(min=0) - 0.01
+    )  # of the nearest point in a column, row
     distance = distance / (targets[:, 4:6, None] * grid)  # [N, 2, G]
-    number, row, column = (distance[:, 0, None] + distance[:, 1, :, None] < 0.5).nonzero(as_tuple=True)
+    number, row, column = (distance[:, 0, None] + distance[:, 1, :, None] < 0.5).nonzero(
+        as_tuple=True
+    )
     cell = (targets[:, 0].long()[number] * grid + row) * grid + column
-    log_scale = level[..., 3:5].permute(0, 2, 3, 1, 4).reshape(-1, 6).index_select(0, cell).float().clamp(max=MAX_LOG_SCALE)
-    log_ratio = log_scale + (anchors / targets[:, None, 4:6]).log().flatten(1).index_select(0, number)
+    log_scale = (
+        level[..., 3:5]
+        .permute(0, 2, 3, 1, 4)
+        .reshape(-1, 6)
+        .index_select(0, cell)
+        .float()
+        .clamp(max=MAX_LOG_SCALE)
+    )
+    log_ratio = log_scale + (anchors / targets[:, None, 4:6]).log().flatten(1).index_select(
+        0, number
+    )
     fits = (log_ratio.abs() < math.log(2) + 1e-3).unflatten(1, (3, 2))
     pair, anchor = (fits[..., 0] & fits[..., 1]).nonzero(as_tuple=True)
     return number[pair], anchor, row[pair], column[pair]
@@ -126,7 +159,9 @@ def complete_iou_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     iou = intersection / (areas - intersection + EPSILON)
     diagonal = (larger[:, 2:] - smaller[:, :2]).square().sum(dim=1)  # squared, of the enclosing box
     distance = (predictions[:, :2] - targets[:, :2]).square().sum(dim=1) / (diagonal + EPSILON)
-    angle = torch.atan(targets[:, 2] / targets[:, 3]) - torch.atan(predictions[:, 2] / predictions[:, 3])
+    angle = torch.atan(targets[:, 2] / targets[:, 3]) - torch.atan(
+        predictions[:, 2] / predictions[:, 3]
+    )
     shape = 4 / math.pi**2 * angle.square()
     trade_off = (shape / (1 - iou + shape + EPSILON)).detach()
     return 1 - iou + distance + trade_off * shape, iou
@@ -149,13 +184,20 @@ class YOLOLoss(nn.Module):
     def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         grids = [level.shape[2] for level in logits]
         assigned = assign_targets(targets, grids, anchors, len(logits[0]))
-        masks = [ignore_mask(level, targets, sizes) for level, sizes in zip(logits, anchors, strict=True)]
+        masks = [
+            ignore_mask(level, targets, sizes) for level, sizes in zip(logits, anchors, strict=True)
+        ]
         no_object = sum(map(self._background, logits, assigned, masks))
         sums = torch.stack((*self._positives(logits, assigned, targets, anchors), no_object))
         box, positive, label, no_object = sums / max(1, 3 * len(targets))
         loss = self.config.box_weight * box + self.config.object_weight * positive
         loss = loss + self.config.no_object_weight * no_object + self.config.class_weight * label
-        terms = {"box_loss": box, "object_loss": positive, "no_object_loss": no_object, "class_loss": label}
+        terms = {
+            "box_loss": box,
+            "object_loss": positive,
+            "no_object_loss": no_object,
+            "class_loss": label,
+        }
         return {"loss": loss, **terms}
 
     @staticmethod
@@ -169,13 +211,22 @@ class YOLOLoss(nn.Module):
         """Cross entropy of the positives' objectness logits [n] with their boxes' IoU [n] as target."""
         return softplus(-logit) + (1 - iou.detach()) * logit
 
-    def _positives(self, logits: list[Tensor], assigned: list[Assigned], targets: Tensor, anchors: Tensor) -> Tensor:
+    def _positives(
+        self, logits: list[Tensor], assigned: list[Assigned], targets: Tensor, anchors: Tensor
+    ) -> Tensor:
         """Sums over the positives of all scales, 3 N rows at once: box, objectness and class terms, [3]."""
         scales = range(len(logits))
-        rows = torch.cat([assigned[scale].gather(logits[scale]) for scale in scales]).float()  # [3 N, 5 + C]
-        column, row, valid = (torch.cat([getattr(part, name) for part in assigned]) for name in ("column", "row", "valid"))
+        rows = torch.cat(
+            [assigned[scale].gather(logits[scale]) for scale in scales]
+        ).float()  # [3 N, 5 + C]
+        column, row, valid = (
+            torch.cat([getattr(part, name) for part in assigned])
+            for name in ("column", "row", "valid")
+        )
         anchor = torch.cat([anchors[scale][assigned[scale].anchor] for scale in scales])
-        grid = torch.cat([torch.full_like(targets[:, 0], logits[scale].shape[2]) for scale in scales])
+        grid = torch.cat(
+            [torch.full_like(targets[:, 0], logits[scale].shape[2]) for scale in scales]
+        )
         boxes = decode_boxes(rows[:, 1:5], column, row, anchor, grid)
         targets = targets.repeat(len(logits), 1)
         box, iou = complete_iou_loss(boxes, targets[:, 2:6])

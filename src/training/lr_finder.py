@@ -40,7 +40,10 @@ def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFi
     config = data.check_matches(config)
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
     options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
-    one_device = {"devices": 1, "accumulate_grad_batches": config.accumulate_grad_batches * config.devices}
+    one_device = {
+        "devices": 1,
+        "accumulate_grad_batches": config.accumulate_grad_batches * config.devices,
+    }
     trainer = make_trainer(config.replace(**one_device), callbacks=[test], **options)
     trainer.fit(YOLOv3Module(config.replace(max_lr=1e-3)), datamodule=data)
     losses = smooth_until_divergence(np.array(test.losses))
@@ -50,7 +53,9 @@ def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFi
 
 def smooth_until_divergence(losses: np.ndarray) -> np.ndarray:
     """Return the running mean over 15 steps of losses [n], up to where it is NaN or 1.5 times its minimum so far."""
-    windows = (losses[max(0, i - SMOOTHING_RADIUS) : i + SMOOTHING_RADIUS + 1] for i in range(len(losses)))
+    windows = (
+        losses[max(0, i - SMOOTHING_RADIUS) : i + SMOOTHING_RADIUS + 1] for i in range(len(losses))
+    )
     means = np.array([window.mean() for window in windows])
     diverged = np.flatnonzero(~(means < DIVERGENCE * np.fmin.accumulate(means)))
     return means[: diverged[0] if len(diverged) else len(means)]
@@ -64,7 +69,9 @@ def suggest_lr(losses: np.ndarray) -> int:
     """
     fall = np.maximum.accumulate(losses) - losses
     if not fall.max(initial=0) > 0:
-        raise RuntimeError("The loss fell at no learning rate. Check the data, or set Config.max_lr (1e-3 is usual).")
+        raise RuntimeError(
+            "The loss fell at no learning rate. Check the data, or set Config.max_lr (1e-3 is usual)."
+        )
     return int((fall >= fall.max() * FALL_FRACTION).argmax())
 
 
@@ -73,14 +80,23 @@ class RangeTest(pl.Callback):
 
     def __init__(self, rates: np.ndarray):
         self.rates, self.losses, self.batch_losses = rates, [], []
-        self.bar = tqdm(total=len(rates), desc="learning rates", unit="step", file=sys.stdout, mininterval=2, ncols=90)
+        self.bar = tqdm(
+            total=len(rates),
+            desc="learning rates",
+            unit="step",
+            file=sys.stdout,
+            mininterval=2,
+            ncols=90,
+        )
 
     def on_train_batch_start(self, trainer, *_) -> None:
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = self.rates[trainer.global_step]
 
     def on_train_batch_end(self, trainer, module, outputs, *_) -> None:
-        self.batch_losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)  # Lightning has divided it
+        self.batch_losses.append(
+            float(outputs["loss"]) * trainer.accumulate_grad_batches
+        )  # Lightning has divided it
         if trainer.global_step > len(self.losses):
             self.losses.append(np.mean(self.batch_losses))
             self.batch_losses = []

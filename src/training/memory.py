@@ -12,9 +12,7 @@ from src.training.trainer import resolve_precision
 
 PARAMETERS = 61.6e6  # at width 1
 STATE_BYTES = 5 * 4  # per parameter, in float32: weight, gradient, EMA and two moments of AdamW
-ACTIVATION_GB = (
-    0.373  # kept for the backward pass per image of 416 pixels, at width 1 in float32; tests/test_gpu_path.py measures it
-)
+ACTIVATION_GB = 0.373  # kept for the backward pass per image of 416 pixels, at width 1 in float32; tests/test_gpu_path.py measures it
 USABLE = 0.9  # fraction of the GPU's memory; the rest is for temporary tensors and cuDNN
 
 
@@ -38,9 +36,7 @@ def out_of_memory_message(config: Config, memory_gb: float) -> str:
     """Say which settings need the memory, and which would fit a GPU of `memory_gb`."""
     batch_size, accumulate = suggest_batch(config, memory_gb)
     if batch_size and training_gb(config, batch_size) <= USABLE * memory_gb:
-        advice = (
-            f"Use Config(batch_size={batch_size}, accumulate_grad_batches={accumulate}) for the same effective batch, or reduce"
-        )
+        advice = f"Use Config(batch_size={batch_size}, accumulate_grad_batches={accumulate}) for the same effective batch, or reduce"
     else:
         advice = "A smaller batch is not enough. Reduce"
     sizes = "image_size, multiscale_sizes" if config.multiscale_sizes else "image_size"
@@ -69,6 +65,8 @@ def explain_out_of_memory(function: Callable) -> Callable:
         except torch.OutOfMemoryError:
             pass  # its traceback keeps tensors on the GPU, so the new error is raised after it
         free_trainer(data)
-        raise torch.OutOfMemoryError(out_of_memory_message(config, torch.cuda.mem_get_info()[1] / 1e9))
+        raise torch.OutOfMemoryError(
+            out_of_memory_message(config, torch.cuda.mem_get_info()[1] / 1e9)
+        )
 
     return wrapper

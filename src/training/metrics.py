@@ -14,12 +14,19 @@ from src.model.boxes import cxcywh_to_xyxy, decode_above, nms
 from src.serving.predictor import CONFIDENCE
 from src.training.loss import assign_targets
 
-THRESHOLDS = (0.05, 0.5)  # of objectness, for object and no-object accuracy; the course uses the first
+THRESHOLDS = (
+    0.05,
+    0.5,
+)  # of objectness, for object and no-object accuracy; the course uses the first
 MIN_SCORE = 0.01  # detections with a lower score do not enter average precision
 NMS_IOU = 0.45
 MAX_DETECTIONS = 100  # per image
 COURSE_MIN_SCORE = 0.05
-AP_METHODS = {"ap": "area", "ap_11pt": "11pt", "ap_course": "course"}  # column of `per_class_table` -> method
+AP_METHODS = {
+    "ap": "area",
+    "ap_11pt": "11pt",
+    "ap_course": "course",
+}  # column of `per_class_table` -> method
 
 
 class CellAccuracy(Metric):
@@ -37,14 +44,24 @@ class CellAccuracy(Metric):
 
     def __init__(self):
         super().__init__()
-        counts = (("positives", 1), ("background", 1), ("classes", 1), ("objects", 2), ("no_objects", 2))
+        counts = (
+            ("positives", 1),
+            ("background", 1),
+            ("classes", 1),
+            ("objects", 2),
+            ("no_objects", 2),
+        )
         for name, size in counts:
             self.add_state(name, torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> None:
         grids = [level.shape[2] for level in logits]
-        cut = torch.tensor(THRESHOLDS, device=targets.device).logit()[:, None]  # of the logit: no rounding by sigmoid
-        for level, assigned in zip(logits, assign_targets(targets, grids, anchors, len(logits[0])), strict=True):
+        cut = torch.tensor(THRESHOLDS, device=targets.device).logit()[
+            :, None
+        ]  # of the logit: no rounding by sigmoid
+        for level, assigned in zip(
+            logits, assign_targets(targets, grids, anchors, len(logits[0])), strict=True
+        ):
             rows = assigned.gather(level).float()
             correct = rows[:, 5:].argmax(dim=1) == targets[:, 1].long()
             background = ~(assigned.positive | assigned.ignored)
@@ -79,14 +96,23 @@ class DetectionAccumulator(Metric):
         self.add_state("ground_truth", [], dist_reduce_fx="cat")
         self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, logits: list[Tensor], targets: Tensor, difficult: Tensor, anchors: Tensor) -> None:
+    def update(
+        self, logits: list[Tensor], targets: Tensor, difficult: Tensor, anchors: Tensor
+    ) -> None:
         """logits of one batch, its targets [N, 6] and difficult bool [N]."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         first = int(self.images)
         for number, (boxes, scores) in enumerate(decode_above(logits, anchors, MIN_SCORE)):
             kept, labels = nms(boxes, scores, MIN_SCORE, NMS_IOU, max_detections=MAX_DETECTIONS)
-            image = torch.full((len(kept), 1), float((first + number) * world + rank), device=boxes.device)
-            rows = (image, labels[:, None].float(), scores[kept, labels][:, None], boxes[kept].clamp(0, 1))
+            image = torch.full(
+                (len(kept), 1), float((first + number) * world + rank), device=boxes.device
+            )
+            rows = (
+                image,
+                labels[:, None].float(),
+                scores[kept, labels][:, None],
+                boxes[kept].clamp(0, 1),
+            )
             self.predictions.append(torch.cat(rows, dim=1))
         image = (targets[:, :1] + first) * world + rank
         rows = (image, targets[:, 1:2], difficult[:, None].float(), cxcywh_to_xyxy(targets[:, 2:6]))
@@ -95,15 +121,22 @@ class DetectionAccumulator(Metric):
 
     def compute(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (predictions [n, 7], ground_truth [m, 7])."""
-        parts = [rows if isinstance(rows, list) else [rows] for rows in (self.predictions, self.ground_truth)]
-        return tuple(torch.cat([torch.zeros(0, 7), *(part.cpu() for part in rows)]).numpy() for rows in parts)
+        parts = [
+            rows if isinstance(rows, list) else [rows]
+            for rows in (self.predictions, self.ground_truth)
+        ]
+        return tuple(
+            torch.cat([torch.zeros(0, 7), *(part.cpu() for part in rows)]).numpy() for rows in parts
+        )
 
 
 def _rows_by_key(keys: np.ndarray) -> dict[float, np.ndarray]:
     """Return the indices at which each value of `keys` [n] occurs, in ascending order."""
     order = np.argsort(keys, kind="stable")
     values, firsts = np.unique(keys[order], return_index=True)
-    return dict(zip(values.tolist(), np.split(order, firsts[1:]), strict=False))  # without keys, split returns one empty part
+    return dict(
+        zip(values.tolist(), np.split(order, firsts[1:]), strict=False)
+    )  # without keys, split returns one empty part
 
 
 def match(predictions: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,18 +147,27 @@ def match(predictions: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray
     coordinates, float32 in 0..1, would otherwise turn an IoU of exactly 0.5 into slightly more or less.
     """
     best, iou = np.full(len(predictions), -1), np.zeros(len(predictions))
-    image_and_class = (rows[:, :2].astype(np.int64) @ (10_000, 1) for rows in (predictions, ground_truth))
+    image_and_class = (
+        rows[:, :2].astype(np.int64) @ (10_000, 1) for rows in (predictions, ground_truth)
+    )
     detections, objects = map(_rows_by_key, image_and_class)
     for key in detections.keys() & objects.keys():
         rows, candidates = detections[key], objects[key]
-        boxes = (torch.from_numpy(part[:, 3:]).double() for part in (predictions[rows], ground_truth[candidates]))
+        boxes = (
+            torch.from_numpy(part[:, 3:]).double()
+            for part in (predictions[rows], ground_truth[candidates])
+        )
         pairs = box_iou(*boxes).numpy()
         best[rows], iou[rows] = candidates[pairs.argmax(axis=1)], pairs.max(axis=1).round(6)
     return best, iou
 
 
 def precision_recall(
-    predictions: np.ndarray, ground_truth: np.ndarray, matched: tuple, label: int, course: bool = False
+    predictions: np.ndarray,
+    ground_truth: np.ndarray,
+    matched: tuple,
+    label: int,
+    course: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall [n] at each detection of one class, best first, at IoU 0.5; VOC devkit's greedy rule.
 
@@ -138,7 +180,9 @@ def precision_recall(
     total = objects.sum() if course else (objects & (ground_truth[:, 2] == 0)).sum()
     if not total:
         return np.zeros(0), np.zeros(0)
-    rows = np.flatnonzero((predictions[:, 1] == label) & (predictions[:, 2] > (COURSE_MIN_SCORE if course else 0)))
+    rows = np.flatnonzero(
+        (predictions[:, 1] == label) & (predictions[:, 2] > (COURSE_MIN_SCORE if course else 0))
+    )
     rows = rows[np.argsort(-predictions[rows, 2], kind="stable")]
     hit = iou[rows] > 0.5 if course else iou[rows] >= 0.5
     if not course:
@@ -158,14 +202,23 @@ def average_precision(precision: np.ndarray, recall: np.ndarray, method: str = "
     precision at recall 0, 0.1, ... 1 or beyond (VOC 2007); "course", trapezoids under the raw curve from (0, 1).
     """
     if method == "11pt":
-        return float(np.mean([precision[recall >= level - 1e-9].max(initial=0) for level in np.linspace(0, 1, 11)]))
+        return float(
+            np.mean(
+                [
+                    precision[recall >= level - 1e-9].max(initial=0)
+                    for level in np.linspace(0, 1, 11)
+                ]
+            )
+        )
     if method == "course":
         return float(np.trapezoid(np.r_[1, precision], np.r_[0, recall]))
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(np.r_[0, recall]) * envelope))
 
 
-def per_class_table(predictions: np.ndarray, ground_truth: np.ndarray, classes: tuple[str, ...]) -> list[dict]:
+def per_class_table(
+    predictions: np.ndarray, ground_truth: np.ndarray, classes: tuple[str, ...]
+) -> list[dict]:
     """One row per class: "class", "num_gt" (not difficult), "ap", "ap_11pt", "ap_course" (NaN without objects)."""
     matched, table = match(predictions, ground_truth), []
     for label, name in enumerate(classes):
@@ -188,7 +241,9 @@ def mean_average_precision(table: list[dict], column: str = "ap") -> float:
 
 def coco_average_precision(predictions: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
     """COCO's AP@.5 and AP@.5:.95, by torchmetrics over faster-coco-eval; difficult objects count as `iscrowd`."""
-    metric = MeanAveragePrecision(backend="faster_coco_eval", max_detection_thresholds=[1, 10, MAX_DETECTIONS])
+    metric = MeanAveragePrecision(
+        backend="faster_coco_eval", max_detection_thresholds=[1, 10, MAX_DETECTIONS]
+    )
     metric.warn_on_many_detections = False
     detections, objects = _rows_by_key(predictions[:, 0]), _rows_by_key(ground_truth[:, 0])
     for image in sorted(detections.keys() | objects.keys()):
@@ -203,7 +258,10 @@ def coco_average_precision(predictions: np.ndarray, ground_truth: np.ndarray) ->
 
 
 def confusion(
-    predictions: np.ndarray, ground_truth: np.ndarray, num_classes: int, confidence: float = CONFIDENCE
+    predictions: np.ndarray,
+    ground_truth: np.ndarray,
+    num_classes: int,
+    confidence: float = CONFIDENCE,
 ) -> np.ndarray:
     """Confusion matrix int64 [C + 1, C + 1]: rows ground truth, columns predictions; the last of each is background.
 
@@ -220,7 +278,9 @@ def confusion(
     best, iou = match(*one_class)
     hits = np.flatnonzero(iou >= 0.5)
     first = hits[np.unique(best[hits], return_index=True)[1]]
-    np.add.at(counts, (ground_truth[best[first], 1].astype(int), predictions[first, 1].astype(int)), 1)
+    np.add.at(
+        counts, (ground_truth[best[first], 1].astype(int), predictions[first, 1].astype(int)), 1
+    )
     false = np.setdiff1d(np.arange(len(predictions)), first)
     np.add.at(counts, (num_classes, predictions[false, 1].astype(int)), 1)
     missed = np.setdiff1d(np.flatnonzero(ground_truth[:, 2] == 0), best[first])

@@ -18,7 +18,14 @@ from src.serving.predictor import CONFIDENCE
 from src.training.fit import evaluate, load_detector
 from src.training.metrics import Evaluation
 from src.training.module import YOLOv3Module
-from src.training.report import COURSE_THRESHOLD, STRICT_THRESHOLD, ResultsTable, markdown_table, result_rows, training_metadata
+from src.training.report import (
+    COURSE_THRESHOLD,
+    STRICT_THRESHOLD,
+    ResultsTable,
+    markdown_table,
+    result_rows,
+    training_metadata,
+)
 
 OWN_DATA = ("yolo", "coco")  # data sets that are in the folder config.data_root only
 CARD = """---
@@ -76,10 +83,14 @@ def write(run: Path, folder: Path, limits: str = "") -> Evaluation:
     config = Config.load(run / "config.json")
     model = load_detector(run).model.half()
     model.save_pretrained(folder)
-    (config if config.dataset in OWN_DATA else config.replace(data_root=DATA_ROOT)).save(folder / "run.json")
+    (config if config.dataset in OWN_DATA else config.replace(data_root=DATA_ROOT)).save(
+        folder / "run.json"
+    )
     evaluation, data = measure(folder, data_root=config.data_root)
     epochs = model.metadata["epochs"]
-    model.metadata = training_metadata(evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, epochs)
+    model.metadata = training_metadata(
+        evaluation.accuracies, evaluation.precisions["VOC AP@.5, area"], config, epochs
+    )
     model.save_pretrained(folder)
     shutil.copyfile(run / "metrics.csv", folder / "metrics.csv")
     text = card(model, config, evaluation, data, limits, results_by_split(folder, config.data_root))
@@ -93,14 +104,30 @@ def results_by_split(folder: Path, data_root: str) -> str:
     for split in config.val_splits if len(config.val_splits) > 1 else ():
         evaluation, data = measure(folder, data_root=data_root, val_splits=(split,))
         accuracies = [f"{row['value']:.1%}" for row in result_rows(evaluation.accuracies, config)]
-        rows.append((split, len(data.val_records), *accuracies, f"{evaluation.precisions['VOC AP@.5, area']:.3f}"))
-    header = ("split", "images", "class accuracy", "no-object accuracy", "object accuracy", "VOC AP@.5, area")
+        rows.append(
+            (
+                split,
+                len(data.val_records),
+                *accuracies,
+                f"{evaluation.precisions['VOC AP@.5, area']:.3f}",
+            )
+        )
+    header = (
+        "split",
+        "images",
+        "class accuracy",
+        "no-object accuracy",
+        "object accuracy",
+        "VOC AP@.5, area",
+    )
     return f"Each validation split alone:\n\n{markdown_table(header, rows)}\n\n" if rows else ""
 
 
 def measure(folder: Path, **changes) -> tuple[Evaluation, DetectionDataModule]:
     """Evaluate weights exported by `write`, in float32, on the data that their run.json names. changes: of the config."""
-    config = Config.load(folder / "run.json").replace(pretrained_weights=str(folder), precision="32-true")
+    config = Config.load(folder / "run.json").replace(
+        pretrained_weights=str(folder), precision="32-true"
+    )
     if config.dataset not in OWN_DATA:  # VOC is wherever this machine has it
         config = config.replace(data_root=Config().data_root)
     config = config.replace(**changes)
@@ -108,13 +135,26 @@ def measure(folder: Path, **changes) -> tuple[Evaluation, DetectionDataModule]:
     return evaluate(YOLOv3Module(config), data), data
 
 
-def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionDataModule, limits: str, splits: str) -> str:
+def card(
+    model: YOLOv3,
+    config: Config,
+    evaluation: Evaluation,
+    data: DetectionDataModule,
+    limits: str,
+    splits: str,
+) -> str:
     """Return the model card as Markdown, with the Hub's header."""
     rows = result_rows(evaluation.accuracies, config)
     accuracies = [(row["name"], f"{row['value']:.1%}", f"{row['strict']:.1%}") for row in rows]
     classes = [(row["class"], row["num_gt"], f"{row['ap']:.3f}") for row in evaluation.per_class]
-    val_data = ", ".join(config.val_splits) or f"random {config.val_fraction:.0%} of the training images"
-    val_data = f"{DATASETS[config.dataset]} {val_data}" if config.dataset != "shapes" else "synthetic, another seed"
+    val_data = (
+        ", ".join(config.val_splits) or f"random {config.val_fraction:.0%} of the training images"
+    )
+    val_data = (
+        f"{DATASETS[config.dataset]} {val_data}"
+        if config.dataset != "shapes"
+        else "synthetic, another seed"
+    )
     settings = dataclasses.asdict(config) | {
         "parameters": model.num_parameters / 1e6,
         "train_data": f"{len(data.train_records):,} images: {model.metadata['data']}",
@@ -124,8 +164,12 @@ def card(model: YOLOv3, config: Config, evaluation: Evaluation, data: DetectionD
         "start": describe_start(config),
         "splits": splits,
         "tag": {"voc": "pascal-voc", "shapes": "synthetic"}.get(config.dataset, "custom-data"),
-        "accuracies": markdown_table(("", f"objectness > {COURSE_THRESHOLD}", f"> {STRICT_THRESHOLD}"), accuracies),
-        "precisions": markdown_table(("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]),
+        "accuracies": markdown_table(
+            ("", f"objectness > {COURSE_THRESHOLD}", f"> {STRICT_THRESHOLD}"), accuracies
+        ),
+        "precisions": markdown_table(
+            ("", "value"), [(n, f"{v:.3f}") for n, v in evaluation.precisions.items()]
+        ),
         "per_class": markdown_table(("class", "objects", "AP"), classes),
         "limits": limits,
         "confidence": CONFIDENCE,
@@ -137,7 +181,10 @@ def describe_sizes(config: Config) -> str:
     """Describe the image sizes of the training, for the card."""
     if not config.multiscale_sizes:
         return f"{config.image_size} pixels"
-    sizes, last = ", ".join(map(str, config.multiscale_sizes)), config.epochs - config.close_mosaic_epoch
+    sizes, last = (
+        ", ".join(map(str, config.multiscale_sizes)),
+        config.epochs - config.close_mosaic_epoch,
+    )
     interval = config.multiscale_interval
     return f"one of {sizes} pixels for {interval} steps each; {config.image_size} pixels in the last {last} epochs"
 
@@ -147,8 +194,10 @@ def describe_start(config: Config) -> str:
     source = config.pretrained_path
     facts = read_metadata(source) if source and (Path(source) / "config.json").exists() else {}
     if facts and is_backbone(source):
-        return (f"a Darknet-53 backbone, which was pretrained to classify {facts['data']} ({facts['images']:,} images, "
-                f"{facts['classes']} classes, top-1 accuracy {facts['top1']:.1%})")  # fmt: skip
+        return (
+            f"a Darknet-53 backbone, which was pretrained to classify {facts['data']} ({facts['images']:,} images, "
+            f"{facts['classes']} classes, top-1 accuracy {facts['top1']:.1%})"
+        )
     if {"epochs", "data"} <= facts.keys():
         return f"a detector of the same kind, which was trained for {facts['epochs']} epochs on {facts['data']}"
     return Path(source).name if source else "scratch (no pretrained weights)"
@@ -156,7 +205,9 @@ def describe_start(config: Config) -> str:
 
 def main() -> None:
     """Run the command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m src.training.model_card", description="Export or measure weights.")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.training.model_card", description="Export or measure weights."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("write", help="export a run's best checkpoint with a model card")
     export.add_argument("run", type=Path)
@@ -171,7 +222,12 @@ def main() -> None:
             evaluation, _ = measure(arguments.folder)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    print(ResultsTable(evaluation, Config.load(arguments.folder / "run.json").replace(run_dir=str(arguments.folder))))
+    print(
+        ResultsTable(
+            evaluation,
+            Config.load(arguments.folder / "run.json").replace(run_dir=str(arguments.folder)),
+        )
+    )
 
 
 if __name__ == "__main__":

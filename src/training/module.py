@@ -13,7 +13,12 @@ from src.model.network import YOLOv3
 from src.model.pretrained import is_backbone, load_backbone, transfer_weights
 from src.serving.images import to_network_input
 from src.training.loss import YOLOLoss
-from src.training.metrics import CellAccuracy, DetectionAccumulator, mean_average_precision, per_class_table
+from src.training.metrics import (
+    CellAccuracy,
+    DetectionAccumulator,
+    mean_average_precision,
+    per_class_table,
+)
 from src.training.optimizer import OneCycleModule
 from src.training.report import COURSE_THRESHOLD, training_metadata
 
@@ -21,7 +26,11 @@ from src.training.report import COURSE_THRESHOLD, training_metadata
 def build_model(config: Config) -> YOLOv3:
     """Build the network: initialized by `config.seed`, or from `config.pretrained_weights` (folder, Hub id or Darknet file)."""
     torch.manual_seed(config.seed)
-    settings = {"classes": config.classes, "anchors": config.anchors, "image_size": config.image_size}
+    settings = {
+        "classes": config.classes,
+        "anchors": config.anchors,
+        "image_size": config.image_size,
+    }
     model, source = YOLOv3(len(config.classes), config.width, **settings), config.pretrained_path
     if not source:
         return model
@@ -42,7 +51,11 @@ def sample_image_size(config: Config, step: int, epoch: int) -> int:
     """
     if not config.multiscale_sizes or epoch >= config.close_mosaic_epoch:
         return config.image_size
-    return int(np.random.default_rng((config.seed, step // config.multiscale_interval)).choice(config.multiscale_sizes))
+    return int(
+        np.random.default_rng((config.seed, step // config.multiscale_interval)).choice(
+            config.multiscale_sizes
+        )
+    )
 
 
 class YOLOv3Module(OneCycleModule):
@@ -65,14 +78,20 @@ class YOLOv3Module(OneCycleModule):
         if config.compile:  # one graph per image size; beyond the limit (default 8) torch only warns and does not compile
             torch._dynamo.config.cache_size_limit = 64
             self.training_forward = torch.compile(self.model.forward, dynamic=False)
-        self.loss, self.cell_accuracy, self.accumulator = YOLOLoss(config), CellAccuracy(), DetectionAccumulator()
+        self.loss, self.cell_accuracy, self.accumulator = (
+            YOLOLoss(config),
+            CellAccuracy(),
+            DetectionAccumulator(),
+        )
         self.accuracies: dict[str, float] = {}  # of the last validation
         self.results: dict[str, float] = {}  # accuracies and mAP of the last validation, as logged
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         images = batch["images"]
         size = sample_image_size(self.config, self.trainer.global_step, self.current_epoch)
-        if size != images.shape[-1]:  # always smaller; targets are fractions of the image and don't change
+        if (
+            size != images.shape[-1]
+        ):  # always smaller; targets are fractions of the image and don't change
             images = resize(images, [size, size], antialias=True)
         logits = self.training_forward(to_network_input(images))
         terms = self.loss(logits, batch["targets"], self.model.anchors_at(size))
@@ -83,7 +102,9 @@ class YOLOv3Module(OneCycleModule):
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         logits, targets = self.model(to_network_input(batch["images"])), batch["targets"]
         anchors = self.model.anchors_at(batch["images"].shape[-1])
-        values = {f"val/{name}": value for name, value in self.loss(logits, targets, anchors).items()}
+        values = {
+            f"val/{name}": value for name, value in self.loss(logits, targets, anchors).items()
+        }
         self.log_dict(values, on_epoch=True, batch_size=len(batch["images"]), sync_dist=True)
         self.cell_accuracy.update(logits, targets, anchors)
         self.accumulator.update(logits, targets, batch["difficult"], anchors)
@@ -95,12 +116,16 @@ class YOLOv3Module(OneCycleModule):
                 dist.broadcast(buffer, 0)
 
     def on_validation_epoch_end(self) -> None:
-        self.accuracies = {name: float(value) for name, value in self.cell_accuracy.compute().items()}
+        self.accuracies = {
+            name: float(value) for name, value in self.cell_accuracy.compute().items()
+        }
         self.predictions, self.ground_truth = self.accumulator.compute()
         self.per_class = per_class_table(self.predictions, self.ground_truth, self.config.classes)
         self.results = {f"accuracy/{name}": value for name, value in self.accuracies.items()}
         self.results["mAP50"] = mean_average_precision(self.per_class)
-        self.log_dict({f"val/{name}": value for name, value in self.results.items()}, sync_dist=True)
+        self.log_dict(
+            {f"val/{name}": value for name, value in self.results.items()}, sync_dist=True
+        )
         self.cell_accuracy.reset()
         self.accumulator.reset()
 
@@ -113,8 +138,12 @@ class YOLOv3Module(OneCycleModule):
         checkpoint["classes"] = list(self.config.classes)
         if self.results:
             epochs = f"{self.current_epoch + 1} of {self.config.epochs}"
-            self.model.metadata = training_metadata(self.accuracies, self.results["mAP50"], self.config, epochs)
-        checkpoint["anchors"] = self.model.anchor_sizes  # those of pretrained weights can differ from Config.anchors
+            self.model.metadata = training_metadata(
+                self.accuracies, self.results["mAP50"], self.config, epochs
+            )
+        checkpoint["anchors"] = (
+            self.model.anchor_sizes
+        )  # those of pretrained weights can differ from Config.anchors
         checkpoint["metadata"] = self.model.metadata
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -125,4 +154,6 @@ class YOLOv3Module(OneCycleModule):
                 "Set Config.classes to the checkpoint's, or start a new Config.run_dir."
             )
         self.model.set_anchors(torch.tensor(checkpoint.get("anchors", self.config.anchors)))
-        self.model.metadata = checkpoint.get("metadata", checkpoint.get("about", {}))  # older runs wrote "about"
+        self.model.metadata = checkpoint.get(
+            "metadata", checkpoint.get("about", {})
+        )  # older runs wrote "about"

@@ -8,14 +8,19 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 
-def onecycle_adamw(module: nn.Module, max_lr: float, weight_decay: float, warmup_fraction: float, total_steps: int) -> dict:
+def onecycle_adamw(
+    module: nn.Module, max_lr: float, weight_decay: float, warmup_fraction: float, total_steps: int
+) -> dict:
     """Build a fused AdamW and its OneCycle schedule, as `configure_optimizers` returns them.
 
     Weight decay applies to kernels only, not to biases and batch norm: the first parameter group, and the second.
     """
     kernels = [p for p in module.parameters() if p.dim() > 1]
     others = [p for p in module.parameters() if p.dim() <= 1]
-    groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": kernels, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = AdamW(groups, lr=max_lr, fused=True)
     if warmup_fraction * total_steps == 1:  # OneCycleLR divides by zero
         warmup_fraction = 1.001 / total_steps
@@ -31,7 +36,9 @@ class OneCycleModule(pl.LightningModule):
     """
 
     monitor = ""  # metric that selects best.ckpt; higher is better
-    progress_columns: dict[str, tuple[str, float, int]] = {}  # title -> metric, factor, digits; see `Progress`
+    progress_columns: dict[
+        str, tuple[str, float, int]
+    ] = {}  # title -> metric, factor, digits; see `Progress`
 
     def __init__(self, config):
         super().__init__()
@@ -39,10 +46,14 @@ class OneCycleModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         config, total_steps = self.config, self.trainer.estimated_stepping_batches
-        return onecycle_adamw(self, config.max_lr or 1e-3, config.weight_decay, config.warmup_fraction, total_steps)
+        return onecycle_adamw(
+            self, config.max_lr or 1e-3, config.weight_decay, config.warmup_fraction, total_steps
+        )
 
     def on_train_batch_start(self, *_) -> None:
-        lr = torch.tensor(self.optimizers().param_groups[0]["lr"])  # on the CPU: no step waits for it
+        lr = torch.tensor(
+            self.optimizers().param_groups[0]["lr"]
+        )  # on the CPU: no step waits for it
         self.log("lr", lr, on_step=True, on_epoch=False)
 
     def configure_gradient_clipping(self, optimizer, *_, **__) -> None:
@@ -54,7 +65,10 @@ class OneCycleModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Raise ValueError if the data of a resumed run give another number of steps than its schedule has."""
-        scheduled, steps = self.lr_schedulers().total_steps, int(self.trainer.estimated_stepping_batches)
+        scheduled, steps = (
+            self.lr_schedulers().total_steps,
+            int(self.trainer.estimated_stepping_batches),
+        )
         if scheduled != steps:
             raise ValueError(
                 f"The data set has changed: this run's schedule has {scheduled:,} steps, the data now give {steps:,}. "

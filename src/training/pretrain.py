@@ -17,7 +17,12 @@ from torch.utils.data import DataLoader
 
 from src.config import Settings
 from src.data.datamodule import SampleIdSampler, single_thread_worker
-from src.data.imagefolder import ClassificationDataset, collate_classification, list_classes, read_image_folder
+from src.data.imagefolder import (
+    ClassificationDataset,
+    collate_classification,
+    list_classes,
+    read_image_folder,
+)
 from src.model.network import YOLOv3
 from src.model.pretrained import save_backbone
 from src.serving.images import to_network_input
@@ -68,7 +73,9 @@ class PretrainConfig(Settings):
 
     def __post_init__(self):
         if not self.max_lr > 0:
-            raise ValueError(f"max_lr is {self.max_lr}. Use a value above 0: the range test is for detectors.")
+            raise ValueError(
+                f"max_lr is {self.max_lr}. Use a value above 0: the range test is for detectors."
+            )
 
     def size_at(self, epoch: int) -> int:
         """Image size in an epoch, counted from 0."""
@@ -87,17 +94,24 @@ class PretrainDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        return self._loader(self.train_data, sampler=sampler, drop_last=len(sampler) >= self.config.batch_size)
+        return self._loader(
+            self.train_data, sampler=sampler, drop_last=len(sampler) >= self.config.batch_size
+        )
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_data)
 
     def _loader(self, dataset: ClassificationDataset, **options) -> DataLoader:
         return DataLoader(
-            dataset, self.config.batch_size, num_workers=self.config.num_workers, collate_fn=collate_classification,
-            worker_init_fn=single_thread_worker, persistent_workers=self.config.num_workers > 0,
-            pin_memory=torch.cuda.is_available(), **options,
-        )  # fmt: skip
+            dataset,
+            self.config.batch_size,
+            num_workers=self.config.num_workers,
+            collate_fn=collate_classification,
+            worker_init_fn=single_thread_worker,
+            persistent_workers=self.config.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
 
 
 class Darknet53Classifier(OneCycleModule):
@@ -105,9 +119,11 @@ class Darknet53Classifier(OneCycleModule):
 
     monitor = "val/top1"
     progress_columns = {
-        "loss": ("train/loss", 1, 3), "val loss": ("val/loss", 1, 3),
-        "top-1 %": ("val/top1", 100, 1), "top-5 %": ("val/top5", 100, 1),
-    }  # fmt: skip
+        "loss": ("train/loss", 1, 3),
+        "val loss": ("val/loss", 1, 3),
+        "top-1 %": ("val/top1", 100, 1),
+        "top-5 %": ("val/top5", 100, 1),
+    }
 
     def __init__(self, config: PretrainConfig):
         super().__init__(config)
@@ -121,8 +137,17 @@ class Darknet53Classifier(OneCycleModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images, labels = batch
-        loss = cross_entropy(self(to_network_input(images)), labels, label_smoothing=self.config.label_smoothing)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        loss = cross_entropy(
+            self(to_network_input(images)), labels, label_smoothing=self.config.label_smoothing
+        )
+        self.log(
+            "train/loss",
+            loss.detach(),
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(images),
+            sync_dist=True,
+        )
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
@@ -137,7 +162,9 @@ class Darknet53Classifier(OneCycleModule):
         self.log_dict(values, on_epoch=True, batch_size=len(images), sync_dist=True)
 
 
-def pretrain(config: PretrainConfig, data: PretrainDataModule | None = None, ckpt_path: str | None = "auto") -> Path:
+def pretrain(
+    config: PretrainConfig, data: PretrainDataModule | None = None, ckpt_path: str | None = "auto"
+) -> Path:
     """Train the classifier, and return the folder of its backbone (weights, config.json, card), `run_dir`/backbone.
 
     ckpt_path: as for `fit`. Raises ValueError if `data_root` isn't in ImageNet's layout.
@@ -149,23 +176,35 @@ def pretrain(config: PretrainConfig, data: PretrainDataModule | None = None, ckp
     values = trainer.validate(module, data.val_dataloader(), verbose=False)[0]
     folder = Path(config.run_dir) / "backbone"
     facts = dataclasses.asdict(config) | {
-        "data": Path(config.data_root).name, "images": len(data.train_data), "val_images": len(data.val_data),
-        "classes": len(data.classes), "top1": values["val/top1"], "top5": values["val/top5"],
-    }  # fmt: skip
+        "data": Path(config.data_root).name,
+        "images": len(data.train_data),
+        "val_images": len(data.val_data),
+        "classes": len(data.classes),
+        "top1": values["val/top1"],
+        "top5": values["val/top5"],
+    }
     names = ("data", "images", "classes", "epochs", "image_size", "final_size", "top1", "top5")
     save_backbone(module.backbone, folder, config.width, {name: facts[name] for name in names})
     parameters = sum(p.numel() for p in module.backbone.parameters()) / 1e6
-    (folder / "README.md").write_text(CARD.format(**facts, parameters=parameters, folder=folder), encoding="utf-8")
+    (folder / "README.md").write_text(
+        CARD.format(**facts, parameters=parameters, folder=folder), encoding="utf-8"
+    )
     return folder
 
 
 def main() -> None:
     """The command above."""
-    parser = argparse.ArgumentParser(prog="python -m src.training.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("data_root", help="folder in ImageNet's layout: train/CLASS/**/*.jpg and val the same")
+    parser = argparse.ArgumentParser(
+        prog="python -m src.training.pretrain", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "data_root", help="folder in ImageNet's layout: train/CLASS/**/*.jpg and val the same"
+    )
     for field in dataclasses.fields(PretrainConfig)[1:]:
         name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, type=field.type, default=field.default, help=f"default {field.default}")
+        parser.add_argument(
+            name, type=field.type, default=field.default, help=f"default {field.default}"
+        )
     try:
         print("Backbone:", pretrain(PretrainConfig(**vars(parser.parse_args()))))
     except ValueError as error:

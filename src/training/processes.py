@@ -21,7 +21,9 @@ def run_in_processes(count: int, function: Callable, *args) -> None:
     Raises RuntimeError if a process ends without an error message.
     """
     errors = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(_run, (find_free_network_port(), errors, function, args), nprocs=count, join=False)
+    context = mp.spawn(
+        _run, (find_free_network_port(), errors, function, args), nprocs=count, join=False
+    )
     try:
         while not context.join(grace_period=GRACE_SECONDS):
             pass

@@ -30,15 +30,21 @@ def resolve_strategy(config: Config) -> str | DDPStrategy:
     """
     if config.devices == 1:
         return "auto"
-    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=getattr(config, "freeze_epochs", 0) > 0)
+    return DDPStrategy(
+        broadcast_buffers=False, find_unused_parameters=getattr(config, "freeze_epochs", 0) > 0
+    )
 
 
 def make_trainer(config: Config, **options) -> pl.Trainer:
     """Build a Trainer for this machine and config. It writes and prints nothing unless `options` say so."""
     return pl.Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=config.devices,
-        precision=resolve_precision(config), strategy=resolve_strategy(config),
-        accumulate_grad_batches=config.accumulate_grad_batches, use_distributed_sampler=False,
-        num_sanity_val_steps=0, enable_model_summary=False,
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=config.devices,
+        precision=resolve_precision(config),
+        strategy=resolve_strategy(config),
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
         **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options,
-    )  # fmt: skip
+    )
