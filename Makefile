@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.10 python3; 
 VENV = .venv
 BIN = $(VENV)/bin/python
 
-.PHONY: help run multi app test evaluate bench images space-test clean
+.PHONY: help run multi app test lint evaluate bench images space-test clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -26,8 +26,12 @@ multi: $(VENV)/installed ## train at several resolutions and compare, after make
 app: $(VENV)/installed ## serve the app with the last run's weights, or the shipped weights, on localhost
 	GRADIO_ANALYTICS_ENABLED=False $(BIN) $(if $(wildcard space/app.py),space/app.py,-m src.serving.app weights)
 
-test: $(VENV)/installed ## run the tests: 8 to 17 minutes on 2 cores
-	$(BIN) -m pytest
+test: $(VENV)/installed ## run the tests in two processes
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed ## check format and style
+	$(BIN) -m ruff format --check src tests benchmarks tools
+	$(BIN) -m ruff check src tests benchmarks tools *.ipynb
 
 images: $(VENV)/installed ## update the README's images from the last runs (app screenshots need Chromium)
 	$(BIN) -m tools.notebook images
