@@ -114,8 +114,9 @@ class FittingAnchorsPositive(YOLOLoss):
                 )
                 box, iou = complete_iou_loss(boxes, targets[:, 2:6])
                 label = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5)).float()
-                cost = self.config.box_weight * box + self.config.object_weight * self._objectness(
-                    rows[:, 0], iou
+                cost = (
+                    self.config.box_weight * box
+                    + self.config.objectness_weight * self._objectness(rows[:, 0], iou)
                 )
                 cost = cost + binary_cross_entropy_with_logits(
                     rows[:, 5:], label, reduction="none"
@@ -297,8 +298,8 @@ CHANGES = {
         replacements=loss(HalfCertainObjectness),
     ),
     "object-focal": Change("objectness loss: quality focal", replacements=loss(FocalObjectness)),
-    "object-1": Change("objectness weight of positives: 1", {"object_weight": 1.0}),
-    "object-4": Change("objectness weight of positives: 4", {"object_weight": 4.0}),
+    "object-1": Change("objectness weight of positives: 1", {"objectness_weight": 1.0}),
+    "object-4": Change("objectness weight of positives: 4", {"objectness_weight": 4.0}),
     "bias-zero": Change(
         "initial bias: 0", replacements={"src.model.network.YOLOv3._initialize": zero_bias}
     ),
@@ -312,7 +313,6 @@ CHANGES = {
     "class-focal": Change(
         "class loss: focal, gamma 2", replacements={"src.training.loss.bce": focal_classes}
     ),
-    "class-smooth": Change("class loss: label smoothing 0.1", {"label_smoothing": 0.1}),
     "class-3": Change("class weight: 3", {"class_weight": 3.0}),
     "ignore-shape": Change(
         "ignored: anchors with wh_iou above 0.5, as in the course",

@@ -174,10 +174,7 @@ def dense_loss(
     logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
     """The terms of `YOLOLoss` from dense targets [B, 3, G, G, 6] per scale; targets [N, 6]: image, class, cx, cy, w, h."""
-    sums = {
-        name: torch.tensor(0.0)
-        for name in ("box_loss", "object_loss", "no_object_loss", "class_loss")
-    }
+    sums = {name: torch.tensor(0.0) for name in ("box", "objectness", "background", "class")}
     for level, target, scale_anchors in zip(logits, dense, anchors, strict=True):
         positive, boxes = target[..., 0] == 1, dense_boxes(level, scale_anchors)
         background = ~positive
@@ -190,13 +187,13 @@ def dense_loss(
         classes = torch.zeros(len(target_boxes), level.shape[-1] - 5)
         for number, label in enumerate(target[..., 5][positive]):
             classes[number, int(label)] = 1
-        sums["box_loss"] += complete_box_iou_loss(positive_boxes, target_boxes, reduction="sum")
+        sums["box"] += complete_box_iou_loss(positive_boxes, target_boxes, reduction="sum")
         iou = box_iou(positive_boxes, target_boxes).diagonal().detach()
-        sums["object_loss"] += bce(level[..., 0][positive], iou, reduction="sum")
-        sums["no_object_loss"] += bce(
+        sums["objectness"] += bce(level[..., 0][positive], iou, reduction="sum")
+        sums["background"] += bce(
             level[..., 0][background], torch.zeros(background.sum()), reduction="sum"
         )
-        sums["class_loss"] += bce(level[..., 5:][positive], classes, reduction="sum")
+        sums["class"] += bce(level[..., 5:][positive], classes, reduction="sum")
     return {name: value / max(1, 3 * len(targets)) for name, value in sums.items()}
 
 

@@ -121,10 +121,9 @@ class Config(Settings):
     gradient_clip_val: float = 10.0  # L2 norm; 0: no clipping
     ema_decay: float = 0.998
     box_weight: float = 2.0
-    object_weight: float = 2.0  # objectness of positives
-    no_object_weight: float = 1.0  # objectness of the background
+    objectness_weight: float = 2.0  # of positives
+    background_weight: float = 1.0  # objectness of the background
     class_weight: float = 1.0
-    label_smoothing: float = 0.0
     precision: str = (
         "auto"  # "16-mixed" on CUDA, "bf16-mixed" on a CPU with bfloat16, else "32-true"
     )

@@ -55,9 +55,10 @@ def rows_of(epochs, shift=0.0):
             "step": step,
             "val/loss": 5 - epoch + shift,
             "val/accuracy/class": 0.5,
-            "val/class_loss": 2.0,
+            "val/class": 2.0,
         }
-        yield {"epoch": epoch, "step": step, "train/loss": 6 - epoch + shift}
+        terms = {"train/loss": 6 - epoch + shift, "train/class": 3.0, "train/new": 0.5}
+        yield {"epoch": epoch, "step": step, **terms}
 
 
 def detections_of(record) -> Detections:
@@ -286,6 +287,7 @@ def test_class_loss_and_class_accuracy_have_their_own_panels(tmp_path):
     }
     assert list(axes["Class accuracy"].lines[0].get_ydata()) == [0.5, 0.5]
     assert list(axes["Class loss"].lines[1].get_ydata()) == [2.0, 2.0]
+    assert list(axes["New loss"].lines[0].get_ydata()) == [0.5, 0.5]
 
 
 def test_a_resumed_run_has_one_value_per_epoch(tmp_path):

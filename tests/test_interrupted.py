@@ -19,7 +19,6 @@ import torch
 
 from src.config import SHAPE_CLASSES, Config
 from src.data.datamodule import DetectionDataModule
-from src.figures.curves import read_curve
 from src.training.callbacks import Progress, ResumableCSVLogger
 from src.training.checkpoints import (
     LAST,
@@ -262,27 +261,6 @@ def test_metrics_before_the_checkpoint_are_kept(tmp_path):
     rows = metrics_rows(tmp_path)
     assert [row["step"] for row in rows] == ["0", "1", "2"]
     assert [row["a/b"] for row in rows] == ["0.5", "1.5", ""] and rows[0]["epoch"] == "0"
-
-
-def test_metrics_with_former_column_names(tmp_path):
-    """figures.curves reads them, and a resumed run continues them under today's names."""
-    path = tmp_path / "metrics.csv"
-    path.write_text(
-        "epoch,lr-AdamW/pg1,step,train/box,val/map50\n0,0.1,9,,\n0,,9,2.5,0.125\n1,0.2,19,1.5,0.25\n"
-    )
-    columns = {"train/box_loss": [2.5, 1.5], "val/mAP50": [0.125, 0.25], "lr": [0.1, 0.2]}
-    for name, values in columns.items():
-        assert read_curve(path, name)[1].tolist() == values
-    resumed = ResumableCSVLogger(path, before=10)
-    resumed.log_metrics({"epoch": 1, "train/box_loss": 0.5, "val/mAP50": 0.5, "lr": 0.3}, 19)
-    resumed.save()
-    assert set(metrics_rows(tmp_path)[0]) == {"epoch", "step", *columns}
-    for name, values in {
-        "train/box_loss": [2.5, 0.5],
-        "val/mAP50": [0.125, 0.5],
-        "lr": [0.1, 0.3],
-    }.items():
-        assert read_curve(path, name)[1].tolist() == values
 
 
 def test_run_folder_is_locked(tmp_path):

@@ -71,8 +71,7 @@ def test_run_writes_config_metrics_and_checkpoints(run):
     names = {name for row in metrics_rows(folder) for name, value in row.items() if value}
     for split in ("train", "val"):
         assert {
-            f"{split}/{term}"
-            for term in ("loss", "box_loss", "object_loss", "no_object_loss", "class_loss")
+            f"{split}/{term}" for term in ("loss", "box", "objectness", "background", "class")
         } <= names
     assert {
         "val/mAP50",

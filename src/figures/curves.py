@@ -1,5 +1,6 @@
 """Figures of numbers: data sets, training curves, average precision, latency."""
 
+import csv
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -24,17 +25,8 @@ from src.figures.style import (
 )
 from src.model.network import STRIDES
 from src.serving.images import get_image_size
-from src.training.callbacks import read_metrics
 from src.training.metrics import THRESHOLDS, match, precision_recall
 from src.training.report import NAMES
-
-LOSSES = {
-    "loss": "Total loss",
-    "box_loss": "Box loss",
-    "object_loss": "Object loss",
-    "no_object_loss": "No-object loss",
-    "class_loss": "Class loss",
-}
 
 
 def _box_sizes(records: Sequence) -> np.ndarray:
@@ -149,7 +141,7 @@ def read_curve(path: str | Path, name: str, x: str = "epoch") -> tuple[np.ndarra
     The last of several rows with the same x counts (a resumed run). An incomplete last line is ignored (a run in progress).
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = read_metrics(line for line in lines if line.endswith("\n"))
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
     values = {int(row[x]): float(row[name]) for row in rows if row.get(x) and row.get(name)}
     order = sorted(values)
     return np.array(order, dtype=int), np.array([values[key] for key in order])
@@ -168,18 +160,19 @@ def plot_training_curves(path: str | Path, targets: dict[str, float]) -> Figure:
     targets: the course targets of "class", "no_object" and "object" accuracy, in 0..1.
     """
     figure = NotebookFigure(7.6)
-    layout = [["loss", "loss", "lr", "lr"], [*LOSSES][1:], [*NAMES, "map"]]
-    axes = figure.subplot_mosaic(layout)
-    for key, title in LOSSES.items():
-        _curve(
-            axes[key],
-            path,
-            f"train/{key}",
-            color=TRAIN,
-            linestyle=(0, (4, 1.2)),
-            label="training (mosaics)",
-        )
-        _curve(axes[key], path, f"val/{key}", color=VAL, label="validation")
+    with open(path, encoding="utf-8") as file:
+        header = next(csv.reader(file))
+    terms = [name[6:] for name in header if name.startswith("train/") and name != "train/loss"]
+    titles = {
+        "loss": "Total loss",
+        **{f"{term} loss": f"{term} loss".capitalize() for term in terms},
+    }
+    layout = [["loss", "lr"], [f"{term} loss" for term in terms], [*NAMES, "map"]]
+    axes = figure.subplot_mosaic([[[row]] for row in layout if row])
+    for key, title in titles.items():
+        name, style = key.removesuffix(" loss"), {"color": TRAIN, "linestyle": (0, (4, 1.2))}
+        _curve(axes[key], path, f"train/{name}", label="training (mosaics)", **style)
+        _curve(axes[key], path, f"val/{name}", color=VAL, label="validation")
         axes[key].set_title(title)
         _from_zero(axes[key])
     axes["loss"].legend()

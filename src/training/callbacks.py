@@ -20,25 +20,9 @@ from tqdm import tqdm
 from src.training.checkpoints import atomic_write
 from src.training.module import sample_image_size
 
-LOSS_TERMS = ("box", "object", "no_object", "class")
-FORMER_COLUMNS = {  # of metrics.csv as older runs wrote it
-    **{
-        f"{split}/{term}": f"{split}/{term}_loss"
-        for split in ("train", "val")
-        for term in LOSS_TERMS
-    },
-    "val/map50": "val/mAP50",
-    "lr-AdamW/pg1": "lr",
-}
 TIMED_STEPS = 10  # from which the time of an epoch is estimated
 DURATIONS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"))  # seconds and unit
 FINITE_CHECK_INTERVAL = 10  # steps between two checks of the loss: each makes the GPU wait
-
-
-def read_metrics(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of a metrics.csv; former column names are replaced by today's."""
-    for row in csv.DictReader(lines):
-        yield {FORMER_COLUMNS.get(name, name): value for name, value in row.items()}
 
 
 class ResumableCSVLogger(Logger):
@@ -51,7 +35,7 @@ class ResumableCSVLogger(Logger):
         self.path, self.rows, self.num_saved = path, [], 0
         if before and path.exists():
             with open(path, encoding="utf-8", newline="") as lines:
-                self.rows = [row for row in read_metrics(lines) if int(row["step"]) < before]
+                self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) < before]
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float | Tensor], step: int) -> None:

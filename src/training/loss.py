@@ -171,7 +171,7 @@ class YOLOLoss(nn.Module):
     """Box (complete IoU), objectness and class loss, each summed over the scales and divided by the positives.
 
     forward(logits: three [B, 3, G, G, 5 + C], targets [N, 6], anchors [3, 3, 2]) -> dict of scalars
-    "loss", "box_loss", "object_loss", "no_object_loss", "class_loss". Computed in float32. Classes are independent
+    "loss", "box", "objectness", "background", "class". Computed in float32. Classes are independent
     logistic outputs (YOLOv3, section 2.2). The objectness target of a positive is the IoU of its box (YOLO, Redmon
     et al. 2016, section 2: confidence is Pr(object) * IoU), so the best of an object's three predictions scores
     best. The target of the background is 0; predictions under the `ignore_mask` have none.
@@ -190,13 +190,13 @@ class YOLOLoss(nn.Module):
         no_object = sum(map(self._background, logits, assigned, masks))
         sums = torch.stack((*self._positives(logits, assigned, targets, anchors), no_object))
         box, positive, label, no_object = sums / max(1, 3 * len(targets))
-        loss = self.config.box_weight * box + self.config.object_weight * positive
-        loss = loss + self.config.no_object_weight * no_object + self.config.class_weight * label
+        loss = self.config.box_weight * box + self.config.objectness_weight * positive
+        loss = loss + self.config.background_weight * no_object + self.config.class_weight * label
         terms = {
-            "box_loss": box,
-            "object_loss": positive,
-            "no_object_loss": no_object,
-            "class_loss": label,
+            "box": box,
+            "objectness": positive,
+            "background": no_object,
+            "class": label,
         }
         return {"loss": loss, **terms}
 
@@ -231,7 +231,5 @@ class YOLOLoss(nn.Module):
         targets = targets.repeat(len(logits), 1)
         box, iou = complete_iou_loss(boxes, targets[:, 2:6])
         classes = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5, device=rows.device)).float()
-        smoothing = self.config.label_smoothing
-        classes = classes * (1 - smoothing) + smoothing / classes.shape[1]
         label = bce(rows[:, 5:], classes, reduction="none").sum(dim=1)
         return (torch.stack((box, self._objectness(rows[:, 0], iou), label)) * valid).sum(dim=1)
