@@ -17,6 +17,7 @@ from src.serving.predictor import MIN_SCORE, Predictor
 from tests.planted import planted_model
 
 ROOT = Path(__file__).parents[1]
+SAMPLES = sorted(ROOT.glob("weights/samples/*.jpg"))
 WIDTH, HEIGHT = 48, 32
 # EXIF orientation -> what a viewer does to the pixels
 ORIENTATIONS = {
@@ -311,7 +312,7 @@ def shipped():
 
 def test_fused_batch_norms_change_scores_by_rounding_only(shipped):
     """On the shipped weights, whose batch norms are trained; float64 is the reference."""
-    images = [load_image(path) for path in sorted((ROOT / "weights/samples").glob("*.jpg"))]
+    images = [load_image(path) for path in SAMPLES[::3]]
     inputs = torch.cat([shipped.preprocess(image)[0] for image in images])
     exact = copy.deepcopy(shipped.model).double()
     anchors = shipped.model.anchors_at(shipped.image_size)
@@ -344,7 +345,7 @@ def test_fusing_does_not_change_the_model(tmp_path):
 def test_fusing_changes_detections_by_rounding_only(shipped):
     unfused = Predictor(shipped.model)
     unfused.fused = unfused.model
-    for path in sorted((ROOT / "weights/samples").glob("*.jpg")):
+    for path in SAMPLES:
         exact, fused = unfused(path), shipped(path)
         assert (
             exact.index.tolist() == fused.index.tolist()
