@@ -1,8 +1,7 @@
 """`python -m benchmarks gpu [PART ...] [options]`: what to measure on one GPU, ten minutes in total.
 
 smoke       training, validation and prediction on the synthetic data set; versions
-throughput  training images per second in float16 and bfloat16, with and without torch.compile
-multiscale  the same over several image sizes with torch.compile, which must compile each of them once
+throughput  training images per second in float16 and bfloat16
 loader      training samples per second by number of loader processes
 train       train and evaluate on the VOCdevkit in VOC_ROOT, as many epochs as fit into the remaining time
 
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_parts import Result, device_name, loader, multiscale, smoke, throughput
+from benchmarks.gpu_parts import Result, device_name, loader, smoke, throughput
 from benchmarks.gpu_training import train
 
 Part = Callable[
@@ -32,7 +31,6 @@ Part = Callable[
 PARTS: dict[str, Part] = {
     "smoke": smoke,
     "throughput": throughput,
-    "multiscale": multiscale,
     "loader": loader,
     "train": train,
 }

@@ -1,7 +1,6 @@
-"""The parts of `benchmarks.gpu` that measure: smoke, throughput, multiscale and loader."""
+"""The parts of `benchmarks.gpu` that measure: smoke, throughput and loader."""
 
 import gc
-import itertools
 import json
 import platform
 import shutil
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from torch._dynamo.utils import counters
 
 from benchmarks.loader import IMAGES, samples_per_second
 from benchmarks.synthetic_inputs import write_jpegs
@@ -27,7 +25,6 @@ from src.data.mosaic import MosaicDataset
 from src.data.shapes import draw_shapes
 from src.serving.predictor import Predictor
 from src.training.fit import fit
-from src.training.module import sample_image_size
 
 Result = dict[str, object]  # "measured" and "result" are a line of results.md; the rest are figures
 WARMUP, NETWORK_STEPS = (
@@ -145,30 +142,24 @@ def training_rate(config: Config, warmup: int, seconds: float) -> Result:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    torch._dynamo.reset()  # the graphs of other settings
-    counters.clear()
     clock = RateClock(warmup, seconds)
     train_steps(config, batch, clock, 100_000)
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
     figures = {"images_per_s": clock.steps * config.batch_size / clock.seconds, "peak_gb": peak}
-    return figures | {
-        "warmup_s": clock.start - clock.created,
-        "graphs": counters["stats"]["unique_graphs"],
-    }
+    return figures | {"warmup_s": clock.start - clock.created}
 
 
 def describe(config: Config) -> str:
     """Name the settings of a measurement."""
-    compiled = "compiled" if config.compile else "not compiled"
-    return f"training step, {config.precision}, {compiled}, width {config.width:g}, batch {config.batch_size}"
+    return f"training step, {config.precision}, width {config.width:g}, batch {config.batch_size}"
 
 
 def throughput(options: Namespace, _: float) -> Iterator[Result]:
-    """Rate and share outside the network for each precision, without torch.compile and with it; the best against the goals."""
+    """Rate and share outside the network for each precision; the best against the goals."""
     precisions = ("16-mixed", "bf16-mixed") if torch.cuda.is_available() else ("bf16-mixed",)
     rows = []
-    for compiled, precision in itertools.product((False, True), precisions):
-        config = speed_config(options, precision=precision, compile=compiled)
+    for precision in precisions:
+        config = speed_config(options, precision=precision)
         row, clock = training_rate(config, WARMUP, options.seconds), NetworkClock()
         train_steps(config, random_batch(config), clock, WARMUP + NETWORK_STEPS)
         step, network = clock.means(WARMUP)
@@ -196,31 +187,6 @@ def goals(options: Namespace, best: Result) -> Result:
         "images_per_s": rate,
         "outside": outside,
     }
-
-
-def multiscale(options: Namespace, _: float) -> Iterator[Result]:
-    """Rate of multi-resolution training with torch.compile. Raises RuntimeError unless it has one graph per image size."""
-    sizes = tuple(range(max(32, options.size - 160), options.size + 33, 32))
-    precision = "16-mixed" if torch.cuda.is_available() else "bf16-mixed"
-    config = speed_config(
-        options, precision=precision, compile=True, multiscale_sizes=sizes, multiscale_interval=1
-    )
-    seen, warmup = set(), 0
-    while seen != set(sizes):
-        seen.add(sample_image_size(config, warmup, 0))
-        warmup += 1
-    row = training_rate(config, warmup, options.seconds)
-    yield row | {
-        "measured": f"{describe(config)}, {sizes[0]} to {sizes[-1]} px",
-        "result": f"{row['images_per_s']:,.1f} images/s, {row['graphs']} graphs of {len(sizes)} image sizes, "
-        f"{row['warmup_s']:.0f} s until all were compiled",
-    }
-    if row["graphs"] != len(sizes):
-        raise RuntimeError(
-            f"torch.compile made {row['graphs']} graphs for {len(sizes)} image sizes. With fewer, the rest ran uncompiled "
-            "(torch._dynamo.config.recompile_limit); with more, something else changed between the steps. "
-            "TORCH_LOGS=recompiles shows the reasons."
-        )
 
 
 def loader(options: Namespace, _: float) -> Iterator[Result]:

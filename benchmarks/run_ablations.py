@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.ablations import BASE, CHANGES
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
-from src.training.checkpoints import atomic_write
+from src.config import atomic_write
 from src.training.fit import evaluate, fit
 from src.training.metrics import Evaluation, per_class_table
 

@@ -71,7 +71,7 @@ class NetworkClock(pl.Callback):
         self.steps, self.network, self.start, self.mark = [], [], 0.0, 0.0
 
     def on_fit_start(self, trainer, module) -> None:
-        forward = module.training_forward
+        forward = module.model.forward
 
         def timed(images: Tensor) -> list[Tensor]:
             start = now()
@@ -80,7 +80,7 @@ class NetworkClock(pl.Callback):
             logits[-1].register_hook(lambda _: self._mark())
             return logits
 
-        module.training_forward = timed
+        module.model.forward = timed
 
     def _mark(self) -> None:
         self.mark = now()

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import os
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from src.model.network import ANCHORS
@@ -11,14 +12,63 @@ from src.model.network import ANCHORS
 REPOSITORY = Path(__file__).parents[1]
 DATA_ROOT = "data"  # default folder of the data; only this one is created to download PASCAL VOC
 VOC_CLASSES = tuple(
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor".split()
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor".split()
 )
-SHAPE_CLASSES = tuple("circle triangle star ring crescent heart arrow bolt".split())
+SHAPE_CLASSES = ("circle", "triangle", "star", "ring", "crescent", "heart", "arrow", "bolt")
+DATASETS = {
+    "voc": "PASCAL VOC",
+    "yolo": "YOLO data set",
+    "coco": "COCO data set",
+    "shapes": "synthetic",
+}
+FRACTIONS = ("val_fraction", "mosaic_prob", "min_visibility", "warmup_fraction", "ema_decay")
+COUNTS = ("epochs", "batch_size", "accumulate_grad_batches", "multiscale_interval", "devices")
+
+
+def atomic_write(
+    path: Path, write: Callable, mode: str = "wb", keep_as: Path | None = None, **options
+) -> None:
+    """Write a file completely or not at all.
+
+    Calls `write(file)` on a temporary file beside `path`, syncs it and renames it.
+    keep_as: new name of the file that `path` replaces. options: of `open`.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, mode, **options) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if keep_as and path.exists():
+        os.replace(path, keep_as)
+    os.replace(part, path)
+
+
+def setting(default, *, data: bool = False, resumable: bool = False):
+    """Declare a field of `Config`.
+
+    default: a value, or a function that returns it. data: it determines the batches, so a data
+    module made with another value is refused. resumable: it may differ when a run is resumed.
+    """
+    kind = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{kind: default}, metadata={"data": data, "resumable": resumable})
 
 
 class Settings:
     """Base of the dataclasses that hold a run's settings: copies and JSON files."""
+
+    @classmethod
+    def names(cls, **metadata: bool) -> list[str]:
+        """Return the names of the fields with this metadata, such as data=True; see `setting`."""
+        return [
+            field.name
+            for field in dataclasses.fields(cls)
+            if all(field.metadata.get(key, False) == value for key, value in metadata.items())
+        ]
 
     def replace(self, **changes) -> "Settings":
         """Return a copy with some settings changed."""
@@ -26,35 +76,25 @@ class Settings:
 
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON, atomically."""
-        part = Path(f"{path}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(path), lambda file: file.write(text), "w", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Settings":
-        """Read settings written by `save`, with current or former names. Raises ValueError that names file and field."""
+        """Read settings written by `save`. Raises ValueError that names file and field."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not a JSON file of settings: {error}.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} is not a JSON file of settings: it has no names.")
-        values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
+        if unknown := set(values) - set(cls.names()):
             raise ValueError(
-                f"{path}: unknown settings {sorted(unknown)}. Remove them, or use the version that wrote the file."
+                f"{path}: unknown settings {sorted(unknown)}. "
+                "Remove them, or use the version that wrote the file."
             )
         return cls(**values)
-
-
-DATASETS = {
-    "voc": "PASCAL VOC",
-    "yolo": "YOLO data set",
-    "coco": "COCO data set",
-    "shapes": "synthetic",
-}
 
 
 @dataclass(frozen=True)
@@ -62,60 +102,51 @@ class Config(Settings):
     """Settings of one run, written as JSON into its folder; `Config.load` reads them back."""
 
     # data
-    dataset: str = "voc"  # "voc": files in data_root, also recognized as "yolo" or "coco"; "shapes": synthetic data set
-    data_root: str = field(
-        default_factory=lambda: os.environ.get("VOC_ROOT", DATA_ROOT)
-    )  # of VOCdevkit, data.yaml or COCO
-    train_splits: tuple[str, ...] = ("2007/trainval", "2012/trainval")
-    val_splits: tuple[str, ...] = (
-        "2007/test",
-    )  # empty: val_fraction of the training images, at random
-    val_fraction: float = 0.2
-    classes: tuple[str, ...] = (
-        VOC_CLASSES  # YOLO and COCO: the default stands for the data set's own classes
+    # "voc": files in data_root, also recognized as "yolo" or "coco"; "shapes": synthetic data set
+    dataset: str = setting("voc", data=True)
+    data_root: str = setting(  # folder of VOCdevkit, data.yaml or COCO
+        lambda: os.environ.get("VOC_ROOT", DATA_ROOT), data=True, resumable=True
     )
-    skip_bad_files: bool = False  # leave out unusable images instead of raising an error
-    shapes_train: int = 1200  # training images of the synthetic data set
-    shapes_val: int = 300
-    cache_gb: float = 12.0  # maximum size of each cache of resized images on disk; 0: no cache
-    num_workers: int = (
-        -1
-    )  # loader processes per device; -1: the cores divided by the devices, at most 8
+    train_splits: tuple[str, ...] = setting(("2007/trainval", "2012/trainval"), data=True)
+    val_splits: tuple[str, ...] = setting(("2007/test",), data=True)  # empty: see val_fraction
+    val_fraction: float = setting(0.2, data=True)  # of the training images, at random
+    # YOLO and COCO: the default stands for the data set's own classes
+    classes: tuple[str, ...] = setting(VOC_CLASSES, data=True)
+    skip_bad_files: bool = setting(False, data=True, resumable=True)  # leave out unusable images
+    shapes_train: int = setting(1200, data=True)  # training images of the synthetic data set
+    shapes_val: int = setting(300, data=True)
+    cache_gb: float = setting(12.0, resumable=True)  # limit per cache of resized images; 0: none
+    # loader processes per device; -1: the cores divided by the devices, at most 8
+    num_workers: int = setting(-1, resumable=True)
 
     # images
-    image_size: int = 416  # width and height in pixels, a multiple of 32
-    multiscale_sizes: tuple[
-        int, ...
-    ] = ()  # image sizes of multi-resolution training; empty: image_size only
+    image_size: int = setting(416, data=True)  # width and height in pixels, a multiple of 32
+    # image sizes of multi-resolution training; empty: image_size only
+    multiscale_sizes: tuple[int, ...] = setting((), data=True)
     multiscale_interval: int = 10  # steps until the next random image size
-    mosaic_prob: float = 0.75  # fraction of the training samples that are four-image mosaics
-    close_mosaic_epochs: int = (
-        2  # last epochs without mosaics, at image_size; at most half of the epochs
-    )
-    mosaic_scale: tuple[float, float] = (
-        0.7,
-        1.1,
-    )  # long side of an image in a mosaic, relative to the canvas
-    image_scale: tuple[float, float] = (0.85, 1.15)  # the same for single images
-    min_visibility: float = 0.25  # boxes with a smaller visible fraction of their area are dropped
+    mosaic_prob: float = setting(0.75, data=True)  # fraction of four-image mosaics
+    # last epochs without mosaics, at image_size; at most half of the epochs
+    close_mosaic_epochs: int = setting(2, data=True)
+    # long side of an image in a mosaic, relative to the canvas; the same for single images
+    mosaic_scale: tuple[float, float] = setting((0.7, 1.1), data=True)
+    image_scale: tuple[float, float] = setting((0.85, 1.15), data=True)
+    # boxes with a smaller visible fraction of their area are dropped
+    min_visibility: float = setting(0.25, data=True)
 
     # model
     width: float = 1.0  # width multiplier: channels of every layer, relative to the paper
-    anchors: tuple = (
-        ANCHORS  # [3 scales][3] (width, height), relative to an image of image_size pixels
-    )
-    pretrained_weights: str = (
-        ""  # a folder or hub id (detector or backbone), darknet53.conv.74 or yolov3.weights
-    )
+    anchors: tuple = ANCHORS  # [3 scales][3] (width, height), relative to an image of image_size
+    # a folder or hub id (detector or backbone), darknet53.conv.74 or yolov3.weights
+    pretrained_weights: str = setting("", resumable=True)
     freeze_epochs: int = 0  # first epochs, in which the backbone is frozen
 
     # training
-    epochs: int = 40
-    batch_size: int = 32  # images per batch and device
-    accumulate_grad_batches: int = (
-        1  # batches per optimizer step; effective batch size: batch_size * this * devices
-    )
-    max_lr: float = 0.0  # peak of OneCycle; 0: find it with the learning-rate range test
+    epochs: int = setting(40, data=True)
+    batch_size: int = setting(32, data=True)  # images per batch and device
+    # batches per optimizer step; effective batch size: batch_size * this * devices
+    accumulate_grad_batches: int = 1
+    # peak of OneCycle; 0: find it with the learning-rate range test. A resumed run keeps its own.
+    max_lr: float = setting(0.0, resumable=True)
     warmup_fraction: float = 0.1  # fraction of the steps in which the learning rate rises
     weight_decay: float = 0.05  # of kernels only, not of biases and batch norm
     gradient_clip_val: float = 10.0  # L2 norm; 0: no clipping
@@ -124,29 +155,27 @@ class Config(Settings):
     objectness_weight: float = 2.0  # of positives
     background_weight: float = 1.0  # objectness of the background
     class_weight: float = 1.0
-    precision: str = (
-        "auto"  # "16-mixed" on CUDA, "bf16-mixed" on a CPU with bfloat16, else "32-true"
-    )
-    compile: bool = False  # torch.compile
-    devices: int = 1  # GPUs, each with a process of its own
-    seed: int = 0
-    run_dir: str = "runs/voc"
-    voc_root: InitVar[str] = ""  # former name of data_root
+    # "auto": "16-mixed" on CUDA, "bf16-mixed" on a CPU with bfloat16, else "32-true"
+    precision: str = setting("auto", resumable=True)
+    devices: int = setting(1, data=True)  # GPUs, each with a process of its own
+    seed: int = setting(0, data=True)
+    run_dir: str = setting("runs/voc", resumable=True)
 
-    def __post_init__(self, voc_root: str):
-        if voc_root:
-            object.__setattr__(self, "data_root", voc_root)
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _as_saved(getattr(self, field.name)))
         for name in ("classes", "train_splits", "val_splits"):
-            value = getattr(self, name)  # a string: ("mask") without its comma
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else _tuples(value))
-        for name in ("multiscale_sizes", "mosaic_scale", "image_scale", "anchors"):
-            object.__setattr__(self, name, _tuples(getattr(self, name)))
-        for name in ("data_root", "run_dir", "pretrained_weights"):
-            object.__setattr__(self, name, os.fspath(getattr(self, name)))
+            if isinstance(getattr(self, name), str):  # ("mask") without its comma
+                object.__setattr__(self, name, (getattr(self, name),))
+        self._validate()
+
+    def _validate(self) -> None:
+        """Raise ValueError that names the first setting that can't be used."""
         for size in (self.image_size, *self.multiscale_sizes):
             if size < 32 or size % 32:
                 raise ValueError(
-                    f"Config: image size {size} is not a positive multiple of 32. Use e.g. {max(32, size // 32 * 32)}."
+                    f"Config: image size {size} is not a positive multiple of 32. "
+                    f"Use e.g. {max(32, size // 32 * 32)}."
                 )
         if self.dataset not in DATASETS:
             raise ValueError(
@@ -156,41 +185,28 @@ class Config(Settings):
             raise ValueError(
                 f"Config.classes is {self.classes}. Name at least one class, each only once."
             )
-        for name in (
-            "val_fraction",
-            "mosaic_prob",
-            "min_visibility",
-            "warmup_fraction",
-            "ema_decay",
-        ):
+        for name in FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"Config.{name} is {getattr(self, name)}. Use a value from 0 to 1."
                 )
-        for name in (
-            "epochs",
-            "batch_size",
-            "accumulate_grad_batches",
-            "multiscale_interval",
-            "devices",
-        ):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"Config.{name} is {getattr(self, name)}. Use at least 1.")
 
     @property
     def pretrained_path(self) -> str:
-        """`pretrained_weights`, completed to an absolute path if weights are there only in the repository's folder."""
-        local, shipped = Path(self.pretrained_weights), REPOSITORY / self.pretrained_weights
+        """`pretrained_weights`, or its absolute path if only the repository's folder has it."""
+        local = Path(self.pretrained_weights)
+        shipped = REPOSITORY / self.pretrained_weights
         is_local = local.is_file() or (local / "config.json").exists()
-        return (
-            str(shipped)
-            if self.pretrained_weights and shipped.exists() and not is_local
-            else self.pretrained_weights
-        )
+        if self.pretrained_weights and shipped.exists() and not is_local:
+            return str(shipped)
+        return self.pretrained_weights
 
     @property
     def canvas_size(self) -> int:
-        """Size of the training samples: the largest of all image sizes, so that batches are only ever downscaled."""
+        """Size of the training samples: the largest image size, so batches are only downscaled."""
         return max((self.image_size, *self.multiscale_sizes))
 
     @property
@@ -199,29 +215,16 @@ class Config(Settings):
         return self.epochs - min(self.close_mosaic_epochs, self.epochs // 2)
 
 
-FORMER_NAMES = {  # names in config.json of older runs
-    "data": "dataset",
-    "voc_root": "data_root",
-    "sizes": "multiscale_sizes",
-    "size_steps": "multiscale_interval",
-    "mosaic": "mosaic_prob",
-    "mosaic_off_epochs": "close_mosaic_epochs",
-    "single_scale": "image_scale",
-    "min_visible": "min_visibility",
-    "clip": "gradient_clip_val",
-    "warmup": "warmup_fraction",
-    "workers": "num_workers",
-    "weights": "pretrained_weights",
-}
-
-
-def _tuples(value):
-    """Convert lists and ranges, also nested, to tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple | range) else value
+def _as_saved(value):
+    """Convert lists and ranges, also nested, to tuples, and paths to strings."""
+    if isinstance(value, list | tuple | range):
+        return tuple(map(_as_saved, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 PRESETS = {
-    "voc": Config(),  # the assignment: full width, 416 pixels, 07+12 trainval to 07 test; needs a GPU
+    # the assignment: full width, 416 pixels, 07+12 trainval to 07 test; needs a GPU
+    "voc": Config(),
     "small": Config(  # your own data on a CPU or a small GPU, from the detector in weights/
         image_size=224,
         width=0.25,

@@ -1,11 +1,10 @@
 """Settings: validated, saved, loaded."""
 
 import dataclasses
-import json
 
 import pytest
 
-from src.config import FORMER_NAMES, VOC_CLASSES, Config
+from src.config import VOC_CLASSES, Config
 from src.model.network import ANCHORS
 
 
@@ -15,30 +14,6 @@ def test_saved_settings_load_unchanged(tmp_path):
     )
     config.save(tmp_path / "run" / "config.json")
     assert Config.load(tmp_path / "run" / "config.json") == config
-
-
-def test_every_former_name_loads(tmp_path):
-    """The settings of an older run, written under all former names."""
-    config = Config(
-        dataset="shapes",
-        data_root="/somewhere",
-        multiscale_sizes=(64, 96),
-        multiscale_interval=3,
-        mosaic_prob=0.5,
-        close_mosaic_epochs=7,
-        image_scale=(0.5, 0.9),
-        min_visibility=0.1,
-        gradient_clip_val=1.0,
-        warmup_fraction=0.2,
-        num_workers=5,
-        pretrained_weights="darknet53.conv.74",
-    )
-    values = dataclasses.asdict(config)
-    for former, name in FORMER_NAMES.items():
-        assert values[name] != getattr(Config(), name), name
-        values[former] = values.pop(name)
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert Config.load(tmp_path / "config.json") == config
 
 
 def test_unknown_settings_and_broken_files_are_named(tmp_path):
@@ -97,15 +72,6 @@ def test_settings_are_frozen():
 def test_data_root_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("VOC_ROOT", "/somewhere")
     assert Config().data_root == "/somewhere"
-
-
-def test_voc_root_is_the_former_name_of_data_root():
-    config = Config(voc_root="/somewhere")
-    assert config == Config(data_root="/somewhere") and "voc_root" not in dataclasses.asdict(config)
-    assert (
-        config.replace(epochs=3).data_root == "/somewhere"
-        and config.replace(voc_root="/other").data_root == "/other"
-    )
 
 
 def test_voc_classes_and_anchors():

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.config import SHAPE_CLASSES, Config
+from src.config import SHAPE_CLASSES, Config, atomic_write
 from src.data.datamodule import DetectionDataModule
 from src.training.callbacks import Progress, ResumableCSVLogger
 from src.training.checkpoints import (
@@ -25,7 +25,6 @@ from src.training.checkpoints import (
     PREVIOUS,
     AtomicCheckpointIO,
     BestCheckpoint,
-    atomic_write,
     find_corruption,
     latest_valid_checkpoint,
     run_lock,

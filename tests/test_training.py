@@ -475,6 +475,7 @@ def test_resized_batch_equals_a_batch_read_at_that_size(size):
     torch.testing.assert_close(batch["targets"], expected["targets"], atol=1e-6, rtol=0)
 
     calls, model = [], build_model(config)
+    model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
     detector = SimpleNamespace(
         config=config,
         model=model,
@@ -483,7 +484,6 @@ def test_resized_batch_equals_a_batch_read_at_that_size(size):
         log_dict=lambda *_, **__: None,
         log=lambda *_, **__: None,
         optimizers=lambda: SimpleNamespace(param_groups=[{"lr": 0.1}]),
-        training_forward=lambda images: calls.append(images) or model(images),
         loss=lambda *inputs: calls.append(inputs) or {"loss": torch.zeros(1)},
     )
     YOLOv3Module.training_step(detector, batch, 0)

@@ -80,30 +80,6 @@ def _world_and_rank() -> tuple[int, int]:
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
 
-DATA_FIELDS = (  # fields of Config that determine the batches
-    "dataset",
-    "data_root",
-    "train_splits",
-    "val_splits",
-    "val_fraction",
-    "classes",
-    "skip_bad_files",
-    "shapes_train",
-    "shapes_val",
-    "image_size",
-    "multiscale_sizes",
-    "mosaic_prob",
-    "close_mosaic_epochs",
-    "mosaic_scale",
-    "image_scale",
-    "min_visibility",
-    "epochs",
-    "batch_size",
-    "devices",
-    "seed",
-)
-
-
 class DetectionDataModule(pl.LightningDataModule):
     """Training and validation split of a data set, and their loaders. `prepare_data` downloads VOC if needed.
 
@@ -121,14 +97,15 @@ class DetectionDataModule(pl.LightningDataModule):
 
         Raises ValueError if it differs in a data setting from the config that this module was created with.
         """
-        for name in DATA_FIELDS:
+        names = config.names(data=True)
+        for name in names:
             own, given = getattr(self.given, name), getattr(config, name)
             if given not in (own, getattr(self.config, name)):
                 raise ValueError(
                     f"The data module was created with Config.{name} = {own!r}, but the config has {given!r}. "
                     "Create a new one with DetectionDataModule(config)."
                 )
-        return config.replace(**{name: getattr(self.config, name) for name in DATA_FIELDS})
+        return config.replace(**{name: getattr(self.config, name) for name in names})
 
     def prepare_data(self) -> None:
         """Download VOC's published splits if they are missing."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from src.training.checkpoints import atomic_write
+from src.config import atomic_write
 from src.training.module import sample_image_size
 
 TIMED_STEPS = 10  # from which the time of an epoch is estimated

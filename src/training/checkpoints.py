@@ -1,10 +1,8 @@
 """The folder of a run: atomic files, valid checkpoints, the config to resume with, and a lock."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +11,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 
-from src.config import Config
+from src.config import Config, atomic_write
 
 try:
     import fcntl
@@ -22,39 +20,7 @@ except ImportError:  # Windows
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 RESUME_CANDIDATES = (LAST, PREVIOUS, "last-1.ckpt")  # best first; older runs wrote "last-1.ckpt"
-RESUMABLE_FIELDS = (  # may differ when a run is resumed
-    "data_root",
-    "skip_bad_files",
-    "cache_gb",
-    "num_workers",
-    "precision",
-    "compile",
-    "run_dir",
-    "max_lr",
-    "pretrained_weights",
-)
 DIGEST_MARK, DIGEST_SIZE = b"blake2b:", 32
-
-
-def atomic_write(
-    path: Path, write: Callable, mode: str = "wb", keep_as: Path | None = None, **options
-) -> None:
-    """Write a file completely or not at all: call `write(file)` on a temporary file beside `path`, sync it, rename it.
-
-    keep_as: new name of the file that `path` replaces.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, mode, **options) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    if keep_as and path.exists():
-        os.replace(path, keep_as)
-    os.replace(part, path)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -196,10 +162,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 def config_for_resume(config: Config, path: Path) -> Config:
     """Return `config` with the learning rate of the run whose settings are at `path`.
 
-    Only RESUMABLE_FIELDS may differ. Raises ValueError that names the first field that differs.
+    Raises ValueError that names the first field that differs and isn't resumable, see `setting`.
     """
     saved = type(config).load(path)
-    for name in (field.name for field in fields(config) if field.name not in RESUMABLE_FIELDS):
+    for name in config.names(resumable=False):
         if getattr(saved, name) != getattr(config, name):
             raise ValueError(
                 f"Config.{name} is {getattr(config, name)}, but {path} was started with {getattr(saved, name)}. "

@@ -73,11 +73,7 @@ class YOLOv3Module(OneCycleModule):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.model = self.network = build_model(config)  # checkpoints contain it under both names
-        self.training_forward = self.model.__call__
-        if config.compile:  # one graph per image size; beyond the limit (default 8) torch only warns and does not compile
-            torch._dynamo.config.cache_size_limit = 64
-            self.training_forward = torch.compile(self.model.forward, dynamic=False)
+        self.model = build_model(config)
         self.loss, self.cell_accuracy, self.accumulator = (
             YOLOLoss(config),
             CellAccuracy(),
@@ -93,7 +89,7 @@ class YOLOv3Module(OneCycleModule):
             size != images.shape[-1]
         ):  # always smaller; targets are fractions of the image and don't change
             images = resize(images, [size, size], antialias=True)
-        logits = self.training_forward(to_network_input(images))
+        logits = self.model(to_network_input(images))
         terms = self.loss(logits, batch["targets"], self.model.anchors_at(size))
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
