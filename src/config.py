@@ -15,7 +15,7 @@ VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
     "motorbike person pottedplant sheep sofa train tvmonitor".split()
 )
-SHAPE_CLASSES = ("circle", "triangle", "star", "ring", "crescent", "heart", "arrow", "bolt")
+SHAPE_CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "arrow")
 DATASETS = {
     "voc": "PASCAL VOC",
     "yolo": "YOLO data set",
