@@ -1,235 +1,52 @@
-"""The changes that `run_ablations` compares: other settings, losses, anchors and initializations."""
+"""Train on VOC with one change to the recipe at a time, and measure.
 
+python -m benchmarks ablations NAME [NAME ...]    trains each change that has no result yet
+python -m benchmarks ablations --table            prints the results so far as Markdown
+The environment variable VOC_ROOT names the folder that holds VOCdevkit. Results are written to
+runs/ablations/SPLITS-SIZE-EPOCHS[-backbone]/NAME-SEED/result.json. A second call resumes a run.
+"""
+
+import argparse
+import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache, partial
+from pathlib import Path
+from statistics import mean
 from unittest import mock
 
-import albumentations as A
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
-from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
-from src.data.mosaic import MosaicDataset, Sample
-from src.model.boxes import cxcywh_to_xyxy, decode_above, decode_boxes
 from src.model.network import Residual, YOLOv3
-from src.training.loss import Assigned, YOLOLoss, assign_targets, complete_iou_loss, wh_iou
-from src.training.module import YOLOv3Module
+from src.training.fit import evaluate, fit
+from src.training.loss import IGNORE_IOU, complete_iou_loss, wh_iou
+from src.training.metrics import Evaluation, per_class_table
 
-BASE = Config(
-    train_splits=("2012/train",),
-    val_splits=("2012/val",),
-    image_size=160,
-    width=0.25,
-    batch_size=16,
-    max_lr=6e-3,
-    num_workers=0,
-)
+RUNS = Path("runs/ablations")
+SPLITS = {"2012": ("2012",), "both": ("2007", "2012")}  # years of VOC
+BASE = Config(width=0.25, batch_size=16, max_lr=6e-3, num_workers=1)
 
-BoxLoss = tuple[Tensor, Tensor]  # as `complete_iou_loss` returns: loss and IoU of each box
+initialize = YOLOv3._initialize
 
 
-def generalized_iou(predictions: Tensor, targets: Tensor) -> BoxLoss:
-    """Generalized IoU loss; Rezatofighi et al. 2019."""
-    predictions, targets = cxcywh_to_xyxy(predictions), cxcywh_to_xyxy(targets)
-    return generalized_box_iou_loss(predictions, targets), box_iou(predictions, targets).diagonal()
+def certain_boxes(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`complete_iou_loss` with 1 instead of the IoU as objectness target; YOLOv3, section 2.1."""
+    loss, iou = complete_iou_loss(predictions, targets)
+    return loss, torch.ones_like(iou)
 
 
-def course_box_loss(predictions: Tensor, targets: Tensor, grids: Tensor) -> BoxLoss:
-    """The course's box loss: mean squared error of the centre in cells and of log width and height.
-
-    grids [N]: cells per side of each box's scale.
-    """
-    centre = (predictions[:, :2] - targets[:, :2]) * grids[:, None]
-    cost = (
-        torch.cat((centre, (predictions[:, 2:] / targets[:, 2:]).log()), dim=1).square().mean(dim=1)
-    )
-    return cost, box_iou(cxcywh_to_xyxy(predictions), cxcywh_to_xyxy(targets)).diagonal()
-
-
-class CourseBoxLoss(YOLOLoss):
-    """`course_box_loss` instead of complete IoU."""
-
-    def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
-        grids = torch.tensor([level.shape[2] for level in logits]).repeat_interleave(len(targets))
-        with mock.patch(
-            "src.training.loss.complete_iou_loss", partial(course_box_loss, grids=grids)
-        ):
-            return super().forward(logits, targets, anchors)
-
-
-class CertainObjectness(YOLOLoss):
-    """The objectness target of a positive is 1, as in YOLOv3 (section 2.1), instead of the IoU of its box."""
-
-    @staticmethod
-    def _objectness(logit: Tensor, iou: Tensor) -> Tensor:
-        return softplus(-logit)
-
-
-class HalfCertainObjectness(YOLOLoss):
-    """The objectness target of a positive is the mean of 1 and the IoU of its box."""
-
-    @staticmethod
-    def _objectness(logit: Tensor, iou: Tensor) -> Tensor:
-        return YOLOLoss._objectness(logit, (1 + iou) / 2)
-
-
-class FocalObjectness(YOLOLoss):
-    """Quality focal loss for objectness with beta 2; Li et al. 2020, section 3.2."""
-
-    @staticmethod
-    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
-        logit = level[..., 0].float().contiguous()
-        cost = logit.sigmoid().square() * softplus(logit)
-        return cost.masked_fill(assigned.positive | mask, 0).sum()
-
-    @staticmethod
-    def _objectness(logit: Tensor, iou: Tensor) -> Tensor:
-        return (logit.sigmoid() - iou.detach()).square() * YOLOLoss._objectness(logit, iou)
-
-
-class FittingAnchorsPositive(YOLOLoss):
-    """Anchors with wh_iou above 0.5 are positives too."""
-
-    @staticmethod
-    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
-        return YOLOLoss._background(level, assigned, mask | assigned.ignored)
-
-    def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
-        terms = super().forward(logits, targets, anchors)
-        assigned = assign_targets(
-            targets, [level.shape[2] for level in logits], anchors, len(logits[0])
-        )
-        extra = 0.0
-        for level, part, scale in zip(logits, assigned, anchors, strict=True):
-            for number, shape_iou in enumerate(wh_iou(targets[:, 4:6], scale).unbind(dim=1)):
-                cell = part.image, number, part.row, part.column
-                rows, fits = level[cell].float(), (shape_iou > 0.5) & ~part.positive[cell]
-                boxes = decode_boxes(
-                    rows[:, 1:5], part.column, part.row, scale[number], level.shape[2]
-                )
-                box, iou = complete_iou_loss(boxes, targets[:, 2:6])
-                label = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5)).float()
-                cost = (
-                    self.config.box_weight * box
-                    + self.config.objectness_weight * self._objectness(rows[:, 0], iou)
-                )
-                cost = cost + binary_cross_entropy_with_logits(
-                    rows[:, 5:], label, reduction="none"
-                ).sum(dim=1)
-                extra = extra + (cost * fits).sum()
-        return terms | {"loss": terms["loss"] + extra / max(1, 3 * len(targets))}
-
-
-class IgnoreFittingAnchors(YOLOLoss):
-    """Anchors with wh_iou above 0.5 are ignored, as in the course, whatever they predict."""
-
-    @staticmethod
-    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
-        return YOLOLoss._background(level, assigned, assigned.ignored)
-
-
-class IgnoreNothing(YOLOLoss):
-    """Every cell that is not positive is background."""
-
-    @staticmethod
-    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
-        return YOLOLoss._background(level, assigned, assigned.positive)
-
-
-def softmax_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
-    """The course's class loss: cross entropy of a softmax over the classes."""
-    return -classes * logits.log_softmax(dim=1)
-
-
-def softmax_decode_above(logits: list[Tensor], anchors: Tensor, confidence: float) -> list:
-    """`decode_above` for softmax classes: replace class logits by those whose sigmoid is the softmax."""
-    levels = []
-    for level in logits:
-        level = level.float()
-        levels.append(
-            torch.cat((level[..., :5], level[..., 5:].softmax(dim=-1).logit(eps=1e-6)), dim=-1)
-        )
-    return decode_above(levels, anchors, confidence)
-
-
-def focal_classes(logits: Tensor, classes: Tensor, reduction: str) -> Tensor:
-    """Focal loss with gamma 2; Lin et al. 2017."""
-    return sigmoid_focal_loss(logits, classes, alpha=-1, gamma=2)
-
-
-def flip_only() -> A.Compose:
-    """Augmentation without changes of brightness and colour."""
-    boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], check_each_transform=False)
-    return A.Compose([A.HorizontalFlip(p=0.5)], bbox_params=boxes)
-
-
-plain_sample = MosaicDataset.__getitem__
-
-
-def mixup_sample(self, sample_id: int) -> Sample:
-    """Mixup of half of the samples, until mosaics end: two samples blended, with the objects of both.
-
-    Zhang et al. 2019, "Bag of Freebies for Training Object Detection Neural Networks", section 3.1; shares from Beta(8, 8).
-    """
-    image, boxes, labels = plain_sample(self, sample_id)
-    random, epoch = np.random.default_rng((self.config.seed, sample_id, 1)), sample_id // len(self)
-    if random.random() >= 0.5 or epoch >= self.config.close_mosaic_epoch:
-        return image, boxes, labels
-    other = plain_sample(self, epoch * len(self) + int(random.integers(len(self))))
-    image = torch.lerp(other[0].float(), image.float(), random.beta(8, 8)).round().byte()
-    return image, torch.cat((boxes, other[1])), torch.cat((labels, other[2]))
-
-
-plain_mosaic = MosaicDataset._mosaic
-
-
-@cache
-def rare_class_weights(dataset: MosaicDataset) -> np.ndarray:
-    """Probability of every image, proportional to 1 / sqrt(the fraction of images that show its rarest class).
-
-    Repeat factor sampling with threshold 1; Gupta et al. 2019, "LVIS".
-    """
-    present = [np.unique(record.labels) for record in dataset.records]
-    images_per_class = np.bincount(np.concatenate(present))
-    weights = np.array(
-        [
-            (len(present) / images_per_class[labels].min(initial=len(present))) ** 0.5
-            for labels in present
-        ]
-    )
-    return weights / weights.sum()
-
-
-class WeightedImages(np.random.Generator):
-    """Random numbers whose `integers` are images, drawn with `probabilities`."""
-
-    probabilities: np.ndarray
-
-    def integers(self, count: int, size: int) -> np.ndarray:
-        return self.choice(count, size, p=self.probabilities)
-
-
-def rare_class_mosaic(self, index: int, random: np.random.Generator) -> tuple:
-    """Mosaic whose three other images are drawn with `rare_class_weights`."""
-    random = WeightedImages(random.bit_generator)
-    random.probabilities = rare_class_weights(self)
-    return plain_mosaic(self, index, random)
-
-
-configure_optimizers, initialize = YOLOv3Module.configure_optimizers, YOLOv3._initialize
-
-
-def decay_everything(self) -> dict:
-    """Apply weight decay to biases and batch norm as well."""
-    optimizers = configure_optimizers(self)
-    for group in optimizers["optimizer"].param_groups:
-        group["weight_decay"] = self.config.weight_decay
-    return optimizers
+def fitting_shapes(level: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
+    """Mark what the course ignores: anchors of an object's cell with wh_iou above 0.5."""
+    grid = level.shape[2]
+    column, row = (targets[:, 2:4] * grid).long().clamp(0, grid - 1).unbind(dim=1)
+    number, anchor = (wh_iou(targets[:, 4:6], anchors) > IGNORE_IOU).nonzero(as_tuple=True)
+    mask = torch.zeros(level.shape[:4], dtype=torch.bool)  # [B, 3, G, G]
+    mask[targets[number, 0].long(), anchor, row[number], column[number]] = True
+    return mask
 
 
 def zero_bias(self) -> None:
@@ -247,89 +64,33 @@ def nonzero_residuals(self) -> None:
             torch.nn.init.ones_(module.body[1][1].weight)
 
 
-def kmeans_anchors(config: Config) -> tuple:
-    """Nine anchors by k-means on the boxes of 1,000 training samples, distance 1 - IoU; YOLO9000 (2017), section 2."""
-    data = DetectionDataModule(config)
-    data.setup()
-    sizes = torch.cat([data.train_data[sample_id][1][:, 2:] for sample_id in range(1000)])
-    anchors = sizes[sizes.prod(dim=1).argsort()][torch.linspace(0, len(sizes) - 1, 9).long()]
-    for _ in range(50):
-        cluster = wh_iou(sizes, anchors).argmax(dim=1)
-        anchors = torch.stack([sizes[cluster == number].mean(dim=0) for number in range(9)])
-    anchors = anchors[anchors.prod(dim=1).argsort(descending=True)]
-    return tuple(tuple(map(tuple, scale)) for scale in anchors.view(3, 3, 2).tolist())
-
-
 @dataclass(frozen=True)
 class Change:
     """One difference to the baseline: settings, and replacements of names in `src`."""
 
     description: str
-    settings: dict[str, object | Callable[[Config], object]] = field(default_factory=dict)
-    replacements: dict[str, object] = field(default_factory=dict)  # dotted name -> object
-
-    def config(self, base: Config) -> Config:
-        """Apply the settings to `base`."""
-        return base.replace(
-            **{
-                name: value(base) if callable(value) else value
-                for name, value in self.settings.items()
-            }
-        )
-
-
-def loss(replacement: type[YOLOLoss]) -> dict:
-    return {"src.training.module.YOLOLoss": replacement}
+    settings: dict[str, object] = field(default_factory=dict)
+    replacements: dict[str, Callable] = field(default_factory=dict)  # dotted name -> function
 
 
 CHANGES = {
     "baseline": Change("none"),
-    "box-giou": Change(
-        "box loss: generalized IoU",
-        replacements={"src.training.loss.complete_iou_loss": generalized_iou},
-    ),
-    "box-course": Change("box loss: the course's squared errors", replacements=loss(CourseBoxLoss)),
     "box-1": Change("box weight: 1", {"box_weight": 1.0}),
     "object-certain": Change(
-        "objectness target of positives: 1, as in the paper", replacements=loss(CertainObjectness)
+        "objectness target of positives: 1, as in the paper",
+        replacements={"src.training.loss.complete_iou_loss": certain_boxes},
     ),
-    "object-half": Change(
-        "objectness target of positives: mean of 1 and IoU",
-        replacements=loss(HalfCertainObjectness),
-    ),
-    "object-focal": Change("objectness loss: quality focal", replacements=loss(FocalObjectness)),
     "object-1": Change("objectness weight of positives: 1", {"objectness_weight": 1.0}),
     "object-4": Change("objectness weight of positives: 4", {"objectness_weight": 4.0}),
     "bias-zero": Change(
         "initial bias: 0", replacements={"src.model.network.YOLOv3._initialize": zero_bias}
     ),
-    "class-softmax": Change(
-        "class loss: softmax, as in the course",
-        replacements={
-            "src.training.loss.bce": softmax_classes,
-            "src.training.metrics.decode_above": softmax_decode_above,
-        },
-    ),
-    "class-focal": Change(
-        "class loss: focal, gamma 2", replacements={"src.training.loss.bce": focal_classes}
-    ),
     "class-3": Change("class weight: 3", {"class_weight": 3.0}),
     "ignore-shape": Change(
         "ignored: anchors with wh_iou above 0.5, as in the course",
-        replacements=loss(IgnoreFittingAnchors),
-    ),
-    "ignore-never": Change("ignored: nothing", replacements=loss(IgnoreNothing)),
-    "positives-fitting": Change(
-        "positives: all anchors with wh_iou above 0.5", replacements=loss(FittingAnchorsPositive)
-    ),
-    "anchors-kmeans": Change(
-        "anchors: k-means on the training samples", {"anchors": kmeans_anchors}
+        replacements={"src.training.loss.ignore_mask": fitting_shapes},
     ),
     "decay-0.005": Change("weight decay: 0.005", {"weight_decay": 0.005}),
-    "decay-everything": Change(
-        "weight decay: also on biases and batch norm",
-        replacements={"src.training.module.YOLOv3Module.configure_optimizers": decay_everything},
-    ),
     "lr-2e-3": Change("peak learning rate: 2e-3", {"max_lr": 2e-3}),
     "lr-4e-3": Change("peak learning rate: 4e-3", {"max_lr": 4e-3}),
     "lr-1.2e-2": Change("peak learning rate: 1.2e-2", {"max_lr": 1.2e-2}),
@@ -350,18 +111,141 @@ CHANGES = {
     "single-as-mosaic": Change(
         "image scales: single images as in mosaics", {"image_scale": BASE.mosaic_scale}
     ),
-    "colour-none": Change(
-        "augmentation: no change of brightness and colour",
-        replacements={"src.data.mosaic.augmentations": flip_only},
-    ),
-    "mixup": Change(
-        "augmentation: mixup of half of the samples",
-        replacements={"src.data.mosaic.MosaicDataset.__getitem__": mixup_sample},
-    ),
-    "rare-classes": Change(
-        "mosaics: more images of rare classes",
-        replacements={"src.data.mosaic.MosaicDataset._mosaic": rare_class_mosaic},
-    ),
+    "multi": Change("image sizes: several, 0.7 to 1.3 of the size"),
     "frozen-2": Change("backbone: frozen for 2 epochs", {"freeze_epochs": 2}),
     "scratch": Change("backbone: not pretrained", {"pretrained_weights": ""}),
 }
+
+
+def multiscale_sizes(size: int) -> tuple[int, ...]:
+    """Return the multiples of 32 from 0.7 to 1.3 of `size`, such as 160 to 288 for 224."""
+    return tuple(side for side in range(32, 2 * size, 32) if 0.7 * size <= side <= 1.3 * size)
+
+
+def configure(name: str, options: argparse.Namespace) -> Config:
+    """Return the settings of a run: about a tenth of the epochs are without mosaics."""
+    years = SPLITS[options.splits]
+    base = BASE.replace(
+        train_splits=tuple(f"{year}/train" for year in years),
+        val_splits=tuple(f"{year}/val" for year in years),
+        image_size=options.size,
+        epochs=options.epochs,
+        close_mosaic_epochs=max(1, options.epochs // 10),
+        pretrained_weights=options.backbone,
+        multiscale_sizes=multiscale_sizes(options.size) if name == "multi" else (),
+        seed=options.seed,
+        run_dir=str(run_folder(options) / f"{name}-{options.seed}"),
+    )
+    return base.replace(**CHANGES[name].settings)
+
+
+def run_folder(options: argparse.Namespace) -> Path:
+    """Return the folder of all runs with these options."""
+    setting = f"{options.splits}-{options.size}-{options.epochs}"
+    return RUNS / (setting + "-backbone" * bool(options.backbone))
+
+
+def micro_average_precision(evaluation: Evaluation) -> float:
+    """Average precision at IoU 0.5 of all classes' detections in one ranking.
+
+    It varies less than the mean over the classes, some of which have ten objects. The rows get one
+    label, and an image index for each pair of image and class, so detections match only objects of
+    their class.
+    """
+    both = evaluation.predictions, evaluation.ground_truth
+    labels = 1 + int(max(rows[:, 1].max(initial=0) for rows in both))
+    predictions, ground_truth = (
+        np.c_[rows[:, 0] * labels + rows[:, 1], np.zeros(len(rows)), rows[:, 2:]].astype(np.float32)
+        for rows in both
+    )
+    return per_class_table(predictions, ground_truth, ("any",))[0]["ap"]
+
+
+def measure(detector, config: Config) -> dict[str, float]:
+    """Return accuracies, mAP and micro-averaged AP on the validation splits of `config`."""
+    evaluation = evaluate(detector, DetectionDataModule(config))
+    return {
+        **evaluation.accuracies,
+        "mAP50": evaluation.precisions["VOC AP@.5, area"],
+        "micro_AP50": micro_average_precision(evaluation),
+    }
+
+
+def train(name: str, options: argparse.Namespace) -> None:
+    """Train with one change, and write what the last epoch reaches, unless that exists."""
+    config = configure(name, options)
+    result = Path(config.run_dir) / "result.json"
+    if result.exists():
+        return
+    with ExitStack() as stack:
+        for target, replacement in CHANGES[name].replacements.items():
+            stack.enter_context(mock.patch(target, replacement))
+        detector = fit(config, ckpt_path="auto")
+    results = measure(detector, config)
+    for size in options.test_sizes:
+        at_size = measure(detector, config.replace(image_size=size, cache_gb=0))
+        results[f"mAP50 (micro) at {size}"] = (
+            f"{at_size['mAP50']:.3f} ({at_size['micro_AP50']:.3f})"
+        )
+    print(json.dumps(results, indent=1))
+    result.write_text(json.dumps(results))
+    for checkpoint in result.parent.glob("*.ckpt"):
+        checkpoint.unlink()
+
+
+def table(folder: Path) -> str:
+    """Format the results below `folder` as Markdown, with differences to the baseline of the seed.
+
+    Runs with the same seed train on the same images in the same order, so their differences vary
+    less than their values.
+    """
+    results = {}
+    for path in sorted(folder.glob("*/result.json")):
+        name, seed = path.parent.name.rsplit("-", 1)
+        results.setdefault(name, {})[seed] = json.loads(path.read_text())
+    baseline = results.get("baseline", {})
+    header = "| change | micro AP | difference to the baseline | mAP | class | object |"
+    lines = [header, "| --- " * 6 + "|"]
+    for name in sorted(results, key=list(CHANGES).index):
+        runs = results[name]
+        values = {seed: run["micro_AP50"] for seed, run in runs.items()}
+        gains = [
+            f"{value - baseline[seed]['micro_AP50']:+.3f}" if seed in baseline else "?"
+            for seed, value in values.items()
+        ]
+        cells = [
+            f"{CHANGES[name].description} (`{name}`)",
+            " ".join(f"{value:.3f}" for value in values.values()),
+            " ".join(gains),
+            f"{mean(run['mAP50'] for run in runs.values()):.3f}",
+            f"{100 * mean(run['class'] for run in runs.values()):.1f}",
+            f"{100 * mean(run['object@0.05'] for run in runs.values()):.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Train the named changes, or print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks ablations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CHANGES))
+    parser.add_argument("--seed", type=int, default=0, help="of weights and samples (0)")
+    parser.add_argument("--epochs", type=int, default=6, help="(6)")
+    parser.add_argument("--size", type=int, default=160, help="image size in pixels (160)")
+    parser.add_argument("--splits", choices=SPLITS, default="2012", help="years of VOC (2012)")
+    parser.add_argument("--backbone", default="", help="folder of pretrained weights to start from")
+    parser.add_argument(
+        "--test-sizes", type=int, nargs="+", default=[], help="also measure at these image sizes"
+    )
+    parser.add_argument("--table", action="store_true", help="print the results so far")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(CHANGES):
+        parser.error(f"no change {', '.join(sorted(unknown))}")
+    for name in options.names:
+        train(name, options)
+    if options.table:
+        print(table(run_folder(options)))

@@ -7,9 +7,7 @@ YOLOv3) and return the same results as `src`, so that their times can be compare
 import os
 import random
 
-os.environ.setdefault(
-    "NO_ALBUMENTATIONS_UPDATE", "1"
-)  # no look-up of newer versions on the network
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look-up on the network
 
 import albumentations as A
 import cv2
@@ -22,7 +20,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.utils.data import Dataset
 from torchvision.ops import box_iou, complete_box_iou_loss
 
-from src.data.mosaic import augmentations
 from src.data.records import ImageRecord
 
 
@@ -59,19 +56,8 @@ def course_augmentations(image_size: int) -> A.Compose:
     )
 
 
-def same_augmentations(image_size: int) -> A.Compose:
-    """This project's augmentation after a resize; the remaining difference is how images are loaded."""
-    resize = [
-        A.LongestMaxSize(max_size=image_size),
-        A.PadIfNeeded(min_height=image_size, min_width=image_size, fill=114),
-    ]
-    end = [A.Normalize(mean=(0, 0, 0), std=(1, 1, 1), max_pixel_value=255), ToTensorV2()]
-    boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], min_visibility=0.25)
-    return A.Compose([*resize, *augmentations().transforms, *end], bbox_params=boxes)
-
-
 class BaselineDataset(Dataset):
-    """Decode every image of a sample at full size, and build dense targets: float [3, S, S], `dense_targets`."""
+    """Samples like the course's: float [3, S, S], `dense_targets`; all images decoded each time."""
 
     def __init__(
         self,
@@ -88,21 +74,14 @@ class BaselineDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        image, boxes, labels = (
-            self.load_mosaic(index) if random.random() < self.mosaic_prob else self.load(index)
-        )
+        load = self.load_mosaic if random.random() < self.mosaic_prob else self.load
+        image, boxes, labels = load(index)
         out = self.augment(image=image, bboxes=boxes, labels=labels)
-        size, rows = self.image_size, []
+        size = self.image_size
+        rows = []
         for (x1, y1, x2, y2), label in zip(out["bboxes"], out["labels"], strict=True):
-            rows.append(
-                [
-                    label,
-                    (x1 + x2) / 2 / size,
-                    (y1 + y2) / 2 / size,
-                    (x2 - x1) / size,
-                    (y2 - y1) / size,
-                ]
-            )
+            box = np.array([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]) / size
+            rows.append([label, *box])
         return out["image"], dense_targets(rows, [size // 32, size // 16, size // 8], self.anchors)
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,26 +92,19 @@ class BaselineDataset(Dataset):
     def load_mosaic(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Four images at full size around a random point of a canvas of twice the image size."""
         size = 2 * self.image_size
-        x, y = (
-            int(random.uniform(size / 4, 3 * size / 4)),
-            int(random.uniform(size / 4, 3 * size / 4)),
-        )
+        x, y = (int(random.uniform(size / 4, 3 * size / 4)) for _ in "xy")
         canvas = np.full((size, size, 3), 114, dtype=np.uint8)
         all_boxes, all_labels = [], []
-        for corner, number in enumerate([index] + random.choices(range(len(self)), k=3)):
+        for corner, number in enumerate((index, *random.choices(range(len(self)), k=3))):
             image, boxes, labels = self.load(number)
             height, width = image.shape[:2]
             left = x - width if corner in (0, 2) else x
             top = y - height if corner in (0, 1) else y
-            x1, y1, x2, y2 = (
-                max(left, 0),
-                max(top, 0),
-                min(left + width, size),
-                min(top + height, size),
-            )
+            x1, y1 = max(left, 0), max(top, 0)
+            x2, y2 = min(left + width, size), min(top + height, size)
             canvas[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
             for box, label in zip(boxes, labels, strict=True):
-                box = np.clip(box + [left, top, left, top], 0, size)
+                box = np.clip(np.add(box, (left, top, left, top)), 0, size)
                 if box[2] - box[0] > 1 and box[3] - box[1] > 1:
                     all_boxes.append(box)
                     all_labels.append(label)
@@ -140,10 +112,11 @@ class BaselineDataset(Dataset):
 
 
 def dense_targets(rows: list, grids: list[int], anchors: Tensor) -> list[Tensor]:
-    """One grid per scale, [3, G, G, 6]: object (1; -1: ignored; 0: background), cx, cy, w, h in 0..1, class.
+    """One grid per scale, [3, G, G, 6]: object, cx, cy, w, h in 0..1, class.
 
-    rows: class, cx, cy, w, h of each object of one image; anchors [3, 3, 2] in 0..1 of the image. As in the
-    course, the nine anchors of an object are tried in the order of their IoU, highest first.
+    Object is 1, 0 for background, or -1 for ignored. rows: class, cx, cy, w, h of each object of
+    one image; anchors [3, 3, 2] in 0..1 of the image. As in the course, the nine anchors of an
+    object are tried in the order of their IoU, highest first.
     """
     targets = [torch.zeros(3, grid, grid, 6) for grid in grids]
     for label, cx, cy, width, height in rows:
@@ -173,7 +146,10 @@ def anchor_ious(size: Tensor, anchors: Tensor) -> Tensor:
 def dense_loss(
     logits: list[Tensor], dense: list[Tensor], anchors: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
-    """The terms of `YOLOLoss` from dense targets [B, 3, G, G, 6] per scale; targets [N, 6]: image, class, cx, cy, w, h."""
+    """Return the terms of `YOLOLoss` from dense targets, one [B, 3, G, G, 6] per scale.
+
+    targets [N, 6]: image, class, cx, cy, w, h.
+    """
     sums = {name: torch.tensor(0.0) for name in ("box", "objectness", "background", "class")}
     for level, target, scale_anchors in zip(logits, dense, anchors, strict=True):
         positive, boxes = target[..., 0] == 1, dense_boxes(level, scale_anchors)
@@ -198,7 +174,7 @@ def dense_loss(
 
 
 def dense_boxes(level: Tensor, anchors: Tensor) -> Tensor:
-    """Boxes of all cells of one scale: level [B, 3, G, G, F], anchors [3, 2] -> [B, 3, G, G, 4] cxcywh in 0..1."""
+    """Decode one scale: level [B, 3, G, G, F], anchors [3, 2] -> cxcywh in 0..1 [B, 3, G, G, 4]."""
     grid = level.shape[2]
     column = torch.arange(grid).repeat(len(level), 3, grid, 1)
     row = column.permute(0, 1, 3, 2)
@@ -212,84 +188,3 @@ def corners(boxes: Tensor) -> Tensor:
     return torch.cat(
         [boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1
     )
-
-
-def detections(logits: list[Tensor], anchors: Tensor, confidence: float) -> list[list[list[float]]]:
-    """A list of [class, score, x1, y1, x2, y2] above `confidence` per image, filtered from lists of all cells."""
-    cells = []
-    for level, scale_anchors in zip(logits, anchors, strict=True):
-        probability = level[..., :1].sigmoid() * level[..., 5:].sigmoid()
-        score, label = probability.max(dim=-1)
-        rows = torch.cat(
-            [label[..., None], score[..., None], corners(dense_boxes(level, scale_anchors))], dim=-1
-        )
-        cells.append(rows.flatten(1, 3))
-    return [
-        [row for row in image if row[1] > confidence] for image in torch.cat(cells, dim=1).tolist()
-    ]
-
-
-def tensor_iou(one: list[float], two: list[float]) -> float:
-    """IoU of two boxes xyxy, computed with tensors as in the course."""
-    a, b = torch.tensor(one), torch.tensor(two)
-    inter_w = (torch.min(a[2], b[2]) - torch.max(a[0], b[0])).clamp(0)
-    intersection = inter_w * (torch.min(a[3], b[3]) - torch.max(a[1], b[1])).clamp(0)
-    return (
-        intersection
-        / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection)
-    ).item()
-
-
-def float_iou(one: list[float], two: list[float]) -> float:
-    """IoU of two boxes xyxy, computed with Python floats."""
-    intersection = max(0, min(one[2], two[2]) - max(one[0], two[0])) * max(
-        0, min(one[3], two[3]) - max(one[1], two[1])
-    )
-    return intersection / (
-        (one[2] - one[0]) * (one[3] - one[1]) + (two[2] - two[0]) * (two[3] - two[1]) - intersection
-    )
-
-
-def loop_nms(
-    rows: list[list[float]], iou_threshold: float, max_detections: int, iou=tensor_iou
-) -> list[list[float]]:
-    """Non-maximum suppression within each class, of rows [class, score, x1, y1, x2, y2]."""
-    rows = sorted(rows, key=lambda row: row[1], reverse=True)
-    kept = []
-    while rows:
-        best = rows.pop(0)
-        rows = [row for row in rows if row[0] != best[0] or iou(best[2:], row[2:]) <= iou_threshold]
-        kept.append(best)
-    return kept[:max_detections]
-
-
-def average_precision(predictions: list, ground_truth: list, label: int, iou=tensor_iou) -> float:
-    """VOC's average precision (area) of one class at IoU 0.5, one detection at a time.
-
-    predictions: image, class, score, x1, y1, x2, y2; ground_truth: image, class, difficult, x1, y1, x2, y2.
-    """
-    objects = [row for row in ground_truth if row[1] == label]
-    total = len([row for row in objects if not row[2]])
-    matched, true_positives, false_positives, curve = set(), 0, 0, []
-    for row in sorted(
-        (row for row in predictions if row[1] == label), key=lambda row: row[2], reverse=True
-    ):
-        best, best_iou = -1, 0.0
-        for number, object_ in enumerate(objects):
-            if object_[0] == row[0]:
-                value = iou(row[3:], object_[3:])
-                if value > best_iou:
-                    best, best_iou = number, value
-        if best_iou >= 0.5 and objects[best][2]:
-            continue
-        if best_iou >= 0.5 and best not in matched:
-            matched.add(best)
-            true_positives += 1
-        else:
-            false_positives += 1
-        curve.append((true_positives / (true_positives + false_positives), true_positives / total))
-    area, previous = 0.0, 0.0
-    for number, (_, recall) in enumerate(curve):
-        area += (recall - previous) * max(precision for precision, _ in curve[number:])
-        previous = recall
-    return area

@@ -1,143 +1,123 @@
-"""`python -m benchmarks gpu [PART ...] [options]`: what to measure on one GPU, ten minutes in total.
+"""Measure one GPU: whether everything runs, training images per second, and memory.
 
-smoke       training, validation and prediction on the synthetic data set; versions
-throughput  training images per second in float16 and bfloat16
-loader      training samples per second by number of loader processes
-train       train and evaluate on the VOCdevkit in VOC_ROOT, as many epochs as fit into the remaining time
-
-Every result is printed and written to OUT/results.md and OUT/PART.json as soon as it is known. If a part fails or runs out
-of time, its error is written and the next part starts; the exit status is then 1. The last part may use all remaining time,
-each other one half of it. Everything runs on a CPU too (not on Windows): --size 64 --width 0.0625 --batch 4 --seconds 0.1.
+Each result is printed as a row of a Markdown table. It runs on a CPU too, e.g. with
+--size 64 --width 0.0625 --batch 2 --steps 2.
 """
 
 import argparse
-import gc
-import json
-import signal
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import platform
+import tempfile
+from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu_parts import Result, device_name, loader, smoke, throughput
-from benchmarks.gpu_training import train
+from benchmarks.timing import markdown
+from benchmarks.training import NetworkClock, StepClock, random_batch, train_steps
+from src.config import SHAPE_CLASSES, Config
+from src.data.shapes import draw_shapes
+from src.serving.predictor import Predictor
+from src.training.fit import fit
 
-Part = Callable[
-    [argparse.Namespace, float], Iterator[Result]
-]  # called with the options and its limit in seconds
-PARTS: dict[str, Part] = {
-    "smoke": smoke,
-    "throughput": throughput,
-    "loader": loader,
-    "train": train,
-}
+WARMUP = 3  # steps before a measurement
+MEMORY_WIDTHS = (0.25, 0.5, 1.0)
+MEMORY_SIZES = (224, 320, 416, 448)
+
+Result = tuple[str, str]  # what was measured, result
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line; `out` becomes a Path."""
+def speed_config(options: argparse.Namespace, **changes) -> Config:
+    """Settings of a short run whose speed is measured."""
+    settings = {
+        "width": options.width,
+        "image_size": options.size,
+        "batch_size": options.batch,
+        "max_lr": 1e-4,
+        "epochs": 1,
+    }
+    return Config(**(settings | changes))
+
+
+def environment() -> Result:
+    """Versions, and the name and memory of the GPU."""
+    values = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    if torch.cuda.is_available():
+        memory = torch.cuda.mem_get_info()[1] / 1e9
+        values += [torch.cuda.get_device_name(), f"{memory:.0f} GB", f"CUDA {torch.version.cuda}"]
+    return "environment", ", ".join(values)
+
+
+def smoke(options: argparse.Namespace) -> Result:
+    """Train two steps on the synthetic data set, validate, and predict with the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = speed_config(
+            options,
+            dataset="shapes",
+            classes=SHAPE_CLASSES,
+            shapes_train=2 * options.batch,
+            shapes_val=options.batch,
+            cache_gb=0,
+            num_workers=0,
+            run_dir=folder,
+        )
+        detector = fit(config)
+    candidates = Predictor(detector.model).candidates(draw_shapes(1)[0].image)
+    if not (candidates.boxes.isfinite().all() and candidates.scores.isfinite().all()):
+        raise ArithmeticError("Boxes or scores are not finite after two training steps.")
+    return "2 training steps, validation, prediction", "finite"
+
+
+def throughput(options: argparse.Namespace) -> Iterator[Result]:
+    """Images per second of real training steps, and the share of a step outside the network."""
+    for precision in ("16-mixed", "bf16-mixed") if torch.cuda.is_available() else ("bf16-mixed",):
+        config = speed_config(options, precision=precision)
+        batch = random_batch(config)
+        rate = StepClock(WARMUP, options.steps)
+        train_steps(config, batch, rate, WARMUP + options.steps)
+        network_clock = NetworkClock()  # waits for the GPU in every step
+        train_steps(config, batch, network_clock, WARMUP + options.steps)
+        step, network = network_clock.means(WARMUP)
+        images = f"{options.steps * options.batch / rate.seconds:,.1f} images/s"
+        name = f"{precision}, width {options.width:g}, {options.size} px, batch {options.batch}"
+        yield f"training step, {name}", f"{images}, {1 - network / step:.1%} outside the network"
+
+
+def memory(options: argparse.Namespace) -> Iterator[Result]:
+    """Peak memory of real training steps by width and image size."""
+    for width in MEMORY_WIDTHS:
+        for size in MEMORY_SIZES:
+            config = speed_config(options, width=width, image_size=size, precision="16-mixed")
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                train_steps(config, random_batch(config), StepClock(0, WARMUP), WARMUP)
+                peak = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
+            except torch.OutOfMemoryError:
+                peak = "out of memory"
+            yield f"peak memory, width {width:g}, {size} px, batch {options.batch}", peak
+
+
+def results(options: argparse.Namespace) -> Iterator[Result]:
+    """Yield all results, the memory only with a GPU."""
+    yield environment()
+    yield smoke(options)
+    yield from throughput(options)
+    if torch.cuda.is_available():
+        yield from memory(options)
+
+
+def main(arguments: list[str]) -> None:
+    """Print the results as a Markdown table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
-    parser.add_argument(
-        "--minutes", type=float, default=10.0, help="limit of all parts together, default 10"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu"), help="folder of the results, default runs/gpu"
-    )
-    parser.add_argument("--width", type=float, default=1.0, help="width multiplier, default 1")
-    parser.add_argument("--size", type=int, default=416, help="image size in pixels, default 416")
-    parser.add_argument("--batch", type=int, default=32, help="images per batch, default 32")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=5.0,
-        help="minimum time of a measurement of speed, default 5",
-    )
-    parser.add_argument(
-        "--backbone", default="", help="folder of pretrained weights that train starts from"
-    )
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        default=0,
-        help="maximum number of epochs of train, default: what fits",
-    )
-    parser.add_argument(
-        "--max-lr",
-        type=float,
-        default=0.0,
-        help="peak learning rate of train, default: by the range test",
-    )
-    options = parser.parse_args(arguments)
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"Unknown parts {sorted(unknown)}. Choose from {', '.join(PARTS)}.")
-    return options
-
-
-def main(arguments: list[str]) -> None:
-    """Run the parts and exit with status 1 if one failed."""
-    options = parse(arguments)
-    names = [name for name in PARTS if name in (options.parts or PARTS)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGALRM, raise_timeout)
-    deadline, succeeded = time.monotonic() + 60 * options.minutes, []
-    for name in names:
-        seconds = (deadline - time.monotonic()) / (1 if name == names[-1] else 2)
-        succeeded.append(run_part(name, options, max(0.1, seconds)))
-    sys.exit(0 if all(succeeded) else 1)
-
-
-class PartTimeout(BaseException):
-    """The time of a part is over. Not an Exception, which code that expects an error of the disk would handle."""
-
-
-def raise_timeout(*_) -> None:
-    raise PartTimeout("The time of this part is over. Use more --minutes, or name this part alone.")
-
-
-def run_part(name: str, options: argparse.Namespace, seconds: float) -> bool:
-    """Run a part for at most `seconds` and write each of its results. Returns whether it succeeded."""
-    results, start = [], time.monotonic()
-
-    def write(result: Result) -> None:
-        results.append(result | {"seconds_since_start": round(time.monotonic() - start, 1)})
-        content = {"device": device_name(), "options": vars(options), "results": results}
-        (options.out / f"{name}.json").write_text(
-            json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8"
-        )
-        line = f"| {name} | {result['measured']} | {result['result']} |"
-        with open(options.out / "results.md", "a", encoding="utf-8") as file:
-            file.write(
-                line + "\n"
-                if file.tell()
-                else f"| part | measured | result |\n| --- | --- | --- |\n{line}\n"
-            )
-        print(line, flush=True)
-
-    gc.collect()
-    torch.cuda.empty_cache()
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        for result in PARTS[name](options, seconds):
-            write(result)
-        return True
-    except (Exception, PartTimeout) as error:  # any error: continue with the next part
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        traceback.print_exc()
-        text = " ".join(str(error).split())
-        write(
-            {
-                "measured": "failed",
-                "result": f"{type(error).__name__}: {text}"[:500],
-                "traceback": traceback.format_exc(),
-            }
-        )
-        return False
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    parser.add_argument("--width", type=float, default=1.0, help="width multiplier (1)")
+    parser.add_argument("--size", type=int, default=416, help="image size in pixels (416)")
+    parser.add_argument("--batch", type=int, default=32, help="images per batch (32)")
+    parser.add_argument("--steps", type=int, default=50, help="measured steps (50)")
+    rows = []
+    for result in results(parser.parse_args(arguments)):
+        print(*result, sep=": ", flush=True)
+        rows.append(result)
+    print("\n" + markdown([("measured", "result"), *rows]))

@@ -1,6 +1,5 @@
 """Prediction and Grad-CAM, compared with the forward pass of the network alone."""
 
-import copy
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def rows() -> Iterator[Row]:
-    """Yield all rows of this file, at width 1 and 416 pixels, on all cores; ONNX with the shipped weights on one thread."""
+    """Yield all rows: width 1 and 416 pixels on all cores; ONNX with the shipped weights."""
     images = [np.ascontiguousarray(record.image[:375]) for record in draw_shapes(BATCH, 500)]
     predictor = _responsive_predictor(images)
     image = images[0]
@@ -32,39 +31,25 @@ def rows() -> Iterator[Row]:
     def forward_pass() -> None:
         predictor.fused(inputs)
 
-    predict, forward = seconds(lambda: predictor(image), forward_pass, rounds=5)
+    ours, forward = seconds(lambda: predictor(image), forward_pass, rounds=5)
     baseline = f"forward pass alone, fused batch norm, {milliseconds(forward)}"
-    yield Row(
-        "Predictor, one 500 x 375 image",
-        milliseconds(predict),
-        baseline,
-        predict / forward,
-        1.1,
-        True,
-    )
+    name = "Predictor, one 500 x 375 image"
+    yield Row(name, milliseconds(ours), baseline, ours / forward, 1.1, True)
     yield from _gradcam(predictor, image, forward_pass)
-    bf16 = Predictor(copy.deepcopy(predictor.model).bfloat16(), IMAGE_SIZE, device="cpu")
-    jobs = (
-        lambda: [predictor(i) for i in images],
-        lambda: predictor.batch(images),
-        lambda: bf16.batch(images),
+    single, batch = seconds(
+        lambda: [predictor(i) for i in images], lambda: predictor.batch(images), rounds=2
     )
-    single, batch, bf16_batch = seconds(*jobs, rounds=2)
     baseline = f"one image at a time, {BATCH / single:.2f} images/s"
-    yield Row(
-        f"Predictor, batches of {BATCH}", f"{BATCH / batch:.2f} images/s", baseline, single / batch
-    )
-    yield Row(
-        f"Predictor, batches of {BATCH}, bfloat16",
-        f"{BATCH / bf16_batch:.2f} images/s",
-        baseline,
-        single / bf16_batch,
-    )
+    rate = f"{BATCH / batch:.2f} images/s"
+    yield Row(f"Predictor, batches of {BATCH}", rate, baseline, single / batch)
     yield _onnx(image)
 
 
 def _responsive_predictor(images: list[np.ndarray]) -> Predictor:
-    """Predictor of an untrained network with hundreds of detections: calibrated batch norm, random last layers."""
+    """Return a predictor of an untrained network with hundreds of detections.
+
+    Batch norm is calibrated, the last layers are random.
+    """
     torch.manual_seed(0)
     model = YOLOv3(20, 1.0)
     predictor = Predictor(model, IMAGE_SIZE, device="cpu")
@@ -83,7 +68,7 @@ def _responsive_predictor(images: list[np.ndarray]) -> Predictor:
 def _gradcam(
     predictor: Predictor, image: np.ndarray, forward_pass: Callable[[], None]
 ) -> Iterator[Row]:
-    """Grad-CAM with its detections: of the best detection, and of the maximum number of detections."""
+    """Measure Grad-CAM with its detections: of the best, and of the maximum number of them."""
     scores = predictor(image, confidence=0.01).scores
     confidence = float(scores[MAX_EXPLAINED - 1] + scores[MAX_EXPLAINED]) / 2
     per_scale = Counter(
@@ -97,7 +82,7 @@ def _gradcam(
     )
     baseline = f"forward pass alone, fused batch norm, {milliseconds(forward)}"
     yield Row("Grad-CAM, best detection", milliseconds(best), baseline, best / forward, 3.5, True)
-    name = f"Grad-CAM, {per_scale.total()} detections (the maximum) on {len(per_scale)} of 3 scales"
+    name = f"Grad-CAM, {per_scale.total()} detections (the maximum), {len(per_scale)} of 3 scales"
     yield Row(name, milliseconds(everything), baseline, everything / forward, 3.5, True)
 
 
@@ -107,10 +92,6 @@ def _onnx(image: np.ndarray) -> Row:
         pytorch = Predictor.load(WEIGHTS, device="cpu")
         onnx = Predictor.load(export_onnx(pytorch.model, Path(folder) / "model.onnx"))
         baseline, ours = seconds(lambda: pytorch(image), lambda: onnx(image), rounds=30)
-    name = f"Predictor with an ONNX file, shipped weights, {onnx.image_size} pixels, one thread"
-    return Row(
-        name,
-        milliseconds(ours),
-        f"Predictor with PyTorch, {milliseconds(baseline)}",
-        baseline / ours,
-    )
+    name = f"Predictor with ONNX, shipped weights, {onnx.image_size} pixels, one thread"
+    text = f"Predictor with PyTorch, {milliseconds(baseline)}"
+    return Row(name, milliseconds(ours), text, baseline / ours)

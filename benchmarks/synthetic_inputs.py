@@ -16,7 +16,7 @@ QUALITY, NOISE = 90, 13.0  # about 90 kB per file, as in VOC
 
 
 def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[ImageRecord]:
-    """Write `count` synthetic images as JPEG files of VOC's size to `folder`; return their records."""
+    """Write `count` synthetic images of VOC's size as JPEG files; return their records."""
     random, records = np.random.default_rng(seed), []
     for number, record in enumerate(draw_shapes(count, WIDTH, seed)):
         noise = random.normal(0, NOISE, (HEIGHT, WIDTH, 1))
@@ -34,7 +34,10 @@ def write_jpegs(folder: Path, count: int, seed: int = 0) -> list[ImageRecord]:
 
 
 def random_objects(images: int, mean: int, classes: int = 20, seed: int = 0) -> Tensor:
-    """Targets [N, 6] (image, class, cx, cy, w, h in 0..1) with 1 to 2 * mean - 1 objects per image."""
+    """Return targets [N, 6] with 1 to 2 * mean - 1 objects per image.
+
+    Their columns: image, class, cx, cy, w, h in 0..1.
+    """
     random = np.random.default_rng(seed)
     image = np.repeat(np.arange(images), random.integers(1, 2 * mean, images))
     size = (
@@ -51,7 +54,10 @@ def random_objects(images: int, mean: int, classes: int = 20, seed: int = 0) -> 
 def background_logits(
     images: int, image_size: int = 416, classes: int = 20, seed: int = 0
 ) -> list[Tensor]:
-    """Logits of a trained network on images without objects: three [B, 3, G, G, 5 + C], few objectnesses above 0.01."""
+    """Return logits of a trained network on images without objects: three [B, 3, G, G, 5 + C].
+
+    Few objectnesses are above 0.01.
+    """
     random, levels = torch.Generator().manual_seed(seed), []
     for stride in (32, 16, 8):
         grid = image_size // stride
@@ -64,10 +70,11 @@ def background_logits(
 
 
 def plant(logits: list[Tensor], targets: Tensor, anchors: Tensor, seed: int = 0) -> None:
-    """Write predictions of a mediocre detector for the targets into the logits: about 100 candidates per image above 0.01.
+    """Write predictions of a mediocre detector for the targets into the logits.
 
-    On each scale the object's cell and its eight neighbours predict boxes near the ground truth, with a score that
-    falls with the distance. One in six objects gets a wrong class.
+    On each scale the object's cell and its eight neighbours predict boxes near the ground truth,
+    with a score that falls with the distance. One in six objects gets a wrong class. It makes about
+    100 candidates per image above 0.01.
     """
     random = torch.Generator().manual_seed(seed)
     score = torch.randn(len(targets), generator=random) * 1.5 + 1

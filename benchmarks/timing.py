@@ -24,22 +24,16 @@ class Row:
 
     @property
     def met(self) -> str:
-        """ "met", "not met", or a dash if there is no target."""
+        """Whether the target is met, or a dash if there is none."""
         if not self.target:
             return "-"
-        return (
-            "met"
-            if (self.ratio <= self.target if self.upper_bound else self.ratio >= self.target)
-            else "not met"
-        )
+        met = self.ratio <= self.target if self.upper_bound else self.ratio >= self.target
+        return "met" if met else "not met"
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
-        target = (
-            f"{'at most' if self.upper_bound else 'at least'} {self.target:g}{self.unit}"
-            if self.target
-            else "-"
-        )
+        bound = "at most" if self.upper_bound else "at least"
+        target = f"{bound} {self.target:g}{self.unit}" if self.target else "-"
         ratio = f"{self.ratio:.0f}" if self.ratio >= 100 else f"{self.ratio:.3g}"
         return self.name, self.ours, self.baseline, ratio + self.unit, target, self.met
 
@@ -63,7 +57,7 @@ def markdown(lines: list[tuple[str, ...]]) -> str:
 
 
 def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
-    """Measure the best time of each job. The jobs take turns, so that other load on the machine affects all of them.
+    """Measure the best time of each job. They take turns, so other load affects all of them.
 
     In its turn a job runs at least once and for at least MIN_TURN_S seconds; the mean of these runs counts.
     """
@@ -87,21 +81,6 @@ def now() -> float:
     return time.perf_counter()
 
 
-class Stopwatch:
-    """Add up the time of `with` blocks: `wall` seconds, and `core` seconds of processor time of this process."""
-
-    def __init__(self):
-        self.wall = self.core = 0.0
-
-    def __enter__(self) -> "Stopwatch":
-        self.start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.wall += time.perf_counter() - self.start[0]
-        self.core += time.process_time() - self.start[1]
-
-
 @contextlib.contextmanager
 def threads(count: int):
     """Run the block with this many torch threads."""
@@ -115,10 +94,6 @@ def threads(count: int):
 
 def milliseconds(value: float) -> str:
     """Format a time in seconds."""
-    return (
-        f"{value * 1e3:.2f} ms"
-        if value < 0.01
-        else f"{value * 1e3:.0f} ms"
-        if value < 10
-        else f"{value:.1f} s"
-    )
+    if value >= 10:
+        return f"{value:.1f} s"
+    return f"{value * 1e3:.{2 if value < 0.01 else 0}f} ms"

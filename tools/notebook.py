@@ -1,14 +1,12 @@
-"""Execute notebooks, extract the README's images from them, and write the repository's address into them.
+"""Execute notebooks, and extract the README's images from them.
 
 python -m tools.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
 python -m tools.notebook images
-python -m tools.notebook address https://github.com/OWNER/REPOSITORY
 """
 
 import argparse
 import base64
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -24,38 +22,23 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ("s13_assignment.ipynb", "multi_scale_s13_assignment.ipynb", "app_with_gradCAM.ipynb")
 EXTENSIONS = {"image/jpeg": "jpg", "image/png": "png"}
-BADGES = (
-    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    "(https://colab.research.google.com/github/{0}) "
-    "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
-    "(https://kaggle.com/kernels/welcome?src=https://github.com/{0})"
-)
-MARKER = "<!-- badges -->\n"
 
 
 class Kernel(AsyncKernelManager):
     """A kernel of the current interpreter, whichever kernels are registered."""
 
-    python = (sys.executable,)  # the command that starts the interpreter
-
     @property
     def kernel_spec(self) -> KernelSpec:
-        command = [
-            *self.python,
-            "-m",
-            "ipykernel_launcher",
-            "-f",
-            "{connection_file}",
-            "--log-level=ERROR",
-        ]
+        arguments = "-m ipykernel_launcher -f {connection_file} --log-level=ERROR".split()
+        command = [sys.executable, *arguments]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
 class LocalOutput(OutputWidget):
     """An output widget that doesn't send what it captures back to the kernel.
 
-    nbclient's does, from outside asyncio, on the socket that awaits the end of the cell. It can lose that message, and then
-    waits forever.
+    nbclient's does, from outside asyncio, on the socket that awaits the end of the cell. It can
+    lose that message, and then waits forever.
     """
 
     def send(self, *_, **__) -> None: ...
@@ -89,9 +72,8 @@ def run(
     source: str | Path,
     target: str | Path,
     settings: dict | None = None,
-    kernel: type[AsyncKernelManager] = Kernel,
 ) -> str:
-    """Execute a notebook in its own folder, and write it with its outputs to `target`, even if a cell fails.
+    """Execute a notebook in its folder; write it with its outputs, even if a cell fails.
 
     settings: changes of `config`, applied after the cell tagged "settings".
     Returns an error message that names the cell's heading, or "" if all cells succeeded.
@@ -113,7 +95,7 @@ def run(
         )
     client = LiveClient(
         book,
-        kernel_manager_class=kernel,
+        kernel_manager_class=Kernel,
         timeout=None,
         record_timing=False,
         coalesce_streams=True,
@@ -133,7 +115,10 @@ def run(
             f"{source.name}: a cell under {client.heading!r} failed: {error.ename}: {error.evalue}"
         )
     except DeadKernelError:
-        error_message = f"{source.name}: the kernel died in a cell under {client.heading!r}. Often there is too little memory."
+        error_message = (
+            f"{source.name}: the kernel died in a cell under {client.heading!r}. "
+            "Often there is too little memory."
+        )
     finally:
         _clean(book)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +148,7 @@ def _needs_kernel(data: dict) -> bool:
 def export_images(folder: str | Path = "images") -> list[Path]:
     """Write the first figure of each cell tagged "image:NAME" to `folder`, and return the files.
 
-    Reads the last executed notebooks in runs/, or the notebooks of this repository if there are none.
+    Reads the last executed notebooks in runs/, or this repository's if there are none.
     """
     files = []
     for name in NOTEBOOKS:
@@ -188,46 +173,8 @@ def export_images(folder: str | Path = "images") -> list[Path]:
     return files
 
 
-def set_address(url: str) -> list[str]:
-    """Write the repository's address into the notebooks, with badges there and in the README. Return the changed files.
-
-    An address and badges of an earlier call are replaced. Raises ValueError if it isn't https://github.com/OWNER/REPOSITORY.
-    """
-    url = url.removesuffix("/").removesuffix(".git")
-    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
-        raise ValueError(
-            f"{url!r} is not the address of a repository. Use https://github.com/OWNER/REPOSITORY."
-        )
-    badges = {
-        name: BADGES.format(f"{url.removeprefix('https://github.com/')}/blob/main/{name}")
-        for name in NOTEBOOKS
-    }
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = "".join(f"- `{name}` {line}\n" for name, line in badges.items())
-    texts = {"README.md": re.sub(MARKER + r"(- .*colab-badge\.svg.*\n)*", MARKER + lines, text)}
-    for name in NOTEBOOKS:
-        book = json.loads((ROOT / name).read_text(encoding="utf-8"))
-        for number, cell in enumerate(book["cells"]):
-            source = "".join(cell["source"])
-            if number == 0:
-                title, _, body = re.sub(r"\n\n.*colab-badge\.svg.*", "", source).partition("\n")
-                source = f"{title}\n\n{badges[name]}\n{body}"
-            elif cell["cell_type"] == "code":
-                source = re.sub(
-                    r'^REPOSITORY = ".*"', f'REPOSITORY = "{url}"', source, flags=re.MULTILINE
-                )
-            cell["source"] = source.splitlines(keepends=True)
-        texts[name] = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
-    changed = [
-        name for name, text in texts.items() if text != (ROOT / name).read_text(encoding="utf-8")
-    ]
-    for name in changed:
-        (ROOT / name).write_text(texts[name], encoding="utf-8")
-    return changed
-
-
 def main() -> None:
-    """The command line. Exit status 1 if a cell fails or the address is invalid."""
+    """The command line. Exit status 1 if a cell fails."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.notebook", description=__doc__.partition("\n")[0]
     )
@@ -241,25 +188,13 @@ def main() -> None:
     commands.add_parser(
         "images", help="extract the README's images from the last executed notebooks"
     )
-    address = commands.add_parser(
-        "address", help="write the repository's address and badges into notebooks and README"
-    )
-    address.add_argument("url", help="https://github.com/OWNER/REPOSITORY")
     arguments = parser.parse_args()
     try:
         if arguments.command == "run":
             sys.exit(run(arguments.source, arguments.target, arguments.settings) or 0)
-        if arguments.command == "images":
-            print(
-                "Written:",
-                ", ".join(map(str, export_images())) or "nothing. Execute the notebooks first.",
-            )
-        else:
-            print("Changed:", ", ".join(set_address(arguments.url)) or "nothing")
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a file that is missing or not a notebook, settings, an address
+        files = ", ".join(map(str, export_images()))
+        print("Written:", files or "nothing. Execute the notebooks first.")
+    except (OSError, ValueError) as error:  # a file that is missing or not a notebook; settings
         sys.exit(str(error))
 
 

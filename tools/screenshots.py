@@ -1,6 +1,6 @@
 """Take the README's screenshots of the app: python -m tools.screenshots SPACE [--sample 4]
 
-Serves an exported Space, clicks a sample image, and writes images/app_desktop.png and images/app_phone.png.
+Serves an exported Space, clicks a sample, and writes images/app_desktop.png and app_phone.png.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Prepare this folder for machines without internet, such as Kaggle's: download the packages that are missing here.
+"""Prepare this folder for machines without internet, such as Kaggle's: download missing packages.
 
 python -m tools.wheels
 """
