@@ -16,9 +16,7 @@ from src.serving.images import letterbox, load_image, to_network_input
 from src.serving.onnx_model import OnnxModel
 
 MIN_SCORE = 0.01  # predictions with a lower score are dropped
-CONFIDENCE = (
-    0.35  # default threshold of scores: F1 of the shipped weights is 0.589, its best 0.591 at 0.43
-)
+CONFIDENCE = 0.35  # default: F1 of the shipped weights is 0.589, its best 0.591 at 0.43
 IOU_THRESHOLD = 0.45  # of NMS
 
 
@@ -31,7 +29,7 @@ class Detections:
     labels: np.ndarray  # int64 [n] index into the model's classes
     index: (
         np.ndarray
-    )  # int64 [n] index into the network's K predictions, in the order of boxes.decode
+    )  # int64 [n] index into the network's K predictions, as boxes.decode orders them
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -49,7 +47,10 @@ class Candidates:
     def detections(
         self, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD
     ) -> Detections:
-        """Apply the confidence threshold and NMS. Raises ValueError if a threshold is not in 0..1."""
+        """Apply the confidence threshold and NMS.
+
+        Raises ValueError if a threshold is not in 0..1.
+        """
         for name, value in (("confidence", confidence), ("iou_threshold", iou_threshold)):
             if not (isinstance(value, Real) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a number in 0..1")
@@ -58,7 +59,7 @@ class Candidates:
         )
 
     def top_candidate(self, label: int | None = None) -> Detections:
-        """Return the candidate with the highest score, of one class if `label` is given, below any threshold too."""
+        """Return the candidate with the highest score, at any threshold; of one class if given."""
         index = (
             self.scores.amax(dim=1).argmax() if label is None else self.scores[:, label].argmax()
         )
@@ -73,40 +74,31 @@ class Candidates:
 
 
 class Predictor:
-    """Run a model on images: `predictor(image)` -> Detections. Images are whatever `load_image` takes.
+    """Run a model on images: `predictor(image)` -> Detections.
 
-    The first prediction makes a copy of the model with fused batch norms. Later changes of the model need a new Predictor.
+    Images are whatever `load_image` takes. The first prediction makes a copy of the model with
+    fused batch norms. Later changes of the model need a new Predictor.
     """
 
     def __init__(
         self, model: YOLOv3 | OnnxModel, image_size: int = 0, device: str | torch.device = ""
     ):
-        """image_size: the network's input, default model.image_size. device: default CUDA if available, else the CPU.
+        """Wrap a model.
 
-        An OnnxModel gives the same detections on the CPU, but no Grad-CAM.
+        image_size: the network's input, default model.image_size.
+        device: default CUDA if available, else the CPU, where an OnnxModel runs in any case.
         """
-        onnx = isinstance(model, OnnxModel)
-        self.device = torch.device(
-            device or ("cuda" if torch.cuda.is_available() and not onnx else "cpu")
-        )
-        if onnx and self.device.type != "cpu":
-            raise ValueError(
-                f"An .onnx file runs on the CPU, not on {self.device}. Leave out device, or load PyTorch weights."
-            )
-        self.model = (
-            model if onnx else model.to(self.device, memory_format=torch.channels_last).eval()
-        )
-        self.dtype = torch.float32 if onnx else next(model.parameters()).dtype
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        self.dtype = model.anchors.dtype
         self.image_size = image_size or model.image_size
         self.classes = model.classes
 
     @classmethod
     def load(cls, source: str | Path, **options) -> "Predictor":
-        """Load a model from a folder written by `YOLOv3.save_pretrained`, a Hub id, or an .onnx file of `export_onnx`."""
-        model = (
-            OnnxModel(source) if Path(source).suffix == ".onnx" else YOLOv3.from_pretrained(source)
-        )
-        return cls(model, **options)
+        """Load a folder of `save_pretrained`, a Hub id, or an .onnx file of `export_onnx`."""
+        load = OnnxModel if Path(source).suffix == ".onnx" else YOLOv3.from_pretrained
+        return cls(load(source), **options)
 
     def __call__(
         self, image, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD
@@ -119,8 +111,9 @@ class Predictor:
     ) -> list[Detections]:
         """Detect objects in several images with one forward pass, in the model's precision.
 
-        bfloat16 is not the default: `Predictor(model.bfloat16())` is about twice as fast on CPUs that compute it, but on five
-        photographs its scores differed by up to 0.03, and one detection was added to 15.
+        bfloat16 is not the default: `Predictor(model.bfloat16())` is about twice as fast on CPUs
+        that compute it, but on five photographs its scores differed by up to 0.03, and one
+        detection was added to 15.
         """
         return [
             candidates.detections(confidence, iou_threshold) for candidates in self._forward(images)
@@ -134,19 +127,14 @@ class Predictor:
     @torch.inference_mode(False)  # so that Grad-CAM can use it too
     @torch.no_grad()
     def fused(self) -> YOLOv3:
-        """A copy of the model with each batch norm fused into its convolution: 3-10% faster, scores within 1e-5."""
+        """The model with fused batch norms, a copy: 3-10% faster, scores within 1e-5."""
         return fuse_batch_norms(self.model).to(self.dtype)
 
     @torch.inference_mode()
     def _forward(self, images: Sequence) -> list[Candidates]:
         images = [load_image(image) for image in images]
         inputs, placements = zip(*map(self.preprocess, images), strict=True)
-        inputs = torch.cat(inputs)
-        boxes, scores = (
-            self.model(inputs)
-            if isinstance(self.model, OnnxModel)
-            else self.decode(self.fused(inputs))
-        )
+        boxes, scores = self.decode(self.fused(torch.cat(inputs)))
         return [
             self.postprocess(*prediction, image.shape[1], image.shape[0])
             for *prediction, image in zip(
@@ -155,7 +143,7 @@ class Predictor:
         ]
 
     def preprocess(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """uint8 [H, W, 3] -> network input [1, 3, S, S] on the device, and the letterbox's placement."""
+        """uint8 [H, W, 3] -> network input [1, 3, S, S] and the placement of `letterbox`."""
         square, placement = letterbox(image, self.image_size)
         inputs = to_network_input(torch.from_numpy(square).permute(2, 0, 1)[None].to(self.device))
         return inputs.to(self.dtype), placement
@@ -167,7 +155,10 @@ class Predictor:
     def postprocess(
         self, boxes: Tensor, scores: Tensor, placement: np.ndarray, width: int, height: int
     ) -> Candidates:
-        """Convert boxes [K, 4] and scores [K, C] of one image of width x height pixels; `placement` is its letterbox's."""
+        """Convert boxes [K, 4] and scores [K, C] of one image of width x height pixels.
+
+        placement: what `letterbox` returned.
+        """
         best = scores.amax(dim=1)
         kept = best > MIN_SCORE
         kept[best.argmax()] = True  # so that there is always a top candidate
