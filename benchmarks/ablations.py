@@ -39,7 +39,7 @@ def certain_boxes(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return loss, torch.ones_like(iou)
 
 
-def fitting_shapes(level: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
+def fitting_shapes(level: Tensor, targets: Tensor, counts: list[int], anchors: Tensor) -> Tensor:
     """Mark what the course ignores: anchors of an object's cell with wh_iou above 0.5."""
     grid = level.shape[2]
     column, row = (targets[:, 2:4] * grid).long().clamp(0, grid - 1).unbind(dim=1)

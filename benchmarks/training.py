@@ -34,6 +34,7 @@ def rows() -> Iterator[Row]:
 def _targets_and_loss() -> Iterator[Row]:
     """Measure targets and loss against a loop over boxes that fills grids, and masks on them."""
     targets, anchors = random_objects(BATCH, 6), torch.tensor(ANCHORS)
+    counts = targets[:, 0].long().bincount(minlength=BATCH).tolist()
     logits, loss = background_logits(BATCH), YOLOLoss(Config())
 
     def grids() -> list[Tensor]:
@@ -46,7 +47,7 @@ def _targets_and_loss() -> Iterator[Row]:
     jobs = (
         lambda: assign_targets(targets, GRIDS, anchors, BATCH),
         grids,
-        lambda: loss(logits, targets, anchors),
+        lambda: loss(logits, targets, counts, anchors),
         lambda: dense_loss(logits, grids(), anchors, targets),
     )
     with threads(1):
@@ -120,7 +121,9 @@ def random_batch(config: Config) -> dict[str, Tensor]:
     images = torch.randint(256, (config.batch_size, size, size, 3), dtype=torch.uint8).permute(
         0, 3, 1, 2
     )
-    return {"images": images.to(device), "targets": random_objects(config.batch_size, 6).to(device)}
+    targets = random_objects(config.batch_size, 6)
+    counts = targets[:, 0].long().bincount(minlength=config.batch_size).tolist()
+    return {"images": images.to(device), "targets": targets.to(device), "counts": counts}
 
 
 def train_steps(config: Config, batch: dict[str, Tensor], clock: pl.Callback, steps: int) -> None:

@@ -57,7 +57,8 @@ def our_jobs(config: Config, image: Path) -> tuple[Job, Job]:
     def step() -> None:
         images = to_network_input(batch["images"])
         anchors = model.anchors_at(images.shape[-1])
-        detector.loss(model(images), batch["targets"], anchors)["loss"].backward()
+        logits, targets = model(images), batch["targets"]
+        detector.loss(logits, targets, batch["counts"], anchors)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), config.gradient_clip_val)
         optimizer.step()
         optimizer.zero_grad()

@@ -22,7 +22,7 @@ from src.model.network import ANCHORS
 from src.training import module
 from src.training.loss import YOLOLoss, assign_targets
 from src.training.metrics import Evaluation, average_precision
-from tests.test_loss import random_targets
+from tests.test_loss import count_objects, random_targets
 from tests.test_metrics import iou, random_results
 
 ANCHOR, GRIDS = torch.tensor(ANCHORS), [3, 6, 12]
@@ -48,7 +48,7 @@ def test_dense_targets_and_loss_equal_ours():
     for grid, assigned in zip(dense, assign_targets(targets, GRIDS, ANCHOR, 4), strict=True):
         assert torch.equal(grid[..., 0] == 1, assigned.positive)
         assert torch.equal(grid[..., 0] == -1, assigned.ignored)
-    ours = YOLOLoss(Config())(logits, targets, ANCHOR)
+    ours = YOLOLoss(Config())(logits, targets, count_objects(targets, 4), ANCHOR)
     for name, value in baselines.dense_loss(logits, dense, ANCHOR, targets).items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
 
@@ -138,7 +138,8 @@ def loss_and_constants(config: Config) -> torch.Tensor:
     """The loss of random logits, and the biases and batch norm weights of a new network."""
     random = torch.Generator().manual_seed(0)
     logits = [torch.randn(4, 3, grid, grid, 25, generator=random) for grid in (5, 10, 20)]
-    loss = module.YOLOLoss(config)(logits, random_targets(30, 4), ANCHOR)["loss"]
+    targets = random_targets(30, 4)
+    loss = module.YOLOLoss(config)(logits, targets, count_objects(targets, 4), ANCHOR)["loss"]
     weights = module.build_model(config).parameters()
     return torch.cat([loss[None], *(weight.detach() for weight in weights if weight.ndim == 1)])
 

@@ -272,7 +272,9 @@ def test_collate():
     assert batch["images"].shape == (3, 3, 96, 96) and batch["images"].dtype == torch.uint8
     assert batch["images"].is_contiguous(memory_format=torch.channels_last)
     assert batch["targets"].shape == (len(samples[0][1]) + len(samples[2][1]), 6)
-    assert set(batch["targets"][:, 0].tolist()) <= {0, 2}
+    images = [0] * len(samples[0][1]) + [2] * len(samples[2][1])
+    assert batch["targets"][:, 0].tolist() == images
+    assert batch["counts"] == [images.count(image) for image in range(3)]
     torch.testing.assert_close(batch["targets"][batch["targets"][:, 0] == 2, 2:], samples[2][1])
 
 

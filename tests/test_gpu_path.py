@@ -205,7 +205,7 @@ def test_training_step_on_fake_cuda_tensors(tmp_path):
         model, metric = build_model(config), CellAccuracy()
         anchors, images, targets = torch.tensor(ANCHORS), torch.rand(2, 3, 64, 64), torch.rand(5, 6)
         logits = model(images)
-        loss = YOLOLoss(config)(logits, targets, anchors)["loss"]
+        loss = YOLOLoss(config)(logits, targets, [2, 3], anchors)["loss"]
         metric.update(logits, targets, anchors)
         assert {tensor.device.type for tensor in (*logits, loss, *metric.compute().values())} == {
             "cuda"
@@ -221,11 +221,11 @@ def test_out_of_memory_names_what_fits_and_frees_the_memory(tmp_path, monkeypatc
     data = DetectionDataModule(config)
     original = YOLOLoss.forward
 
-    def out_of_memory(self, logits, targets, anchors):
+    def out_of_memory(self, logits, *inputs):
         references.extend((weakref.ref(self), weakref.ref(logits[0])))
         if len(references) == 6:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return original(self, logits, targets, anchors)
+        return original(self, logits, *inputs)
 
     monkeypatch.setattr(YOLOLoss, "forward", out_of_memory)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(16e9)))

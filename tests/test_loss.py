@@ -24,8 +24,25 @@ def random_targets(count: int, images: int, classes: int = 4, seed: int = 0) -> 
     return torch.cat((image, label, centre, size), dim=1)
 
 
+def random_logits(images: int, seed: int = 0, grids=GRIDS, anchors: int = 3) -> list[torch.Tensor]:
+    """Logits of four classes, which take gradients."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = [(images, anchors, grid, grid, 9) for grid in grids]
+    return [torch.randn(shape, generator=random).requires_grad_() for shape in shapes]
+
+
+def count_objects(targets: torch.Tensor, images: int) -> list[int]:
+    """Objects of each image, as `collate` counts them."""
+    return targets[:, 0].long().bincount(minlength=images).tolist()
+
+
+def compute_loss(logits, targets, anchors=ANCHOR, **settings) -> dict[str, torch.Tensor]:
+    counts = count_objects(targets, len(logits[0]))
+    return YOLOLoss(Config(**settings))(logits, targets, counts, anchors)
+
+
 def loop_assign(targets, grid, anchors):
-    """Assign by the definition. Returns {(image, anchor, row, column): target} and the set of ignored predictions."""
+    """Assign by the definition -> {(image, anchor, row, column): target}, set of the ignored."""
     positives, above = {}, set()
     for number, (image, _, cx, cy, w, h) in enumerate(targets.tolist()):
         row, column = min(int(cy * grid), grid - 1), min(int(cx * grid), grid - 1)
@@ -33,45 +50,26 @@ def loop_assign(targets, grid, anchors):
         for aw, ah in anchors.tolist():
             intersection = min(w, aw) * min(h, ah)
             ious.append(intersection / (w * h + aw * ah - intersection))
-        best = max(range(3), key=lambda a: ious[a])
+        best = max(range(len(ious)), key=lambda a: ious[a])
         positives[int(image), best, row, column] = number
-        above |= {(int(image), a, row, column) for a in range(3) if ious[a] > 0.5}
+        above |= {(int(image), a, row, column) for a, iou in enumerate(ious) if iou > 0.5}
     return positives, above - set(positives)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_assignment_equals_the_loop(seed):
-    targets = random_targets(
-        40, images=3, seed=seed
-    )  # crowded, so that objects match the same cell and anchor
+    targets = random_targets(40, images=3, seed=seed)  # crowded: several match the same anchor
     collisions = 0
     for scale, assigned in enumerate(assign_targets(targets, GRIDS, ANCHOR, batch=3)):
         positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale])
-        places = zip(
-            *(v.tolist() for v in (assigned.image, assigned.anchor, assigned.row, assigned.column)),
-            strict=True,
-        )
-        assert {
-            place: number for number, place in enumerate(places) if assigned.valid[number]
-        } == positives
-        assert {tuple(i) for i in assigned.positive.nonzero().tolist()} == set(positives)
-        assert {tuple(i) for i in assigned.ignored.nonzero().tolist()} == ignored
+        fields = assigned.image, assigned.anchor, assigned.row, assigned.column
+        places = zip(*(field.tolist() for field in fields), strict=True)
+        valid = {p: n for n, p in enumerate(places) if assigned.valid[n]}
+        assert valid == positives
+        assert set(map(tuple, assigned.positive.nonzero().tolist())) == set(positives)
+        assert set(map(tuple, assigned.ignored.nonzero().tolist())) == ignored
         collisions += len(targets) - len(positives)
     assert collisions > 0
-
-
-def test_objectness_trains_no_boxes():
-    """The IoU is a target of objectness: no gradient goes through it."""
-    logits = [
-        torch.randn(
-            1, 3, grid, grid, 9, generator=torch.Generator().manual_seed(grid)
-        ).requires_grad_()
-        for grid in GRIDS
-    ]
-    loss = YOLOLoss(Config(box_weight=0.0, class_weight=0.0))
-    loss(logits, random_targets(10, images=1), ANCHOR)["loss"].backward()
-    for level in logits:
-        assert level.grad[..., 0].abs().sum() > 0 and (level.grad[..., 1:] == 0).all()
 
 
 def test_every_object_has_one_positive_per_scale():
@@ -80,59 +78,44 @@ def test_every_object_has_one_positive_per_scale():
         assert assigned.valid.all() and assigned.positive.sum() == 2
 
 
-def test_no_objects():
-    for assigned in assign_targets(torch.zeros(0, 6), GRIDS, ANCHOR, batch=2):
-        assert not assigned.positive.any() and not assigned.ignored.any()
-
-
-def loop_ignore_mask(boxes, targets):
-    """boxes [B, K, 4] xyxy -> bool [B, K]: the boxes that have an IoU above 0.5 with an object of their image."""
-    mask = torch.zeros(boxes.shape[:2], dtype=torch.bool)
-    for image, _, *box in targets.tolist():
-        mask[int(image)] |= (
-            box_iou(boxes[int(image)], cxcywh_to_xyxy(torch.tensor([box])))[:, 0] > 0.5
-        )
-    return mask
+def test_objectness_is_trained_alone():
+    """The IoU is a target of the objectness: no gradient goes through it."""
+    logits = random_logits(1)
+    terms = compute_loss(logits, random_targets(10, 1), box_weight=0.0, class_weight=0.0)
+    terms["loss"].backward()
+    for level in logits:
+        assert level.grad[..., 0].abs().sum() > 0 and (level.grad[..., 1:] == 0).all()
 
 
 def test_no_loss_for_a_prediction_that_fits_an_object_from_another_cell():
-    """A cell beside the object's own predicts the object's box: it is not background, whatever its objectness."""
+    """A cell beside the object's own predicts the object's box: it is not background."""
     target = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.2]])
     logits = [torch.full((1, 3, g, g, 9), -12.0) for g in GRIDS]
     offset = 0.5 * 12 - 5  # from the left edge of column 5 to the object's centre, in cells
-    anchors = ANCHOR[2]
     logits[2][0, 0, 6, 5, 1:3] = torch.tensor([12.0 * offset, -12.0])
-    logits[2][0, 0, 6, 5, 3:5] = (target[0, 4:] / anchors[0]).log()
-    baseline = YOLOLoss(Config())(logits, target, ANCHOR)["background"]
+    logits[2][0, 0, 6, 5, 3:5] = (target[0, 4:] / ANCHOR[2, 0]).log()
+    baseline = compute_loss(logits, target)["background"]
     logits[2][0, 0, 6, 5, 0] = 12.0
-    assert YOLOLoss(Config())(logits, target, ANCHOR)["background"] <= baseline
+    assert compute_loss(logits, target)["background"] <= baseline
     logits[2][0, 0, 2, 5] = logits[2][0, 0, 6, 5]  # the same box, four cells higher
-    assert YOLOLoss(Config())(logits, target, ANCHOR)["background"] > 1
+    assert compute_loss(logits, target)["background"] > 1
 
 
 def complete_iou(one, two):
     """Return 1 - CIoU of two xyxy boxes (Zheng et al. 2020, equations 8 to 11), and their IoU."""
-    left, top, right, bottom = (
-        max(one[0], two[0]),
-        max(one[1], two[1]),
-        min(one[2], two[2]),
-        min(one[3], two[3]),
-    )
-    intersection = max(0, right - left) * max(0, bottom - top)
+    inner = [max(a, b) for a, b in zip(one[:2], two[:2], strict=True)]
+    outer = [min(a, b) for a, b in zip(one[2:], two[2:], strict=True)]
+    intersection = max(0, outer[0] - inner[0]) * max(0, outer[1] - inner[1])
     sizes = [(b[2] - b[0], b[3] - b[1]) for b in (one, two)]
     iou = intersection / (sizes[0][0] * sizes[0][1] + sizes[1][0] * sizes[1][1] - intersection)
-    diagonal = (max(one[2], two[2]) - min(one[0], two[0])) ** 2 + (
-        max(one[3], two[3]) - min(one[1], two[1])
-    ) ** 2
-    distance = (
-        (one[0] + one[2] - two[0] - two[2]) ** 2 + (one[1] + one[3] - two[1] - two[3]) ** 2
-    ) / 4
-    v = (
-        4
-        / math.pi**2
-        * (math.atan(sizes[1][0] / sizes[1][1]) - math.atan(sizes[0][0] / sizes[0][1])) ** 2
-    )
-    return 1 - iou + distance / diagonal + v * v / (1 - iou + v + 1e-7), iou
+    left, top = min(one[0], two[0]), min(one[1], two[1])
+    right, bottom = max(one[2], two[2]), max(one[3], two[3])
+    diagonal = (right - left) ** 2 + (bottom - top) ** 2
+    dx = (one[0] + one[2] - two[0] - two[2]) / 2
+    dy = (one[1] + one[3] - two[1] - two[3]) / 2
+    angles = [math.atan(w / h) for w, h in sizes]
+    v = 4 / math.pi**2 * (angles[1] - angles[0]) ** 2
+    return 1 - iou + (dx**2 + dy**2) / diagonal + v * v / (1 - iou + v + 1e-7), iou
 
 
 def cross_entropy(logit, target):
@@ -140,89 +123,78 @@ def cross_entropy(logit, target):
     return -(target * math.log(p) + (1 - target) * math.log(1 - p))
 
 
-def test_loss_equals_the_loop():
-    config = Config()
+@pytest.mark.parametrize(
+    "grids, anchors", [(GRIDS, ANCHOR), ([2, 4, 8, 16], ANCHOR[[0, 1, 2, 2], :2])]
+)
+def test_loss_equals_the_loop(grids, anchors):
+    """Also with four scales of two anchors."""
     targets = random_targets(6, images=2, seed=3)
-    random = torch.Generator().manual_seed(1)
-    logits = [torch.randn(2, 3, g, g, 9, generator=random) for g in GRIDS]
-    boxes, _ = decode(logits, ANCHOR)
-    ignored = loop_ignore_mask(boxes, targets)
+    logits = random_logits(2, seed=1, grids=grids, anchors=anchors.shape[1])
+    boxes, _ = decode(logits, anchors)
     sums = dict.fromkeys(("box", "objectness", "background", "class"), 0.0)
     first = 0
-    for scale, level in enumerate(logits):
-        grid = GRIDS[scale]
-        positives, _ = loop_assign(targets, grid, ANCHOR[scale])
+    for level, grid, sizes in zip(logits, grids, anchors, strict=True):
+        positives, _ = loop_assign(targets, grid, sizes)
         for image, anchor, row, column in torch.ones(level.shape[:4]).nonzero().tolist():
-            place, prediction = (
-                (image, anchor, row, column),
-                level[image, anchor, row, column].tolist(),
-            )
-            number = first + (anchor * grid + row) * grid + column
+            place = image, anchor, row, column
+            prediction = level[place].tolist()
+            box = boxes[image, first + (anchor * grid + row) * grid + column].detach()
+            objects = cxcywh_to_xyxy(targets[targets[:, 0] == image, 2:])
             if place in positives:
                 target = targets[positives[place]]
-                box_loss, iou = complete_iou(
-                    boxes[image, number].tolist(), cxcywh_to_xyxy(target[2:]).tolist()
-                )
+                box_loss, iou = complete_iou(box.tolist(), cxcywh_to_xyxy(target[2:]).tolist())
                 sums["box"] += box_loss
                 sums["objectness"] += cross_entropy(prediction[0], iou)
                 classes = [label == int(target[1]) for label in range(4)]
                 sums["class"] += sum(map(cross_entropy, prediction[5:], classes))
-            elif not ignored[image, number]:
+            elif not (box_iou(box[None], objects) > 0.5).any():
                 sums["background"] += cross_entropy(prediction[0], 0)
-        first += 3 * grid * grid
-    terms = YOLOLoss(config)(logits, targets, ANCHOR)
+        first += level[0, ..., 0].numel()
+    terms = compute_loss(logits, targets, anchors)
     for name, value in sums.items():
-        assert terms[name].item() == pytest.approx(value / (3 * len(targets)), rel=1e-3), name
-    total = 2.0 * terms["box"] + 2.0 * terms["objectness"] + terms["background"] + terms["class"]
+        mean = value / (len(grids) * len(targets))
+        assert terms[name].item() == pytest.approx(mean, rel=1e-3), name
+    total = 2 * terms["box"] + 2 * terms["objectness"] + terms["background"] + terms["class"]
     torch.testing.assert_close(terms["loss"], total)
 
 
 def test_loss_of_a_perfect_prediction_and_of_a_wrong_box():
     target = torch.tensor([[0, 2, 0.51, 0.48, 0.3, 0.2]])
     logits = [torch.full((1, 3, g, g, 9), -12.0) for g in GRIDS]
-    for level, assigned, anchors in zip(
-        logits, assign_targets(target, GRIDS, ANCHOR, 1), ANCHOR, strict=True
-    ):
+    scales = assign_targets(target, GRIDS, ANCHOR, 1)
+    for level, assigned, anchors in zip(logits, scales, ANCHOR, strict=True):
         place = assigned.image, assigned.anchor, assigned.row, assigned.column
-        grid = level.shape[2]
-        x, y = (target[0, 2] * grid) % 1, (target[0, 3] * grid) % 1
-        level[place] = torch.tensor([12.0, x.logit(), y.logit(), 0, 0, -12, -12, 12, -12])
+        x, y = ((target[0, 2:4] * level.shape[2]) % 1).logit()
+        level[place] = torch.tensor([12.0, x, y, 0, 0, -12, -12, 12, -12])
         level[(*place, slice(3, 5))] = (target[:, 4:] / anchors[assigned.anchor]).log()
-    loss = YOLOLoss(Config())
-    assert loss(logits, target, ANCHOR)["loss"] < 0.01
-    moved = target.clone()
-    moved[0, 4] *= 1.5
-    assert loss(logits, moved, ANCHOR)["box"] > 0.2
+    assert compute_loss(logits, target)["loss"] < 0.01
+    target[0, 4] *= 1.5
+    assert compute_loss(logits, target)["box"] > 0.2
 
 
 def test_complete_iou_equals_torchvision_with_its_gradient():
     random = torch.Generator().manual_seed(0)
     targets = torch.rand(50, 4, generator=random) * 0.5 + 0.1
-    results = []
-    for loss in (
-        lambda a, b: complete_iou_loss(a, b)[0],
-        lambda a, b: complete_box_iou_loss(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)),
-    ):
-        predictions = (
-            torch.rand(50, 4, generator=random.manual_seed(1)) * 0.5 + 0.1
-        ).requires_grad_()
-        value = loss(predictions, targets)
-        results.append((value, *torch.autograd.grad(value.sum(), predictions)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    predictions = (torch.rand(50, 4, generator=random) * 0.5 + 0.1).requires_grad_()
+    ours, _ = complete_iou_loss(predictions, targets)
+    theirs = complete_box_iou_loss(cxcywh_to_xyxy(predictions), cxcywh_to_xyxy(targets))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(loss.sum(), predictions) for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_logits_stay_finite():
-    logits = [
-        torch.full((1, 3, g, g, 9), 60000.0, dtype=torch.float16, requires_grad=True) for g in GRIDS
-    ]
-    terms = YOLOLoss(Config())(logits, random_targets(5, 1), ANCHOR)
-    terms["loss"].backward()
-    assert terms["loss"].isfinite() and all(level.grad.isfinite().all() for level in logits)
+    shapes = [(1, 3, g, g, 9) for g in GRIDS]
+    logits = [torch.full(s, 6e4, dtype=torch.float16, requires_grad=True) for s in shapes]
+    loss = compute_loss(logits, random_targets(5, 1))["loss"]
+    loss.backward()
+    assert loss.isfinite() and all(level.grad.isfinite().all() for level in logits)
 
 
 def test_batch_without_objects_trains_the_background():
-    logits = [torch.zeros(1, 3, g, g, 9, requires_grad=True) for g in GRIDS]
-    terms = YOLOLoss(Config())(logits, torch.zeros(0, 6), ANCHOR)
+    logits = [torch.zeros(2, 3, g, g, 9, requires_grad=True) for g in GRIDS]
+    terms = compute_loss(logits, torch.zeros(0, 6))
     terms["loss"].backward()
     assert terms["box"] == 0 and terms["background"] > 0 and logits[0].grad[..., 0].min() > 0
+    for assigned in assign_targets(torch.zeros(0, 6), GRIDS, ANCHOR, batch=2):
+        assert not assigned.positive.any() and not assigned.ignored.any()

@@ -24,7 +24,7 @@ from src.training.fit import evaluate, fit, load_detector
 from src.training.loss import assign_targets
 from src.training.lr_finder import find_lr, suggest_lr
 from src.training.module import YOLOv3Module, build_model, sample_image_size
-from src.training.optimizer import OneCycleModule, onecycle_adamw
+from src.training.optimizer import OneCycleModule
 from src.training.report import course_targets, result_rows
 from src.training.trainer import make_trainer, resolve_precision
 
@@ -113,7 +113,10 @@ def test_onecycle_changes_the_learning_rate_every_step(run):
 
 def onecycle_rates(warmup: float, total_steps: int) -> list[float]:
     """Learning rates of all steps of a schedule with the peak 1e-3."""
-    optimized = onecycle_adamw(torch.nn.Linear(2, 2), 1e-3, 0.0, warmup, total_steps)
+    module = OneCycleModule(Config(max_lr=1e-3, warmup_fraction=warmup))
+    module.layer = torch.nn.Linear(2, 2)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=total_steps)
+    optimized = module.configure_optimizers()
     scheduler, rates = optimized["lr_scheduler"]["scheduler"], []
     for _ in range(total_steps):
         rates.append(scheduler.get_last_lr()[0])
@@ -369,8 +372,8 @@ def test_checkpoint_of_other_classes_is_refused(run):
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     forward = module.YOLOLoss.forward
 
-    def poisoned(self, logits, targets, anchors):
-        terms = forward(self, logits, targets, anchors)
+    def poisoned(self, *inputs):
+        terms = forward(self, *inputs)
         calls.append(1)
         return terms | {"loss": terms["loss"] * (math.nan if len(calls) > 8 else 1)}
 
@@ -487,7 +490,8 @@ def test_resized_batch_equals_a_batch_read_at_that_size(size):
         loss=lambda *inputs: calls.append(inputs) or {"loss": torch.zeros(1)},
     )
     YOLOv3Module.training_step(detector, batch, 0)
-    images, (logits, targets, anchors) = calls
+    images, (logits, targets, counts, anchors) = calls
+    assert counts == [20]
     assert (
         images.shape[-1] == size
         and (images - to_network_input(expected["images"])).abs().mean() < 0.005

@@ -101,7 +101,7 @@ class LoggedModule(YOLOv3Module):
             "validated",
             len(self.ground_truth),
             len(set(self.ground_truth[:, 0])),
-            self.results["mAP50"],
+            self.map50,
         )
 
 
@@ -212,7 +212,7 @@ def test_two_processes_give_the_results_of_one(notebook, script, run):
         and [event[:2] for event in validated[0]] == [[str(objects), "5"]] * 2
     )
     last = [row for row in metrics_rows(folder) if row["val/mAP50"]][-1]
-    assert float(last["val/mAP50"]) == pytest.approx(detector.results["mAP50"], abs=1e-6)
+    assert float(last["val/mAP50"]) == pytest.approx(detector.map50, abs=1e-6)
     for name, value in one_process.accuracies.items():
         assert float(last[f"val/accuracy/{name}"]) == pytest.approx(value, abs=1e-6), name
     assert {"metrics.csv", "best.ckpt", LAST} <= {name for (name,) in events(folder, "wrote", 0)}

@@ -53,14 +53,16 @@ class ValDataset(Dataset):
 def collate(samples: list[tuple]) -> dict[str, Tensor]:
     """Join samples of one image size into a batch.
 
-    "images": uint8 [B, 3, S, S], channels last in memory. "targets": float32 [N, 6] = image index, class, cx, cy,
-    w, h in 0..1. "difficult": bool [N], of validation samples only.
+    "images": uint8 [B, 3, S, S], channels last in memory. "targets": float32 [N, 6] = image index,
+    class, cx, cy, w, h in 0..1, sorted by image. "counts": list of B ints, the objects per image,
+    on the CPU so that a GPU doesn't wait. "difficult": bool [N], of validation samples only.
     """
     images = torch.stack([sample[0].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
-    image_index = torch.repeat_interleave(torch.tensor([len(sample[2]) for sample in samples]))
+    counts = [len(sample[2]) for sample in samples]
+    image_index = torch.repeat_interleave(torch.tensor(counts))
     boxes, labels = (torch.cat([sample[part] for sample in samples]) for part in (1, 2))
     targets = torch.cat((image_index[:, None].float(), labels[:, None].float(), boxes), dim=1)
-    batch = {"images": images, "targets": targets}
+    batch = {"images": images, "targets": targets, "counts": counts}
     if len(samples[0]) == 4:
         batch["difficult"] = torch.cat([sample[3] for sample in samples])
     return batch

@@ -47,22 +47,23 @@ def read_metadata(folder: str | Path) -> dict:
     return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["metadata"]
 
 
-def load_backbone(model: nn.Module, folder: str | Path) -> None:
-    """Copy a pretrained backbone into a `YOLOv3` of the same width.
+def load_backbone(model: nn.Module, folder: str | Path) -> str:
+    """Copy a pretrained backbone into a `YOLOv3` of the same width. Returns what was copied.
 
     Raises ValueError if the widths differ or the file is damaged.
     """
     path = Path(folder) / WEIGHTS
-    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    if config["width"] != model.width:
+    width = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["width"]
+    if width != model.width:
         raise ValueError(
-            f"{path} is a backbone of width {config['width']:g}, but the network has width {model.width:g}. "
-            f"Set Config.width={config['width']:g}, or pretrain at width {model.width:g}."
+            f"{path} is a backbone of width {width:g}, but the network has width {model.width:g}. "
+            f"Set Config.width={width:g}, or pretrain at width {model.width:g}."
         )
     try:
         model.backbone.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a backbone of width {model.width:g}: {error}") from None
+        raise ValueError(f"{path} is not a backbone of width {width:g}: {error}") from None
+    return "the backbone"
 
 
 @torch.no_grad()

@@ -6,34 +6,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
-from torch.nn.functional import softplus
+from torchvision.ops import box_iou
 
 from src.config import Config
-from src.model.boxes import MAX_LOG_SCALE, cxcywh_to_xyxy, decode_boxes
+from src.model.boxes import cell_boxes, cxcywh_to_xyxy, decode_boxes
 
 IGNORE_IOU = 0.5
-EPSILON = 1e-7
+OBJECTS_AT_ONCE = 64  # bounds the memory of one comparison in `ignore_mask`
+EPSILON = 1e-7  # avoids 0 / 0
 
 
 @dataclass(frozen=True)
 class Assigned:
-    """The positives of one scale, one row per target, and the masks of its predictions."""
+    """The positives of one scale, one row per object, and the masks of its predictions."""
 
     image: Tensor  # int64 [N]
     anchor: Tensor  # int64 [N]
     row: Tensor  # int64 [N]
     column: Tensor  # int64 [N]
     valid: Tensor  # bool [N]: False if another object has the same cell and anchor
-    positive: Tensor  # bool [B, 3, G, G]
-    ignored: Tensor  # bool [B, 3, G, G]: not positive, but wh_iou with an object above 0.5; no accuracy counts it
+    positive: Tensor  # bool [B, A, G, G]
+    ignored: (
+        Tensor  # bool [B, A, G, G]: not positive, but wh_iou above 0.5 with an object in the cell
+    )
 
     def gather(self, level: Tensor) -> Tensor:
-        """Select the predictions of the positives: level [B, 3, G, G, F] -> [N, F]."""
+        """Select the predictions of the positives: level [B, A, G, G, F] -> [N, F]."""
         return level[self.image, self.anchor, self.row, self.column]
 
 
 def wh_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
-    """IoU of boxes with a common centre: sizes [N, 2], anchors [A, 2] (width, height; same unit) -> [N, A]."""
+    """IoU of boxes with a common centre: sizes [N, 2], anchors [A, 2] (width, height) -> [N, A]."""
     intersection = torch.minimum(sizes[:, None], anchors).prod(dim=-1)
     return intersection / (sizes.prod(dim=-1)[:, None] + anchors.prod(dim=-1) - intersection)
 
@@ -41,139 +44,94 @@ def wh_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
 def assign_targets(
     targets: Tensor, grids: list[int], anchors: Tensor, batch: int
 ) -> list[Assigned]:
-    """Assign each object one positive per scale: the anchor of best wh_iou, in the cell that holds its centre.
+    """Assign each object one positive per scale: the best anchor, in the cell of its centre.
 
-    targets float32 [N, 6]: image index, class, cx, cy, w, h in 0..1; grids: cells per side of each scale;
-    anchors [3, 3, 2] in 0..1 of the image; batch: number of images. If several objects match the same cell and
-    anchor, the last one gets it. No shape depends on the data, so a GPU never waits.
+    targets float32 [N, 6]: image index, class, cx, cy, w, h in 0..1. grids: cells per side of each
+    scale. anchors [scales, A, 2] in 0..1 of the image. batch: number of images.
+    The best anchor has the highest wh_iou. If several objects have the same cell and anchor, the
+    last one gets it. No shape depends on the data, so a GPU never waits.
     """
-    image, cells, columns, rows = targets[:, 0].long(), [], [], []
-    sizes = [batch * 3 * grid * grid for grid in grids]
-    for scale, grid in enumerate(grids):
-        column, row = (targets[:, 2:4] * grid).long().clamp(0, grid - 1).unbind(dim=1)
-        first = (
-            (image * 3 * grid + row) * grid + column + sum(sizes[:scale])
-        )  # index into the cells of all scales
-        cells.append(torch.stack((first, first + grid * grid, first + 2 * grid * grid), dim=1))
-        columns.append(column)
-        rows.append(row)
-    cells = torch.stack(cells)  # [scales, N, 3]: the cell of each anchor
-    iou = (
-        wh_iou(targets[:, 4:6], anchors.flatten(0, 1)).unflatten(1, (-1, 3)).transpose(0, 1)
-    )  # [scales, N, 3]
-    anchor = iou.argmax(dim=2)  # [scales, N]
-    place = cells.gather(2, anchor[..., None]).squeeze(2)  # [scales, N]
-    valid = ~(place[:, :, None] == place[:, None]).triu(1).any(
-        dim=2
-    )  # no later object has the same place
-    positive, ignored = torch.zeros(
-        2, sum(sizes) + 1, dtype=torch.bool, device=targets.device
-    )  # the last: no cell
-    positive.scatter_(0, place.flatten(), True)
-    ignored.scatter_(0, torch.where(iou > IGNORE_IOU, cells, sum(sizes)).flatten(), True)
-    ignored.scatter_(0, place.flatten(), False)
-    shapes = [(batch, 3, grid, grid) for grid in grids]
-    masks = [list(map(Tensor.view, flat[:-1].split(sizes), shapes)) for flat in (positive, ignored)]
-    return [
-        Assigned(image, *fields)
-        for fields in zip(anchor, rows, columns, valid, *masks, strict=True)
-    ]
+    image = targets[:, 0].long()  # [N]
+    number = torch.arange(len(targets), device=targets.device)  # [N]
+    scales = []
+    for grid, sizes in zip(grids, anchors, strict=True):  # sizes [A, 2]
+        column = (targets[:, 2] * grid).long().clamp(0, grid - 1)  # [N]
+        row = (targets[:, 3] * grid).long().clamp(0, grid - 1)  # [N]
+        iou = wh_iou(targets[:, 4:6], sizes)  # [N, A]
+        anchor = iou.argmax(dim=1)  # [N]
+
+        # Flat index of the object's cell for each anchor, and for the best one
+        anchor_index = torch.arange(len(sizes), device=image.device)  # [A]
+        planes = image[:, None] * len(sizes) + anchor_index  # [N, A]
+        cells = (planes * grid + row[:, None]) * grid + column[:, None]  # [N, A]
+        best = cells.gather(1, anchor[:, None]).squeeze(1)  # [N]
+
+        # The object of each prediction (-1: none), and its anchor's best overlap with an object
+        shape = (batch, len(sizes), grid, grid)
+        owner = torch.full((math.prod(shape),), -1, device=image.device)
+        owner = owner.scatter_reduce(0, best, number, "amax")
+        overlap = torch.zeros(math.prod(shape), device=image.device)
+        overlap = overlap.scatter_reduce(0, cells.flatten(), iou.flatten(), "amax")
+
+        valid = owner[best] == number  # [N]
+        positive = (owner >= 0).view(shape)
+        ignored = (overlap > IGNORE_IOU).view(shape) & ~positive
+        scales.append(Assigned(image, anchor, row, column, valid, positive, ignored))
+    return scales
 
 
 @torch.no_grad()
-def ignore_mask(level: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
-    """Mark the predictions of one scale whose box has IoU above 0.5 with an object of their image: bool [B, 3, G, G].
+def ignore_mask(level: Tensor, targets: Tensor, counts: list[int], anchors: Tensor) -> Tensor:
+    """Mark the predictions of one scale that overlap an object of their image with IoU above 0.5.
 
-    Darknet's rule (yolo_layer.c, ignore_thresh). level [B, 3, G, G, 5 + C]; targets as in `assign_targets`; anchors [3, 2].
-    On a CPU only the pairs of `_ignore_candidates` are compared; on a GPU all, because their number would make it wait.
+    Darknet's rule (yolo_layer.c, ignore_thresh). level [B, A, G, G, 5 + C]; targets [N, 6] as in
+    `assign_targets`, sorted by image; counts: objects of each image; anchors [A, 2].
+    Returns bool [B, A, G, G].
     """
-    grid = level.shape[2]
-    if level.is_cpu:
-        pairs = _ignore_candidates(level, targets, anchors)  # [P]
-    else:
-        sizes = len(targets), 3, grid, grid
-        pairs = torch.meshgrid(
-            [torch.arange(size, device=level.device) for size in sizes], indexing="ij"
-        )  # [N, 3, G, G]
-    number, anchor, row, column = pairs
-    image, objects = targets[number, 0].long(), cxcywh_to_xyxy(targets[number, 2:6])
-    boxes = decode_boxes(level[image, anchor, row, column, 1:5], column, row, anchors[anchor], grid)
-    boxes = cxcywh_to_xyxy(boxes)
-    low, high = (
-        torch.maximum(boxes[..., :2], objects[..., :2]),
-        torch.minimum(boxes[..., 2:], objects[..., 2:]),
-    )
-    intersection = (high - low).clamp(min=0).prod(dim=-1)
-    areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) + targets[number, 4] * targets[number, 5]
-    above = intersection > IGNORE_IOU * (areas - intersection)
-    cell = ((image * 3 + anchor) * grid + row) * grid + column
-    mask = torch.zeros(
-        level[..., 0].numel() + 1, dtype=torch.bool, device=level.device
-    )  # the last: no cell
-    mask.scatter_(0, torch.where(above, cell, len(mask) - 1).flatten(), True)
-    return mask[:-1].view(level.shape[:4])
-
-
-def _ignore_candidates(level: Tensor, targets: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
-    """Pairs of an object and a prediction that can have IoU above 0.5: target, anchor, row and column, int64 [P] each.
-
-    IoU > 0.5 requires |dx| / w + |dy| / h < 0.5 for the distance of the centres and the object's w and h, and ratios of
-    the widths and of the heights between 0.5 and 2. The bounds here are slightly wider, for rounding.
-    """
-    grid = level.shape[2]
-    cells, centre = torch.arange(grid), targets[:, 2:4, None] * grid
-    distance = (
-        torch.maximum(cells - centre, centre - cells - 1).clamp(min=0) - 0.01
-    )  # of the nearest point in a column, row
-    distance = distance / (targets[:, 4:6, None] * grid)  # [N, 2, G]
-    number, row, column = (distance[:, 0, None] + distance[:, 1, :, None] < 0.5).nonzero(
-        as_tuple=True
-    )
-    cell = (targets[:, 0].long()[number] * grid + row) * grid + column
-    log_scale = (
-        level[..., 3:5]
-        .permute(0, 2, 3, 1, 4)
-        .reshape(-1, 6)
-        .index_select(0, cell)
-        .float()
-        .clamp(max=MAX_LOG_SCALE)
-    )
-    log_ratio = log_scale + (anchors / targets[:, None, 4:6]).log().flatten(1).index_select(
-        0, number
-    )
-    fits = (log_ratio.abs() < math.log(2) + 1e-3).unflatten(1, (3, 2))
-    pair, anchor = (fits[..., 0] & fits[..., 1]).nonzero(as_tuple=True)
-    return number[pair], anchor, row[pair], column[pair]
+    predictions = cell_boxes(level, anchors).flatten(1, 3)  # [B, K, 4]
+    objects = cxcywh_to_xyxy(targets[:, 2:6]).split(counts)  # B x [n, 4]
+    masks = torch.zeros(predictions.shape[:2], dtype=torch.bool, device=level.device)  # [B, K]
+    for mask, boxes, image_objects in zip(masks, predictions, objects, strict=True):
+        for some in image_objects.split(OBJECTS_AT_ONCE):
+            mask |= (box_iou(some, boxes) > IGNORE_IOU).any(dim=0)  # [n, K] -> [K]
+    return masks.view(level.shape[:4])
 
 
 def complete_iou_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Complete IoU loss of boxes cxcywh [N, 4] -> [N], and their IoU [N]; Zheng et al. 2020, https://arxiv.org/abs/1911.08287.
+    """Complete IoU loss (Zheng et al. 2020, https://arxiv.org/abs/1911.08287), and the IoU.
 
-    The loss equals torchvision's complete_box_iou_loss, which selects the boxes that intersect and so makes a GPU wait.
+    predictions and targets: boxes cxcywh [N, 4]. Returns [N] and [N]. The loss equals torchvision's
+    complete_box_iou_loss, which selects the boxes that intersect and so makes a GPU wait.
     """
-    corners, target_corners = cxcywh_to_xyxy(predictions), cxcywh_to_xyxy(targets)
-    larger, smaller = torch.maximum(corners, target_corners), torch.minimum(corners, target_corners)
-    inter_w, inter_h = (smaller[:, 2:] - larger[:, :2]).clamp(min=0).unbind(dim=1)
-    intersection = inter_w * inter_h
-    areas = predictions[:, 2] * predictions[:, 3] + targets[:, 2] * targets[:, 3]
-    iou = intersection / (areas - intersection + EPSILON)
-    diagonal = (larger[:, 2:] - smaller[:, :2]).square().sum(dim=1)  # squared, of the enclosing box
+    boxes = cxcywh_to_xyxy(predictions)  # [N, 4]
+    target_boxes = cxcywh_to_xyxy(targets)  # [N, 4]
+    larger = torch.maximum(boxes, target_boxes)
+    smaller = torch.minimum(boxes, target_boxes)
+
+    intersection = (smaller[:, 2:] - larger[:, :2]).clamp(min=0).prod(dim=1)
+    union = predictions[:, 2:].prod(dim=1) + targets[:, 2:].prod(dim=1) - intersection
+    iou = intersection / (union + EPSILON)
+
+    # rho^2 / c^2: distance of the centres, relative to the diagonal of the enclosing box
+    diagonal = (larger[:, 2:] - smaller[:, :2]).square().sum(dim=1)
     distance = (predictions[:, :2] - targets[:, :2]).square().sum(dim=1) / (diagonal + EPSILON)
-    angle = torch.atan(targets[:, 2] / targets[:, 3]) - torch.atan(
-        predictions[:, 2] / predictions[:, 3]
-    )
-    shape = 4 / math.pi**2 * angle.square()
-    trade_off = (shape / (1 - iou + shape + EPSILON)).detach()
-    return 1 - iou + distance + trade_off * shape, iou
+
+    # v: difference of the aspect ratios; alpha: its weight, which gets no gradient
+    angle = torch.atan(predictions[:, 2] / predictions[:, 3])
+    target_angle = torch.atan(targets[:, 2] / targets[:, 3])
+    v = 4 / math.pi**2 * (target_angle - angle).square()
+    alpha = (v / (1 - iou + v + EPSILON)).detach()
+    return 1 - iou + distance + alpha * v, iou
 
 
 class YOLOLoss(nn.Module):
-    """Box (complete IoU), objectness and class loss, each summed over the scales and divided by the positives.
+    """Box (complete IoU), objectness, background and class loss, averaged over the positives.
 
-    forward(logits: three [B, 3, G, G, 5 + C], targets [N, 6], anchors [3, 3, 2]) -> dict of scalars
-    "loss", "box", "objectness", "background", "class". Computed in float32. Classes are independent
-    logistic outputs (YOLOv3, section 2.2). The objectness target of a positive is the IoU of its box (YOLO, Redmon
-    et al. 2016, section 2: confidence is Pr(object) * IoU), so the best of an object's three predictions scores
+    forward(logits: one [B, A, G, G, 5 + C] per scale, targets [N, 6] sorted by image, counts:
+    objects of each image, anchors [scales, A, 2]) -> dict of scalars "loss", "box", "objectness",
+    "background", "class". Computed in float32. Classes are independent logistic outputs (YOLOv3,
+    section 2.2). The objectness target of a positive is the IoU of its box (YOLO, Redmon et al.
+    2016, section 2: confidence is Pr(object) * IoU), so the best of an object's predictions scores
     best. The target of the background is 0; predictions under the `ignore_mask` have none.
     """
 
@@ -181,55 +139,47 @@ class YOLOLoss(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, logits: list[Tensor], targets: Tensor, counts: list[int], anchors: Tensor
+    ) -> dict[str, Tensor]:
         grids = [level.shape[2] for level in logits]
-        assigned = assign_targets(targets, grids, anchors, len(logits[0]))
-        masks = [
-            ignore_mask(level, targets, sizes) for level, sizes in zip(logits, anchors, strict=True)
+        scales = assign_targets(targets, grids, anchors, len(counts))
+        sums = [
+            self.sum_terms(
+                level, targets, assigned, ignore_mask(level, targets, counts, sizes), sizes
+            )
+            for level, assigned, sizes in zip(logits, scales, anchors, strict=True)
         ]
-        no_object = sum(map(self._background, logits, assigned, masks))
-        sums = torch.stack((*self._positives(logits, assigned, targets, anchors), no_object))
-        box, positive, label, no_object = sums / max(1, 3 * len(targets))
-        loss = self.config.box_weight * box + self.config.objectness_weight * positive
-        loss = loss + self.config.background_weight * no_object + self.config.class_weight * label
-        terms = {
-            "box": box,
-            "objectness": positive,
-            "background": no_object,
-            "class": label,
-        }
+        positives = max(1, len(logits) * len(targets))
+        terms = {name: sum(scale[name] for scale in sums) / positives for name in sums[0]}
+        loss = (
+            self.config.box_weight * terms["box"]
+            + self.config.objectness_weight * terms["objectness"]
+            + self.config.background_weight * terms["background"]
+            + self.config.class_weight * terms["class"]
+        )
         return {"loss": loss, **terms}
 
-    @staticmethod
-    def _background(level: Tensor, assigned: Assigned, mask: Tensor) -> Tensor:
-        """Sum over the background of one scale; softplus is the cross entropy of a logit with target 0."""
-        cost = softplus(level[..., 0].float().contiguous())
-        return cost.masked_fill(assigned.positive | mask, 0).sum()
+    def sum_terms(
+        self, level: Tensor, targets: Tensor, assigned: Assigned, ignored: Tensor, anchors: Tensor
+    ) -> dict[str, Tensor]:
+        """Sum each term over one scale. ignored bool [B, A, G, G]; anchors [A, 2]."""
+        grid = level.shape[2]
+        logits = assigned.gather(level).float()  # [N, 5 + C]
+        sizes = anchors[assigned.anchor]  # [N, 2]
+        boxes = decode_boxes(logits[:, 1:5], assigned.column, assigned.row, sizes, grid)  # [N, 4]
+        box, iou = complete_iou_loss(boxes, targets[:, 2:6])  # [N], [N]
+        objectness = bce(logits[:, 0], iou.detach(), reduction="none")  # [N]
 
-    @staticmethod
-    def _objectness(logit: Tensor, iou: Tensor) -> Tensor:
-        """Cross entropy of the positives' objectness logits [n] with their boxes' IoU [n] as target."""
-        return softplus(-logit) + (1 - iou.detach()) * logit
+        labels = torch.arange(logits.shape[1] - 5, device=level.device)  # [C]
+        classes = (targets[:, 1:2] == labels).float()  # one-hot [N, C]
+        label = bce(logits[:, 5:], classes, reduction="none").sum(dim=1)  # [N]
 
-    def _positives(
-        self, logits: list[Tensor], assigned: list[Assigned], targets: Tensor, anchors: Tensor
-    ) -> Tensor:
-        """Sums over the positives of all scales, 3 N rows at once: box, objectness and class terms, [3]."""
-        scales = range(len(logits))
-        rows = torch.cat(
-            [assigned[scale].gather(logits[scale]) for scale in scales]
-        ).float()  # [3 N, 5 + C]
-        column, row, valid = (
-            torch.cat([getattr(part, name) for part in assigned])
-            for name in ("column", "row", "valid")
-        )
-        anchor = torch.cat([anchors[scale][assigned[scale].anchor] for scale in scales])
-        grid = torch.cat(
-            [torch.full_like(targets[:, 0], logits[scale].shape[2]) for scale in scales]
-        )
-        boxes = decode_boxes(rows[:, 1:5], column, row, anchor, grid)
-        targets = targets.repeat(len(logits), 1)
-        box, iou = complete_iou_loss(boxes, targets[:, 2:6])
-        classes = (targets[:, 1:2] == torch.arange(rows.shape[1] - 5, device=rows.device)).float()
-        label = bce(rows[:, 5:], classes, reduction="none").sum(dim=1)
-        return (torch.stack((box, self._objectness(rows[:, 0], iou), label)) * valid).sum(dim=1)
+        confidence = level[..., 0].float()  # [B, A, G, G]
+        background = bce(confidence, torch.zeros_like(confidence), reduction="none")
+        return {
+            "box": (box * assigned.valid).sum(),
+            "objectness": (objectness * assigned.valid).sum(),
+            "background": background.masked_fill(assigned.positive | ignored, 0).sum(),
+            "class": (label * assigned.valid).sum(),
+        }

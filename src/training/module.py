@@ -24,42 +24,48 @@ from src.training.report import COURSE_THRESHOLD, training_metadata
 
 
 def build_model(config: Config) -> YOLOv3:
-    """Build the network: initialized by `config.seed`, or from `config.pretrained_weights` (folder, Hub id or Darknet file)."""
+    """Build the network of `config`, initialized by its seed or its pretrained weights.
+
+    Those are a folder (detector or backbone), the id of a model on the Hub, or a Darknet file.
+    """
     torch.manual_seed(config.seed)
-    settings = {
-        "classes": config.classes,
-        "anchors": config.anchors,
-        "image_size": config.image_size,
-    }
-    model, source = YOLOv3(len(config.classes), config.width, **settings), config.pretrained_path
+    model = YOLOv3(
+        len(config.classes),
+        config.width,
+        classes=config.classes,
+        anchors=config.anchors,
+        image_size=config.image_size,
+    )
+    source = config.pretrained_path
     if not source:
         return model
     if Path(source).is_file():
-        print(f"{source}: loaded {model.load_darknet(source)}")
+        loaded = model.load_darknet(source)
     elif is_backbone(source):
-        load_backbone(model, source)
-        print(f"{source}: loaded the backbone")
+        loaded = load_backbone(model, source)
     else:
-        print(f"{source}: loaded {transfer_weights(model, YOLOv3.from_pretrained(source))}")
+        loaded = transfer_weights(model, YOLOv3.from_pretrained(source))
+    print(f"{source}: loaded {loaded}")
     return model
 
 
 def sample_image_size(config: Config, step: int, epoch: int) -> int:
-    """Return the image size of the batch at this step; it is the same in every process and after a resume.
+    """Return the image size of the batch at this step, the same in every process and on resume.
 
-    The last epochs (without mosaics) are at `image_size`: batch norm's running statistics settle there.
+    The last epochs (without mosaics) are at `image_size`: batch norm's running statistics settle.
     """
     if not config.multiscale_sizes or epoch >= config.close_mosaic_epoch:
         return config.image_size
-    return int(
-        np.random.default_rng((config.seed, step // config.multiscale_interval)).choice(
-            config.multiscale_sizes
-        )
-    )
+    random = np.random.default_rng((config.seed, step // config.multiscale_interval))
+    return int(random.choice(config.multiscale_sizes))
 
 
 class YOLOv3Module(OneCycleModule):
-    """A `YOLOv3` with its loss and metrics; optimizer and schedule are OneCycleModule's."""
+    """A `YOLOv3` with its loss and metrics; optimizer and schedule are OneCycleModule's.
+
+    After a validation: `accuracies` (see CellAccuracy), `predictions` and `ground_truth` (see
+    DetectionAccumulator), `per_class` (see per_class_table) and `map50`, its mean.
+    """
 
     monitor = "val/mAP50"
     progress_columns = {
@@ -74,34 +80,31 @@ class YOLOv3Module(OneCycleModule):
     def __init__(self, config: Config):
         super().__init__(config)
         self.model = build_model(config)
-        self.loss, self.cell_accuracy, self.accumulator = (
-            YOLOLoss(config),
-            CellAccuracy(),
-            DetectionAccumulator(),
-        )
-        self.accuracies: dict[str, float] = {}  # of the last validation
-        self.results: dict[str, float] = {}  # accuracies and mAP of the last validation, as logged
+        self.loss = YOLOLoss(config)
+        self.cell_accuracy = CellAccuracy()
+        self.accumulator = DetectionAccumulator()
+        self.accuracies: dict[str, float] = {}
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        images = batch["images"]
+        images = batch["images"]  # uint8 [B, 3, S, S]
         size = sample_image_size(self.config, self.trainer.global_step, self.current_epoch)
-        if (
-            size != images.shape[-1]
-        ):  # always smaller; targets are fractions of the image and don't change
+        if size != images.shape[-1]:  # smaller; targets are fractions of the image
             images = resize(images, [size, size], antialias=True)
         logits = self.model(to_network_input(images))
-        terms = self.loss(logits, batch["targets"], self.model.anchors_at(size))
+        anchors = self.model.anchors_at(size)
+        terms = self.loss(logits, batch["targets"], batch["counts"], anchors)
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        logits, targets = self.model(to_network_input(batch["images"])), batch["targets"]
-        anchors = self.model.anchors_at(batch["images"].shape[-1])
-        values = {
-            f"val/{name}": value for name, value in self.loss(logits, targets, anchors).items()
-        }
-        self.log_dict(values, on_epoch=True, batch_size=len(batch["images"]), sync_dist=True)
+        images = batch["images"]  # uint8 [B, 3, S, S]
+        targets = batch["targets"]
+        logits = self.model(to_network_input(images))
+        anchors = self.model.anchors_at(images.shape[-1])
+        terms = self.loss(logits, targets, batch["counts"], anchors)
+        values = {f"val/{name}": value for name, value in terms.items()}
+        self.log_dict(values, on_epoch=True, batch_size=len(images), sync_dist=True)
         self.cell_accuracy.update(logits, targets, anchors)
         self.accumulator.update(logits, targets, batch["difficult"], anchors)
 
@@ -112,16 +115,12 @@ class YOLOv3Module(OneCycleModule):
                 dist.broadcast(buffer, 0)
 
     def on_validation_epoch_end(self) -> None:
-        self.accuracies = {
-            name: float(value) for name, value in self.cell_accuracy.compute().items()
-        }
+        self.accuracies = {name: float(v) for name, v in self.cell_accuracy.compute().items()}
         self.predictions, self.ground_truth = self.accumulator.compute()
         self.per_class = per_class_table(self.predictions, self.ground_truth, self.config.classes)
-        self.results = {f"accuracy/{name}": value for name, value in self.accuracies.items()}
-        self.results["mAP50"] = mean_average_precision(self.per_class)
-        self.log_dict(
-            {f"val/{name}": value for name, value in self.results.items()}, sync_dist=True
-        )
+        values = {f"val/accuracy/{name}": value for name, value in self.accuracies.items()}
+        self.map50 = mean_average_precision(self.per_class)
+        self.log_dict(values | {"val/mAP50": self.map50}, sync_dist=True)
         self.cell_accuracy.reset()
         self.accumulator.reset()
 
@@ -131,25 +130,22 @@ class YOLOv3Module(OneCycleModule):
             self.model.backbone.requires_grad_(trainable).train(trainable)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["classes"] = list(self.config.classes)
-        if self.results:
+        """Add what the weights need: the anchors, which pretrained weights may have brought."""
+        if self.accuracies:
             epochs = f"{self.current_epoch + 1} of {self.config.epochs}"
-            self.model.metadata = training_metadata(
-                self.accuracies, self.results["mAP50"], self.config, epochs
-            )
-        checkpoint["anchors"] = (
-            self.model.anchor_sizes
-        )  # those of pretrained weights can differ from Config.anchors
+            metadata = training_metadata(self.accuracies, self.map50, self.config, epochs)
+            self.model.metadata = metadata
+        checkpoint["classes"] = list(self.config.classes)
+        checkpoint["anchors"] = self.model.anchor_sizes
         checkpoint["metadata"] = self.model.metadata
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        classes = checkpoint.get("classes")
-        if classes != list(self.config.classes):
+        classes = list(self.config.classes)
+        if checkpoint["classes"] != classes:
             raise ValueError(
-                f"This checkpoint was trained on the classes {classes}, Config.classes is {list(self.config.classes)}. "
+                f"This checkpoint was trained on the classes {checkpoint['classes']}, "
+                f"Config.classes is {classes}. "
                 "Set Config.classes to the checkpoint's, or start a new Config.run_dir."
             )
-        self.model.set_anchors(torch.tensor(checkpoint.get("anchors", self.config.anchors)))
-        self.model.metadata = checkpoint.get(
-            "metadata", checkpoint.get("about", {})
-        )  # older runs wrote "about"
+        self.model.set_anchors(torch.tensor(checkpoint["anchors"]))
+        self.model.metadata = checkpoint["metadata"]
