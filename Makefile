@@ -23,8 +23,8 @@ run: $(VENV)/installed ## train on the synthetic data set and print the results:
 multi: $(VENV)/installed ## train at several resolutions and compare, after make run: about 8 minutes
 	$(BIN) -m tools.notebook run multi_scale_s13_assignment.ipynb runs/shapes-multi/multi_scale_s13_assignment.ipynb
 
-app: $(VENV)/installed ## serve the app with the last run's weights, or the shipped weights, on localhost
-	GRADIO_ANALYTICS_ENABLED=False $(BIN) $(if $(wildcard space/app.py),space/app.py,-m src.serving.app weights)
+app: $(VENV)/installed ## serve the app with the detector of photographs on localhost
+	GRADIO_ANALYTICS_ENABLED=False $(BIN) -m src.serving.app
 
 test: $(VENV)/installed ## run the tests in two processes
 	OMP_NUM_THREADS=1 $(BIN) -m pytest -n 2 --dist loadfile

@@ -16,10 +16,13 @@ import httpx
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from src.serving.app import MAX_PIXELS
+from src.serving.gradcam import LAYERS, METHODS
 from src.serving.guard import MAX_REQUEST_BYTES, NOT_UPLOADED
+from src.serving.session import MAX_PIXELS
 from tests.planted import blurred_noise
 from tests.visitor import TIMEOUT_S
+
+DEFAULTS = (next(iter(LAYERS)), next(iter(METHODS)))
 
 
 @dataclass(frozen=True)
@@ -290,12 +293,12 @@ def forged_paths(folder: Path) -> list[Case]:
                 "src/serving/app.py",
                 "weights/model.safetensors",
                 "weights/config.json",
-                "samples/01.jpg",
+                "samples/first.jpg",
             )
         ),
         "app.py",
-        "samples/01.jpg",
-        "./samples/01.jpg",
+        "samples/first.jpg",
+        "./samples/first.jpg",
         "../../../../../etc/passwd",
         f"{upload}/../../etc/passwd",
         f"{upload}/nothing.png",
@@ -449,14 +452,14 @@ def invalid_values() -> list[Case]:
         cases.append(
             Case(
                 f"row {name}",
-                without_image("explain", number, "own", "hirescam", 0.7, 0.3, 0.5),
+                without_image("explain", number, *DEFAULTS, 0.7, 0.3, 0.5),
                 any_of,
             )
         )
         cases.append(
             Case(
                 f"layer {name}",
-                without_image("explain", "all", number, "hirescam", 0.7, 0.3, 0.5),
+                without_image("explain", "all", number, DEFAULTS[1], 0.7, 0.3, 0.5),
                 any_of,
             )
         )

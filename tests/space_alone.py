@@ -76,7 +76,7 @@ def main(width: float) -> None:
             begin = time.perf_counter()
             with serving(space, python, HF_HUB_OFFLINE="1") as (address, server):
                 seconds.append(time.perf_counter() - begin)
-                command = [python, "-c", REQUEST, address, space / "samples" / "01.jpg"]
+                command = [python, "-c", REQUEST, address, space / "samples" / "01.png"]
                 answer = subprocess.run(
                     command, check=True, capture_output=True, text=True
                 ).stdout.split()

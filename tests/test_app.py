@@ -12,27 +12,22 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from src.serving.app import (
-    Page,
-    analyze_image,
-    build_app,
-    detect,
-    model_facts_html,
-    on_row_select,
-    on_threshold_change,
-    render_detections,
-    render_heatmap,
-)
-from src.serving.drawing import class_colours, draw_detections, draw_heatmap
-from src.serving.gradcam import explain
+from src.config import REPOSITORY
+from src.serving.app import build_app, on_row_select, on_threshold_change
+from src.serving.drawing import class_colours, draw_detections, draw_heatmap, place_label
+from src.serving.facts import credits_html, model_address, model_facts_html, read_licenses
+from src.serving.gradcam import LAYERS, METHODS, explain
 from src.serving.images import resize_long_side
 from src.serving.predictor import Detections, Predictor
+from src.serving.session import analyze_image, detect, render_detections, render_heatmap
 from tests.planted import CLASSES, blurred_noise, planted_model
+
+DEFAULTS = (next(iter(LAYERS)), next(iter(METHODS)))  # what the page shows first
 
 
 @pytest.fixture(scope="module")
 def predictor():
-    metadata = {"data": "nothing <yet>", "mAP50": 0.12345, "metrics": {"class": 50}}
+    metadata = {"data": "nothing <yet>", "mAP50": 0.12345, "metrics": {"class accuracy": 0.5}}
     return Predictor(planted_model(metadata=metadata), device="cpu")
 
 
@@ -102,12 +97,55 @@ def test_boxes_and_labels_are_visible_on_any_background(background):
         assert chip.max() / chip.min() > 4.5
 
 
-def test_labels_do_not_overlap():
-    image = np.zeros((400, 400, 3), np.uint8)
-    detections = objects([[100, 100, 300, 300]] * 3, [0, 1, 2])
-    drawn = draw_detections(image, detections, CLASSES)
-    for colour in class_colours(3):
-        assert (drawn == colour).all(axis=-1).sum() > 300  # each label is visible
+def overlap(a, b) -> float:
+    """Return the area that two rectangles xyxy share."""
+    width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    return max(width, 0) * max(height, 0)
+
+
+def placed_labels(boxes, size, font_size) -> list[np.ndarray]:
+    """Place a label per box, in order."""
+    labels = np.zeros((0, 4))
+    for number in range(len(boxes)):
+        if place := place_label("label 99%", number, boxes, labels, size, font_size):
+            labels = np.vstack([labels, place[0]])
+    return [*labels]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 30])
+def test_labels_never_overlap_each_other(count):
+    """Boxes around one object, as before NMS, and boxes anywhere."""
+    rng = np.random.default_rng(count)
+    same = np.array([150, 150, 260, 250]) + rng.normal(0, 4, (count, 4))
+    corners = rng.uniform(0, 400, (count, 2, 2))
+    anywhere = np.hstack([corners.min(axis=1), corners.max(axis=1) + 1])
+    for boxes in (same, anywhere):
+        labels = placed_labels(boxes, (400, 400), 14)
+        assert len(labels) >= min(count, 12)
+        for number, label in enumerate(labels):
+            assert (label >= 0).all() and (label <= 400).all()
+            assert not any(overlap(label, other) for other in labels[:number])
+
+
+def test_labels_cover_no_box_if_there_is_space():
+    """Boxes at every edge of the image, two that touch, and two that overlap."""
+    boxes = np.array(
+        [[0, 0, 60, 60], [340, 0, 400, 60], [0, 340, 60, 400], [340, 340, 400, 400]]
+        + [[120, 150, 180, 210], [180, 150, 240, 210], [130, 290, 200, 340], [160, 300, 230, 350]],
+        float,
+    )
+    labels = placed_labels(boxes, (400, 400), 14)
+    assert len(labels) == len(boxes)
+    assert not any(overlap(label, box) for label in labels for box in boxes)
+
+
+def test_a_label_is_inside_its_box_only_if_nothing_else_fits():
+    """The box fills the image, or leaves a stripe at one of its four sides, as wide as a label."""
+    (full,) = placed_labels(np.array([[0.0, 0, 300, 200]]), (300, 200), 14)
+    assert overlap(full, [0, 0, 300, 200])
+    for box in ([0, 25, 300, 200], [0, 0, 300, 175], [110, 0, 300, 200], [0, 0, 190, 200]):
+        (label,) = placed_labels(np.array([box], float), (300, 200), 14)
+        assert not overlap(label, box)
 
 
 def test_the_heatmap_covers_the_image_only_where_it_is_high():
@@ -123,11 +161,10 @@ def test_the_heatmap_covers_the_image_only_where_it_is_high():
 def test_one_forward_pass_is_enough_for_all_thresholds(predictor, image_path):
     session = analyze_image(predictor, image_path)
     calls = []
-    networks = predictor.model, predictor.fused, session.explainer.model
-    hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in networks]
-    hooks.append(session.explainer.model.backbone.register_forward_hook(lambda *_: calls.append(1)))
+    layers = [*predictor.model.modules(), *predictor.fused.modules()]
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
     tables = {limit: render_detections(session, limit, 0.45)[2] for limit in (0.2, 0.4, 0.99)}
-    render_heatmap(session, "all", "own", "gradcam", 0.5, 0.2, 0.45)
+    render_heatmap(session, "all", DEFAULTS[0], "gradcam", 0.5, 0.2, 0.45)
     for hook in hooks:
         hook.remove()
     assert not calls
@@ -170,15 +207,12 @@ def test_class_names_are_escaped(image_path):
 def test_the_heatmap_has_a_message(predictor, image_path):
     session = analyze_image(predictor, image_path)
     best = session.detections(0.2, 0.45).index.tolist()
-    first, message = render_heatmap(session, best[0], "own", "hirescam", 0.7, 0.2, 0.45)
-    second, _ = render_heatmap(session, best[1], "own", "hirescam", 0.7, 0.2, 0.45)
+    first, message = render_heatmap(session, best[0], *DEFAULTS, 0.7, 0.2, 0.45)
+    second, _ = render_heatmap(session, best[1], *DEFAULTS, 0.7, 0.2, 0.45)
     assert (
         first.shape == session.view.shape and (first != second).any() and "Bright areas" in message
     )
-    assert (
-        "No detection above 99%"
-        in render_heatmap(session, "all", "own", "hirescam", 0.7, 0.99, 0.45)[1]
-    )
+    assert "No detection above 99%" in render_heatmap(session, "all", *DEFAULTS, 0.7, 0.99, 0.45)[1]
 
 
 def test_other_thresholds_keep_the_explained_detection(predictor, image_path):
@@ -196,7 +230,7 @@ def test_other_thresholds_keep_the_explained_detection(predictor, image_path):
     expected = explain(
         predictor, image_path, many.index.tolist().index(target), confidence=0.2, iou_threshold=0.95
     )
-    result = session.explain(target, "own", "hirescam", 0.2, 0.95)
+    result = session.explain(target, *DEFAULTS, 0.2, 0.95)
     assert result.explained.tolist() == expected.explained.tolist()
     assert result.heatmap == pytest.approx(resize_long_side(expected.heatmap, 480), abs=1e-6)
     gone = next(index for index in many.index.tolist() if index not in few.index)
@@ -206,7 +240,7 @@ def test_other_thresholds_keep_the_explained_detection(predictor, image_path):
 
 def test_other_opacities_use_the_same_heatmap(predictor, image_path):
     session = analyze_image(predictor, image_path)
-    settings = "all", "own", "hirescam"
+    settings = "all", *DEFAULTS
     with mock.patch.object(
         session.explainer, "explain", wraps=session.explainer.explain
     ) as computed:
@@ -224,14 +258,45 @@ def test_other_opacities_use_the_same_heatmap(predictor, image_path):
 
 def test_the_page_lists_the_metadata(predictor):
     text = model_facts_html(predictor, {"The code": "https://example.org/code"})
-    for part in ("nothing &lt;yet&gt;", "0.123", "50", 'href="https://example.org/code"', *CLASSES):
+    link = 'href="https://example.org/code"'
+    for part in ("nothing &lt;yet&gt;", "0.123", "50.0%", "million", link, *CLASSES):
         assert part in text
     assert "million" in model_facts_html(Predictor(planted_model(), device="cpu"), {})
 
 
-def test_weights_are_loaded_from_a_folder(tmp_path, image_path):
+def test_the_page_links_to_the_model(predictor, address, monkeypatch, tmp_path):
+    """To the Hub, on Spaces to its own weights, and otherwise to the card, which the app serves."""
+    assert model_address(predictor) == model_address(str(tmp_path)) == "model-card"
+    assert httpx.get(f"{address}model-card").text == str(predictor.model.generate_model_card())
+    assert model_address("someone/model") == "https://huggingface.co/someone/model"
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    expected = "https://huggingface.co/spaces/someone/space/tree/main/weights"
+    assert model_address(predictor) == model_address(tmp_path) == expected
+
+
+def test_samples_are_shown_with_their_authors(sample_files, predictor, tmp_path):
+    folder = sample_files[0].parent
+    text = credits_html(folder)
+    for part in ("first.jpg: Ada &lt;Lovelace&gt;, CC-BY-4.0", 'href="https://example.org/first"'):
+        assert part in text
+    assert "second.jpg: Charles Babbage, Public Domain" in text and "(none" not in text
+    page = build_app(predictor, folder)
+    assert text in [getattr(block, "value", None) for block in page.blocks.values()]
+    assert credits_html(tmp_path) == ""
+
+
+def test_every_shipped_photograph_has_an_author_and_a_free_licence():
+    folder = REPOSITORY / "weights" / "samples"
+    licenses = read_licenses(folder)
+    assert {*licenses} == {path.name for path in folder.glob("*.jpg")}
+    for facts in licenses.values():
+        assert facts["author"] and facts["source"]
+        assert facts["licence"] in ("Public Domain", "CC0-1.0", "CC-BY-4.0")
+
+
+def test_weights_are_loaded_from_a_folder(tmp_path):
     planted_model().save_pretrained(tmp_path)
-    assert isinstance(build_app(tmp_path, samples=[image_path]), Page)
+    assert build_app(tmp_path).card == (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_endpoint_equals_the_predictor(predictor, image_path, address):

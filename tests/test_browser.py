@@ -7,8 +7,8 @@ from PIL import Image
 
 pytest.importorskip("selenium")
 
-from src.serving.space import export_space
-from tests.planted import blurred_noise, planted_model
+from src.serving.gradcam import LAYERS
+from tests.planted import blurred_noise
 from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served
 
 if not (CHROMIUM and DRIVER):
@@ -29,14 +29,9 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(exported_space):
     """The address of the running Space."""
-    model = planted_model(metadata={"data": "nothing, for a test", "mAP50": 0.125})
-    samples = [blurred_noise(192, 192, seed) for seed in range(3)]
-    folder = export_space(
-        model, tmp_path_factory.mktemp("served") / "space", samples, {"Code": "https://example.org"}
-    )
-    with served(folder) as address:
+    with served(exported_space) as address:
         yield address
 
 
@@ -95,7 +90,7 @@ def test_a_class_or_a_row_can_be_explained(visitor, images):
     for name, choice in (
         ("method", "EigenCAM"),
         ("target", "Class star"),
-        ("layer", "Mean of all scales"),
+        ("layers", [*LAYERS.values()][1]),
     ):
         heatmap = visitor.source("heatmap")
         visitor.choose(name, choice)
@@ -136,9 +131,11 @@ def test_two_visitors_have_their_own_images(driver, address, images):
 
 def test_the_page_describes_the_model(visitor):
     facts = visitor.text("#model")
-    for part in ("circle", "square", "star", "nothing, for a test", "mAP", "0.125", "Code"):
+    for part in ("circle", "square", "star", "nothing yet", "mAP", "0.123", "Code"):
         assert part in facts
-    assert visitor.all("#model a")[0].get_attribute("href") == "https://example.org/"
+    links = [link.get_attribute("href") for link in visitor.all("#model a")]
+    assert links == ["https://huggingface.co/a/b", "https://example.org/code"]
+    assert "first.jpg: Ada <Lovelace>, CC-BY-4.0" in visitor.text("#credits")
 
 
 @pytest.mark.parametrize("width", [360, 390, 1280])

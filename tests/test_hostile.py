@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import socket
 import time
 from collections import Counter
@@ -12,11 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.serving.app import MAX_PIXELS
 from src.serving.predictor import Predictor
-from src.serving.space import export_space
+from src.serving.session import MAX_PIXELS
 from tests.hostile import Client, all_cases, encoded
-from tests.planted import blurred_noise, planted_model
+from tests.planted import blurred_noise
 from tests.visitor import serving
 
 SECRET = "8d1f-this-must-not-leave-the-server"
@@ -34,10 +34,8 @@ MAX_GROWTH_MB = 64  # of the server's memory; one image of 50 million pixels alo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = export_space(
-        planted_model(), tmp_path_factory.mktemp("hostile") / "space", [blurred_noise(96, 96)]
-    )
+def folder(exported_space, tmp_path_factory):
+    folder = shutil.copytree(exported_space, tmp_path_factory.mktemp("hostile") / "space")
     (folder / "secret.txt").write_text(SECRET)
     return folder
 

@@ -104,7 +104,7 @@ def test_the_main_notebook_runs_and_writes_its_files(folder, trained):
     )
     for name in ("metrics.csv", "config.json", "best.ckpt", "last.ckpt"):
         assert (folder / "runs/shapes" / name).is_file(), name
-    assert (folder / "space/app.py").is_file()
+    assert (folder / "runs/shapes/space/app.py").is_file()
     figures = sum("data" in output for cell in book.cells for output in cell.get("outputs", ()))
     assert figures >= 13
 

@@ -3,19 +3,21 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
+from unittest import mock
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from gradio_client import Client, handle_file
 from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image
 from safetensors.torch import load_file
 
 from src.serving.images import load_image
@@ -36,33 +38,23 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 import app
 from src.serving.predictor import Predictor
-detections = Predictor.load("weights")("samples/01.jpg", 0.2)
+detections = Predictor.load("weights")("samples/first.jpg", 0.2)
 json.dump([sorted(opened), sorted(sys.modules), detections.index.tolist()], open("report.json", "w"))
 """
 
 
-@pytest.fixture(scope="module")
-def model():
-    return planted_model(metadata={"data": "nothing yet", "metrics": {"mAP50": 0.12345}})
-
-
 @pytest.fixture
-def folder(model, tmp_path):
-    samples = [blurred_noise(96, 96), blurred_noise(150, 90)]
-    return export_space(
-        model,
-        tmp_path / "space",
-        samples,
-        {"The code": "https://example.org/code"},
-        hub_model="a/b",
-    )
+def folder(exported_space, tmp_path) -> Path:
+    """A copy of the Space, for tests that change it."""
+    return Path(shutil.copytree(exported_space, tmp_path / "space"))
 
 
 def files(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folder_contains_what_a_space_needs(folder, model):
+def test_the_folder_contains_what_a_space_needs(exported_space, sample_files):
+    folder = exported_space
     names = files(folder)
     assert {
         "app.py",
@@ -79,19 +71,29 @@ def test_the_folder_contains_what_a_space_needs(folder, model):
             *ROOT.glob("src/serving/*.*"),
         ]
     }
-    assert {name for name in names if name.startswith("samples/")} == {
-        "samples/01.jpg",
-        "samples/02.jpg",
-    }
+    samples = {"first.jpg", "second.jpg", "LICENSES.txt", "03.png"}
+    assert {path.name for path in (folder / "samples").iterdir()} == samples
     assert not any(
         name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pyc")) for name in names
     )
     stored = load_file(folder / "weights" / "model.safetensors")
-    assert stored.keys() == model.state_dict().keys()
+    assert stored.keys() == planted_model().state_dict().keys()
 
 
-def test_the_readme_header_is_valid(folder):
-    _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+def test_samples_are_copied_byte_for_byte_with_their_licences(
+    exported_space, sample_files, tmp_path
+):
+    """The same detections in the Space as in a notebook, and authors named."""
+    for file in (*sample_files, sample_files[0].with_name("LICENSES.txt")):
+        assert (exported_space / "samples" / file.name).read_bytes() == file.read_bytes()
+    array = load_image(exported_space / "samples" / "03.png")
+    assert np.array_equal(array, blurred_noise(150, 90))
+    with pytest.raises(ValueError, match=r"Two samples are named first.jpg"):
+        export_space(planted_model(), tmp_path / "twice", sample_files[:1] * 2)
+
+
+def test_the_readme_header_is_valid(exported_space):
+    _, header, text = (exported_space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     header = yaml.safe_load(header)
     assert (
         header["sdk"] == "gradio"
@@ -109,12 +111,12 @@ def test_the_readme_header_is_valid(folder):
     }
     assert "nothing yet" in text
     for link in ("https://example.org/code", "https://huggingface.co/a/b"):  # also in the app
-        assert link in text and link in (folder / "app.py").read_text(encoding="utf-8")
+        assert link in text and link in (exported_space / "app.py").read_text(encoding="utf-8")
 
 
-def test_the_weights_have_a_card(folder):
+def test_the_weights_have_a_card(exported_space):
     _, header, text = (
-        (folder / "weights" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        (exported_space / "weights" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     )
     header = yaml.safe_load(header)
     assert header["license"] == "mit" and header["pipeline_tag"] == "object-detection"
@@ -125,9 +127,9 @@ def test_the_weights_have_a_card(folder):
     )
 
 
-def test_titles_may_contain_any_character(model, tmp_path):
+def test_titles_may_contain_any_character(tmp_path):
     title = 'It\'s "YOLO": {x} \\ é'
-    folder = export_space(model, tmp_path / "space", title=title)
+    folder = export_space(planted_model(), tmp_path / "space", title=title)
     assert (
         yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])[
             "title"
@@ -148,11 +150,11 @@ def test_a_predictors_model_is_exported_unfused(tmp_path):
     )
 
 
-def test_requirements_are_pinned_to_the_installed_versions_except_torch(folder):
+def test_requirements_are_pinned_to_the_installed_versions_except_torch(exported_space):
     """ZeroGPU stops the build if torch is pinned to a version that it doesn't have."""
     lines = [
         line
-        for line in (folder / "requirements.txt").read_text().splitlines()
+        for line in (exported_space / "requirements.txt").read_text().splitlines()
         if not line.startswith("#")
     ]
     pins = dict(line.split("==") for line in lines if "==" in line)
@@ -162,50 +164,41 @@ def test_requirements_are_pinned_to_the_installed_versions_except_torch(folder):
     assert not {"pytorch-lightning", "albumentations"} & pins.keys()
 
 
-def test_an_older_export_is_replaced_as_a_whole(folder, model):
+def test_an_older_export_is_replaced_as_a_whole(folder):
     (folder / "weights" / "stale.bin").write_text("old")
     (folder / "left.txt").write_text("old")
-    export_space(model, folder, [Image.fromarray(blurred_noise())])
-    assert not {"left.txt", "weights/stale.bin", "samples/02.jpg"} & files(folder)
-    assert "samples/01.jpg" in files(folder) and [
-        path.name for path in folder.parent.iterdir()
-    ] == ["space"]
+    export_space(planted_model(), folder, [blurred_noise()])
+    assert not {"left.txt", "weights/stale.bin", "samples/first.jpg"} & files(folder)
+    assert "samples/01.png" in files(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["space"]
 
 
-def test_other_folders_are_never_replaced(model, tmp_path):
+def test_other_folders_are_never_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("five years of work")
-    with pytest.raises(FileExistsError, match="not made by export_space"):
-        export_space(model, tmp_path)
-    with pytest.raises(FileExistsError, match="not made by export_space"):
-        export_space(model, tmp_path / "thesis.txt")
+    with pytest.raises(FileExistsError, match="is not an exported Space"):
+        export_space(planted_model(), tmp_path)
+    with pytest.raises(FileExistsError, match="is not an exported Space"):
+        export_space(planted_model(), tmp_path / "thesis.txt")
     assert files(tmp_path) == {"thesis.txt"}
 
 
-def test_a_failed_export_keeps_the_older_one(folder, model, tmp_path):
+def test_a_failed_export_keeps_the_older_one(folder, tmp_path):
     before = files(folder)
     (tmp_path / "bad.jpg").write_text("not an image")
     with pytest.raises(ValueError, match="bad.jpg"):
-        export_space(model, folder, [tmp_path / "bad.jpg"])
+        export_space(planted_model(), folder, [tmp_path / "bad.jpg"])
     assert files(folder) == before and {path.name for path in tmp_path.iterdir()} == {
         "space",
         "bad.jpg",
     }
 
 
-def test_an_empty_folder_is_used(model, tmp_path):
+def test_an_empty_folder_is_used(tmp_path):
     (tmp_path / "space").mkdir()
-    assert (export_space(model, tmp_path / "space") / MARKER).is_file()
+    assert (export_space(planted_model(), tmp_path / "space") / MARKER).is_file()
 
 
-def test_samples_are_upright_and_resized(model, tmp_path):
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.new("RGB", (2000, 1000)).save(tmp_path / "turned.jpg", exif=exif)
-    folder = export_space(model, tmp_path / "space", [tmp_path / "turned.jpg"])
-    assert load_image(folder / "samples" / "01.jpg").shape == (640, 320, 3)
-
-
-def test_it_starts_from_its_own_files_only(folder, model):
+def test_it_starts_from_its_own_files_only(folder):
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     subprocess.run([sys.executable, "-c", START], cwd=folder, env=environment, check=True)
@@ -219,11 +212,14 @@ def test_it_starts_from_its_own_files_only(folder, model):
         name.partition(".")[0] for name in modules
     }
     assert (
-        index == Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2).index.tolist()
+        index
+        == Predictor(planted_model(), device="cpu")(
+            folder / "samples" / "first.jpg", 0.2
+        ).index.tolist()
     )
 
 
-def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(folder, model):
+def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(exported_space):
     """Hugging Face's own package `spaces` reports the GPU function to its server, and makes torch claim a GPU."""
     reports = []
 
@@ -241,64 +237,54 @@ def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(folder, model):
     address = f"http://127.0.0.1:{server.server_port}"
     with (
         server,
-        serving(folder, SPACES_ZERO_GPU="true", SPACES_ZERO_DEVICE_API_URL=address) as (space, _),
+        serving(exported_space, SPACES_ZERO_GPU="true", SPACES_ZERO_DEVICE_API_URL=address) as (
+            space,
+            _,
+        ),
     ):
         answer = Client(space, verbose=False).predict(
-            handle_file(folder / "samples" / "01.jpg"), 0.2, api_name="/detect"
+            handle_file(exported_space / "samples" / "first.jpg"), 0.2, api_name="/detect"
         )
         server.shutdown()
     assert reports == ["/startup-report"]
-    expected = Predictor(model, device="cpu")(folder / "samples" / "01.jpg", 0.2)
-    assert answer["detections"] == detections_to_dicts(expected, model.classes)
+    predictor = Predictor(planted_model(), device="cpu")
+    expected = predictor(exported_space / "samples" / "first.jpg", 0.2)
+    assert answer["detections"] == detections_to_dicts(expected, CLASSES)
 
 
-def test_pushing_without_a_token_explains_what_to_do(folder, monkeypatch, tmp_path):
+def test_pushing_without_a_token_explains_what_to_do(exported_space, monkeypatch, tmp_path):
     monkeypatch.setattr("src.serving.space.get_token", lambda: None)
     with pytest.raises(PermissionError, match="huggingface.co/settings/tokens"):
-        push_space(folder, "someone/space")
+        push_space(exported_space, "someone/space")
     with pytest.raises(FileNotFoundError, match="export_space"):
         push_space(tmp_path, "someone/space", token="x")
 
 
-def test_pushing_uploads_the_folder(folder, monkeypatch):
-    calls = []
-
-    class Hub:
-        def __init__(self, token):
-            calls.append(token)
-
-        def create_repo(self, name, **options):
-            calls.append(options)
-            return f"https://huggingface.co/spaces/{name}"
-
-        def upload_folder(self, **options):
-            calls.append(options)
-
-    monkeypatch.setattr("src.serving.space.HfApi", Hub)
-    assert (
-        push_space(folder, "someone/space", token="secret")
-        == "https://huggingface.co/spaces/someone/space"
-    )
-    assert (
-        calls[0] == "secret" and calls[1]["space_hardware"] == "zero-a10g" and calls[1]["exist_ok"]
-    )
-    assert calls[2]["folder_path"] == folder and calls[2]["repo_type"] == "space"
+@pytest.mark.parametrize(("sdk", "hardware"), [("gradio", "zero-a10g"), ("static", None)])
+def test_pushing_uploads_the_folder(folder, monkeypatch, sdk, hardware):
+    """A Space of either kind; README.md says which."""
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(readme.replace("sdk: gradio", f"sdk: {sdk}"))
+    hub = mock.Mock()
+    hub.return_value.create_repo.return_value = "https://huggingface.co/spaces/someone/space"
+    monkeypatch.setattr("src.serving.space.HfApi", hub)
+    address = push_space(folder, "someone/space", token="secret")
+    assert address == "https://huggingface.co/spaces/someone/space"
+    hub.assert_called_once_with(token="secret")
+    created = hub.return_value.create_repo.call_args.kwargs
+    assert (created["space_sdk"], created["space_hardware"]) == (sdk, hardware)
+    uploaded = hub.return_value.upload_folder.call_args.kwargs
+    assert uploaded["folder_path"] == folder and uploaded["repo_type"] == "space"
 
 
 @pytest.mark.parametrize(
-    "status, error", [(402, PermissionError), (403, PermissionError), (500, HfHubHTTPError)]
+    ("status", "error"), [(402, PermissionError), (403, PermissionError), (500, HfHubHTTPError)]
 )
-def test_a_refused_space_explains_what_to_do(folder, monkeypatch, status, error):
-    response = httpx.Response(
-        status, request=httpx.Request("POST", "https://huggingface.co/api/repos/create")
-    )
-
-    def create_repo(*_, **__):
-        raise HfHubHTTPError("a PRO subscription is required", response=response)
-
+def test_a_refused_space_explains_what_to_do(exported_space, monkeypatch, status, error):
+    request = httpx.Request("POST", "https://huggingface.co/api/repos/create")
+    refusal = HfHubHTTPError("needs PRO", response=httpx.Response(status, request=request))
+    create_repo = mock.Mock(side_effect=refusal)
     monkeypatch.setattr("src.serving.space.HfApi.create_repo", create_repo)
-    with pytest.raises(
-        error,
-        match="(?s)PRO subscription is required" + ".*older than 30 days.*app.py" * (status < 500),
-    ):
-        push_space(folder, "someone/space", token="secret")
+    message = "(?s)needs PRO" + ".*export_static_space works with any account" * (status < 500)
+    with pytest.raises(error, match=message):
+        push_space(exported_space, "someone/space", token="secret")

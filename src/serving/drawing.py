@@ -11,15 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from src.serving.predictor import Detections
 
-SYSTEM_FONTS = (
-    "DejaVuSans.ttf",
-    "LiberationSans-Regular.ttf",
-    "Arial.ttf",
-    "arial.ttf",
-)  # Pillow searches the system for them
+# Pillow searches the system for them:
+SYSTEM_FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
+LABEL_SCALES = (1, 0.85, 0.7)  # of the font, tried in this order
 
-# The first seven are by Okabe and Ito (2008, https://jfly.uni-koeln.de/color), for any colour vision. Each of the others has
-# the largest distance in Oklab to those before it, for normal, red-blind and green-blind vision.
+# The first seven are by Okabe and Ito (2008, https://jfly.uni-koeln.de/color), for any colour
+# vision. Each of the others has the largest distance in Oklab to those before it, for normal,
+# red-blind and green-blind vision.
 COLOURS = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
     (204, 121, 167), (120, 15, 75), (0, 0, 255), (120, 255, 255), (60, 45, 150), (150, 105, 255),
@@ -31,17 +29,14 @@ COLOURS = (
 def class_colours(count: int) -> list[tuple[int, int, int]]:
     """Return one RGB colour (0..255) per class, the same in every figure.
 
-    A longer list starts with the shorter one. The first 20 are easy to tell apart; the hues of the others differ by the
-    golden ratio.
+    A longer list starts with the shorter one. The first 20 are easy to tell apart; the hues of the
+    others differ by the golden ratio.
     """
-    others = [
-        colorsys.hls_to_rgb(0.618034 * i % 1, (0.7, 0.4)[i % 2], 0.7)
-        for i in range(count - len(COLOURS))
-    ]
-    return [
-        *COLOURS[:count],
-        *(tuple(round(255 * channel) for channel in colour) for colour in others),
-    ]
+    colours = [*COLOURS[:count]]
+    for i in range(count - len(COLOURS)):
+        colour = colorsys.hls_to_rgb(0.618034 * i % 1, (0.7, 0.4)[i % 2], 0.7)
+        colours.append(tuple(round(255 * channel) for channel in colour))
+    return colours
 
 
 def label_colours(labels: Sequence[int], classes: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -66,7 +61,8 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draw boxes [n, 4] (xyxy in pixels) on a copy of uint8 [H, W, 3] RGB. The first box is on top.
 
-    colours, texts: one per box. Each box has a thin border in black or white, so that it is visible on any background.
+    colours, texts: one per box. A thin border in black or white makes a box visible on any
+        background. A text is left out if it would be over another text, wherever it is placed.
     dashed: for ground truth.
     font_size: in pixels, by default 1/30 of the long side and at least 9. The line width follows.
     """
@@ -81,11 +77,12 @@ def draw_boxes(
         gaps = (rows + columns) // (4 * line) % 2 == 1
         drawn = Image.fromarray(np.where(gaps[..., None], image, drawn))
         draw = ImageDraw.Draw(drawn)
-    occupied = []
-    for box, colour, text in zip(boxes, colours, texts, strict=False):
-        _draw_label(
-            draw, box, text, colour, _font(font_size, text.isascii()), line, drawn.size, occupied
-        )
+    labels = np.zeros((0, 4))
+    for number, (text, colour) in enumerate(zip(texts, colours, strict=False)):
+        place = place_label(text, number, boxes, labels, drawn.size, font_size)
+        if place:
+            labels = np.vstack([labels, place[0]])
+            _draw_label(draw, *place, text, colour)
     return np.asarray(drawn)
 
 
@@ -110,7 +107,7 @@ def draw_detections(
 
 @cache
 def _font(size: float, is_ascii: bool) -> ImageFont.FreeTypeFont:
-    """Return Pillow's own font, which has hardly any letters besides ASCII's, or a font of the system for other texts."""
+    """Return Pillow's own font for ASCII, which is nearly all that it has, or one of the system."""
     for name in () if is_ascii else SYSTEM_FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, size)
@@ -134,49 +131,76 @@ def _draw_box(
     draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
 
 
-def _draw_label(
-    draw: ImageDraw.ImageDraw,
-    box: np.ndarray,
+def place_label(
     text: str,
-    colour: tuple,
-    font,
-    line: int,
-    size: tuple,
-    occupied: list,
-) -> None:
-    """Draw the text on a filled rectangle above the box, or inside if there is no space above.
+    number: int,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    size: tuple[int, int],
+    font_size: float,
+) -> tuple[np.ndarray, ImageFont.FreeTypeFont] | None:
+    """Find a rectangle (xyxy) and a font for the label of boxes[number].
 
-    It moves down if it overlaps one of the rectangles in `occupied`, and is added to them.
+    The first place that covers no box is taken: above the box, below, at its sides, then with
+    smaller text. Otherwise the place that covers the least, its own box only if there is no other.
+    labels: rectangles [m, 4] that are never covered. Returns None if there is no place.
     """
-    pad = max(2, line)
-    width = draw.textlength(text, font=font) + 2 * pad
-    height = sum(font.getmetrics()) + pad
-    left = float(np.clip(box[0] - line // 2, 0, max(0, size[0] - width)))
-    top = float(box[1] - height if box[1] >= height else box[1])
-    for _ in range(8):
-        if not any(
-            left < x2 and x1 < left + width and top < y2 and y1 < top + height
-            for x1, y1, x2, y2 in occupied
-        ):
-            break
-        top += height
-    top = float(np.clip(top, 0, max(0, size[1] - height)))
-    occupied.append((left, top, left + width, top + height))
-    draw.rectangle(
-        (left - 1, top - 1, left + width, top + height), fill=colour, outline=_contrast(colour)
-    )
-    draw.text((left + pad, top + pad / 2), text, fill=_contrast(colour), font=font)
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).clip(min=1)  # [n]
+    best = None
+    lowest_cost = np.inf
+    for scale in LABEL_SCALES:
+        font = _font(max(8.0, scale * font_size), text.isascii())
+        extent = np.array([font.getlength(text) + font_size / 3, 1.1 * sum(font.getmetrics())])
+        corners = _label_corners(boxes[number], *extent)
+        corners = np.clip(corners, 0, np.maximum(np.array(size) - extent, 0))
+        places = np.hstack([corners, corners + extent])  # [16, 4]
+        covered = _overlaps(places, boxes) / areas  # [16, n]
+        cost = covered.sum(axis=1) + 10 * (covered[:, number] > 0)
+        cost[_overlaps(places, labels).any(axis=1)] = np.inf
+        place = cost.argmin()
+        if cost[place] == 0:
+            return places[place], font
+        if cost[place] - scale < lowest_cost:
+            best = places[place], font
+            lowest_cost = cost[place] - scale
+    return best
+
+
+def _label_corners(box: np.ndarray, width: float, height: float) -> list[tuple[float, float]]:
+    """Return places (left, top) for a label of a box: around it, a line away, and inside."""
+    x1, y1, x2, y2 = box
+    left_and_right = (x1, x2 - width)
+    top_and_bottom = (y1, y2 - height)
+    rows = (y1 - height, y2, y1 - 2 * height, y2 + height)
+    corners = [(x, y) for y in rows[:2] for x in left_and_right]
+    corners += [(x, y) for x in (x2, x1 - width) for y in top_and_bottom]
+    corners += [(x, y) for y in rows[2:] for x in left_and_right]
+    return corners + [(x, y) for y in top_and_bottom for x in left_and_right]
+
+
+def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the areas [n, m] that rectangles a [n, 4] share with b [m, 4], all xyxy."""
+    a = a[:, None]
+    sides = np.minimum(a[..., 2:], b[:, 2:]) - np.maximum(a[..., :2], b[:, :2])
+    return sides.clip(min=0).prod(axis=2)
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw, rectangle: np.ndarray, font, text: str, colour: tuple
+) -> None:
+    """Draw a text on a filled rectangle."""
+    ink = _contrast(colour)
+    draw.rectangle((*rectangle[:2], *rectangle[2:] - 1), fill=colour, outline=ink)
+    draw.text(tuple(rectangle.reshape(2, 2).mean(axis=0)), text, fill=ink, font=font, anchor="mm")
 
 
 def draw_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.6) -> np.ndarray:
     """Blend uint8 [H, W, 3] RGB, in grey, with the colours of a heatmap [H, W] in 0..1.
 
-    opacity: 0..1, the weight of the heatmap where it is 1. Where it is 0, the weight is a quarter of that.
+    opacity: 0..1, the weight of the heatmap where it is 1; where it is 0, a quarter of that.
     """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     levels = np.rint(heatmap * 255).astype(np.uint8)
-    colours = cv2.cvtColor(
-        cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB
-    ).astype(np.float32)
+    colours = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]  # BGR -> RGB
     weight = opacity * (0.25 + 0.75 * heatmap[..., None])
     return np.rint(grey * (1 - weight) + colours * weight).astype(np.uint8)

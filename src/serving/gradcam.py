@@ -15,17 +15,25 @@ from src.serving.images import load_image
 from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
 
-METHODS = {
+CAMS = {
     "hirescam": HiResCAM,
     "gradcam": GradCAM,
     "gradcam++": GradCAMPlusPlus,
     "eigencam": EigenCAM,
 }
-METHOD_NAMES = {
+METHODS = {
     "hirescam": "HiResCAM",
     "gradcam": "Grad-CAM",
     "gradcam++": "Grad-CAM++",
     "eigencam": "EigenCAM",
+}
+METHOD_NAMES = METHODS
+LAYERS = {
+    "own": "The detection's own scale",
+    "all": "Mean of all scales",
+    0: "Stride 32 (large objects)",
+    1: "Stride 16 (medium objects)",
+    2: "Stride 8 (small objects)",
 }
 MAX_EXPLAINED = 24  # detections per heatmap; the best are taken
 BATCH_SIZE = 4  # detections per backward pass
@@ -170,7 +178,7 @@ class Explainer:
             heads.first_neck,
             *(self.model.heads[target].neck for target in target_scales[1:]),
         ]
-        cam = METHODS[method](
+        cam = CAMS[method](
             heads, target_layers, reshape_transform=Tensor.float
         )  # numpy has no bfloat16
         try:

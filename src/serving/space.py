@@ -1,18 +1,20 @@
-"""Export of the app as a Hugging Face Space: code, weights, samples and requirements in one folder."""
+"""Export of the app as a Hugging Face Space: one folder of code, weights, samples, requirements."""
 
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import HfApi, SpaceHardware, get_token
+from huggingface_hub import HfApi, SpaceHardware, get_token, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from src.model.network import YOLOv3
+from src.serving.facts import LICENSES
 from src.serving.images import load_image
 
 PINNED = (
@@ -23,21 +25,29 @@ PINNED = (
     "grad-cam",
     "gradio",
 )  # gradio requires huggingface_hub
-REQUIREMENTS = """# Spaces choose the versions of torch and torchvision. ZeroGPU refuses others.
+REQUIREMENTS = """\
+# Spaces choose the versions of torch and torchvision. ZeroGPU refuses others.
 torch
 torchvision
 """
 PYTHON = "3.12"  # ZeroGPU has 3.10 and 3.12
-RUN_LOCALLY = "To run the folder without Hugging Face: `pip install -r requirements.txt`, then `python app.py`."
-MARKER = ".exported-space"  # a file in every exported folder; a folder without it is never replaced
-SAMPLE_SIZE = 640  # largest long side of a sample, in pixels
+NEEDS_TOKEN = """\
+No Hugging Face token. Create one with write access at https://huggingface.co/settings/tokens. Then
+run `hf auth login`, set HF_TOKEN, or use push_space(..., token=...)."""
+REFUSED = """\
+Hugging Face doesn't create the Space {repo_id}: {error}
+The token needs write access. A Gradio Space needs PRO (organizations: Team), or an account that is
+older than 30 days, has a verified e-mail address and fewer than two Spaces. A static Space from
+src.serving.static_space.export_static_space works with any account."""
+MARKER = ".exported-space"  # a file in every export; a folder without it is never replaced
 APP = '''"""Start the app."""
 
 import os
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ZERO_GPU = os.environ.get("SPACES_ZERO_GPU") == "true"  # https://huggingface.co/docs/hub/spaces-zerogpu
+# https://huggingface.co/docs/hub/spaces-zerogpu
+ZERO_GPU = os.environ.get("SPACES_ZERO_GPU") == "true"
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 if ZERO_GPU:
@@ -45,7 +55,7 @@ if ZERO_GPU:
 
     @spaces.GPU
     def gpu_function():
-        """Never called, because the app is fast enough on the CPU. ZeroGPU stops apps without a GPU function."""
+        """Never called: the app is fast enough on the CPU. ZeroGPU stops apps without one."""
 
 
 from src.serving.app import build_app
@@ -53,7 +63,7 @@ from src.serving.predictor import Predictor
 
 demo = build_app(
     Predictor.load(HERE / "weights", device="cpu" if ZERO_GPU else ""),
-    samples=sorted((HERE / "samples").glob("*.jpg")),
+    samples=HERE / "samples",
     links={links!r},
     title={title!r},
 )
@@ -76,8 +86,8 @@ license: mit
 
 # {title}
 
-Detects objects of {classes} classes with a YOLOv3 of {parameters:.1f} million parameters, and shows the Grad-CAM heatmap
-of each detection. Training data: {data}.
+Detects objects of {classes} classes with a YOLOv3 of {parameters:.1f} million parameters, and
+shows the Grad-CAM heatmap of each detection. Training data: {data}.
 
 To run it on your own machine: `pip install -r requirements.txt`, then `python app.py`.
 {links}"""
@@ -86,59 +96,82 @@ To run it on your own machine: `pip install -r requirements.txt`, then `python a
 def export_space(
     model: YOLOv3,
     folder: str | Path,
-    samples: Sequence[np.ndarray | str | Path] = (),
+    samples: Sequence[str | Path | np.ndarray] = (),
     links: dict[str, str] | None = None,
     title: str = "YOLOv3 object detection with Grad-CAM",
     hub_model: str = "",
 ) -> Path:
-    """Write a Space into `folder` and return its path. An older export is replaced as a whole.
+    """Write a Gradio Space into `folder` and return its path. An older export is replaced.
 
-    samples: example images, uint8 [H, W, 3] or files. links: text -> address.
-    hub_model: the model's id on the Hub ("name/model"), if it was uploaded; the app then links to it.
-    Raises FileExistsError if `folder` contains anything but an export, and ValueError if a sample is not an image.
+    samples: see `write_samples`. links: text -> address.
+    hub_model: the model's id on the Hub ("name/model"), if it was uploaded; the app links to it.
+    Raises FileExistsError and ValueError, see `replace_export` and `write_samples`.
+    """
+    model_link = {"Model": f"https://huggingface.co/{hub_model}"} if hub_model else {}
+    links = model_link | dict(links or {})
+    source = Path(__file__).parents[1]
+    with replace_export(folder) as new:
+        for part in ("model", "serving"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source / part, new / "src" / part, ignore=ignored)
+        shutil.copyfile(source / "__init__.py", new / "src" / "__init__.py")
+        model.save_pretrained(new / "weights")
+        write_samples(samples, new / "samples")
+        for name, text in {
+            "app.py": APP.format(title=title, links=links),
+            "requirements.txt": requirements(),
+            "README.md": _readme(model, links, title, hub_model),
+            ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
+        }.items():
+            (new / name).write_text(text, encoding="utf-8")
+    return Path(folder)
+
+
+@contextmanager
+def replace_export(folder: str | Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `folder`, in place of an older export, if no error occurs.
+
+    Raises FileExistsError if `folder` is a file, or has files but is not an export.
     """
     folder = Path(folder)
-    if (
-        folder.exists()
-        and not (folder / MARKER).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
+    has_files = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if has_files and not (folder / MARKER).is_file():
         raise FileExistsError(
-            f"{folder} was not made by export_space and is not replaced. Choose another folder."
+            f"{folder} is not an exported Space and is not replaced. Choose another folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
-        model_link = {"Model": f"https://huggingface.co/{hub_model}"} if hub_model else {}
-        _write_space(model, new, samples, model_link | dict(links or {}), title, hub_model)
+        new.mkdir()
+        (new / MARKER).write_text("An exported Space. The next export replaces this folder.\n")
+        yield new
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         new.rename(folder)
-    return folder
 
 
-def _write_space(
-    model: YOLOv3, folder: Path, samples: Sequence, links: dict, title: str, hub_model: str
-) -> None:
-    """Write the files of a Space into a new folder."""
-    source = Path(__file__).parents[1]
-    for part in ("model", "serving"):
-        shutil.copytree(
-            source / part, folder / "src" / part, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    shutil.copyfile(source / "__init__.py", folder / "src" / "__init__.py")
-    for name in ("weights", "samples"):
-        (folder / name).mkdir()
-    model.save_pretrained(folder / "weights")
+def write_samples(samples: Sequence[str | Path | np.ndarray], folder: Path) -> None:
+    """Write example images into a new folder.
+
+    Files are copied unchanged, with the LICENSES.txt beside them; uint8 [H, W, 3] become PNG.
+    Raises ValueError if one is not an image, or if two files have the same name.
+    """
+    folder.mkdir()
+    licenses = {}
     for number, sample in enumerate(samples, start=1):
-        image = Image.fromarray(load_image(sample))
-        image.thumbnail((SAMPLE_SIZE, SAMPLE_SIZE))
-        image.save(folder / "samples" / f"{number:02d}.jpg", quality=90)
-    (folder / MARKER).write_text("Made by export_space. The next export replaces this folder.\n")
-    (folder / "app.py").write_text(APP.format(title=title, links=links), encoding="utf-8")
-    (folder / "requirements.txt").write_text(requirements(), encoding="utf-8")
-    (folder / "README.md").write_text(_readme(model, links, title, hub_model), encoding="utf-8")
-    (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+        image = load_image(sample)
+        if isinstance(sample, np.ndarray):
+            Image.fromarray(image).save(folder / f"{number:02d}.png")
+            continue
+        target = folder / Path(sample).name
+        if target.exists():
+            raise ValueError(f"Two samples are named {target.name}. Rename one of them.")
+        shutil.copyfile(sample, target)
+        stated = Path(sample).with_name(LICENSES)
+        if stated.is_file():
+            licenses[stated] = stated.read_text(encoding="utf-8")
+    if licenses:
+        (folder / LICENSES).write_text("\n".join(licenses.values()), encoding="utf-8")
 
 
 def requirements() -> str:
@@ -147,7 +180,10 @@ def requirements() -> str:
 
 
 def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
-    """Fill in README.md; its header configures the Space (https://huggingface.co/docs/hub/spaces-config-reference)."""
+    """Fill in README.md, whose header configures the Space.
+
+    Its fields: https://huggingface.co/docs/hub/spaces-config-reference
+    """
     return README.format(
         title=title,
         quoted=json.dumps(title, ensure_ascii=False),
@@ -162,34 +198,34 @@ def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
 
 
 def push_space(folder: str | Path, repo_id: str, token: str | None = None) -> str:
-    """Upload an exported folder to the Space `repo_id` ("name/space"). Returns its address.
+    """Upload an exported folder, Gradio or static, to the Space `repo_id` ("name/space").
 
-    A missing Space is created on ZeroGPU, the only hardware of free accounts; the app doesn't use its GPU.
+    Returns the Space's address. A missing Space is created. Gradio ones are created on ZeroGPU, the
+    only hardware of free accounts; the app doesn't use its GPU.
     token: one with write access. Default: the one of `hf auth login` or of the variable HF_TOKEN.
-    Raises FileNotFoundError if the folder is not an export, and PermissionError if there is no token or the account may
-    not create the Space.
+    Raises FileNotFoundError if the folder is not an export, and PermissionError if there is no
+    token or the account may not create the Space.
     """
     if not (Path(folder) / MARKER).is_file():
         raise FileNotFoundError(
-            f"{folder} is not an exported Space. Make one with export_space(model, {str(folder)!r})."
+            f"{folder} is not an exported Space. "
+            f"Make one with export_space(model, {str(folder)!r})."
         )
     if not (token or get_token()):
-        raise PermissionError(
-            "No Hugging Face token. Create one with write access at https://huggingface.co/settings/tokens. Then run "
-            f"`hf auth login`, set HF_TOKEN, or use push_space(..., token=...). {RUN_LOCALLY}"
-        )
-    api, hardware = HfApi(token=token), SpaceHardware.ZERO_A10G  # the name of ZeroGPU
+        raise PermissionError(NEEDS_TOKEN)
+    sdk = metadata_load(Path(folder) / "README.md")["sdk"]
+    api = HfApi(token=token)
     try:
         address = api.create_repo(
-            repo_id, repo_type="space", space_sdk="gradio", space_hardware=hardware, exist_ok=True
+            repo_id,
+            repo_type="space",
+            space_sdk=sdk,
+            space_hardware=SpaceHardware.ZERO_A10G if sdk == "gradio" else None,  # ZeroGPU
+            exist_ok=True,
         )
     except HfHubHTTPError as error:
         if error.response.status_code not in (402, 403):
             raise
-        raise PermissionError(
-            f"Hugging Face doesn't create the Space {repo_id}: {error}\nThe token needs write access. Free accounts can have "
-            "two Spaces if their e-mail address is verified and they are older than 30 days. Other accounts need PRO, "
-            f"organizations Team. {RUN_LOCALLY}"
-        ) from error
+        raise PermissionError(REFUSED.format(repo_id=repo_id, error=error)) from error
     api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, delete_patterns="*")
     return str(address)
