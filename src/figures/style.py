@@ -47,14 +47,17 @@ with_style = rc_context(STYLE)  # decorator of functions that draw a figure
 
 
 class NotebookFigure(Figure):
-    """A matplotlib figure that a notebook displays as a small file: a JPEG if it shows images, else a 128-colour PNG.
+    """A matplotlib figure that a notebook displays as a small file.
 
-    A plain Figure is displayed only through pyplot, as one format for all figures, and several times larger.
+    That is a JPEG if it shows images, else a PNG of 128 colours. A plain Figure is displayed only
+    through pyplot, as one format for all figures, and several times larger.
     """
 
-    def __init__(self, height: float, width: float = WIDTH, jpeg: bool = False):
-        """height, width: in inches. A JPEG has no automatic layout: place its axes with `add_axes`."""
-        super().__init__(figsize=(width, height), dpi=DPI, layout="none" if jpeg else "constrained")
+    def __init__(
+        self, height: float, width: float = WIDTH, jpeg: bool = False, layout: str = "constrained"
+    ):
+        """height, width: in inches."""
+        super().__init__(figsize=(width, height), dpi=DPI, layout=layout)
         self.jpeg = jpeg
 
     def _ipython_display_(self) -> None:
@@ -66,18 +69,23 @@ class NotebookFigure(Figure):
     @with_style
     def encoded(self) -> bytes:
         """Return the figure as the bytes of a JPEG or PNG file."""
-        png, file = io.BytesIO(), io.BytesIO()
+        png = io.BytesIO()
         self.savefig(png, format="png")
         image = Image.open(png).convert("RGB")
+        file = io.BytesIO()
         if self.jpeg:
             image.save(file, "jpeg", quality=60)
         else:
-            image.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(
-                file, "png", optimize=True
-            )  # keeps rare colours
+            small = image.quantize(128, method=Image.Quantize.MAXCOVERAGE)  # keeps rare colours
+            small.save(file, "png", optimize=True)
         return file.getvalue()
 
 
 def colours(count: int) -> np.ndarray:
     """Return the class colours for matplotlib: float [count, 3] in 0..1."""
     return np.array(class_colours(count)) / 255
+
+
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """Return "1 box" or "3 boxes"; the plural is by default the singular with an s."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
