@@ -1,4 +1,4 @@
-"""Damaged annotations and images: each gives a usable record, or an error that names the file."""
+"""Damaged annotations and images: each gives a usable record, or a problem that names the file."""
 
 import io
 import itertools
@@ -14,7 +14,8 @@ from PIL import Image
 from src.config import Config
 from src.data.datamodule import DetectionDataModule, ValDataset
 from src.data.mosaic import MosaicDataset
-from src.data.voc import read_image_record
+from src.data.records import BAD_FILES, OTHER_CLASSES, ImageRecord, make_records
+from src.data.voc import VOCReader
 from src.model.boxes import cxcywh_to_xyxy
 
 CLASSES = ("cat", "dog", "person")
@@ -81,7 +82,7 @@ def with_number(field: str, random, value: str) -> str:
 
 
 def mutations(random) -> dict:
-    """Damage VALID in each way: (new text or bytes, what the error must name; "" if an error is optional)."""
+    """Damage VALID in each way: (new text or bytes, what a case must name; "" if optional)."""
     field, number, raw = random.choice(FIELDS), random.choice(NUMBERS), VALID.encode()
     place, flipped = int(random.integers(len(raw))), bytearray(raw)
     for _ in range(random.integers(1, 9)):
@@ -99,19 +100,19 @@ def mutations(random) -> dict:
         "repeated field": (change(VALID, field, random, lambda old: old * 2), field),
         "empty field": (
             change(VALID, field, random, lambda _: f"<{field}/>"),
-            {"bndbox": "xmin", "name": "''"}.get(field, field),
+            {"bndbox": "xmin"}.get(field, field),
         ),
-        "no number": (with_number(number, random, random.choice(WORDS)), "box|" + number),
-        "negative": (with_number(number, random, str(-random.integers(1, 1000))), "box"),
-        "swapped": (change(VALID, number, random, lambda _: twisted), "box"),
+        "no number": (with_number(number, random, random.choice(WORDS)), number),
+        "negative": (with_number(number, random, str(-random.integers(1, 1000))), "boxes"),
+        "swapped": (change(VALID, number, random, lambda _: twisted), "boxes left out"),
         "zero area": (
             with_number(
                 number, random, {"xmin": "51", "xmax": "10", "ymin": "61", "ymax": "20"}[number]
             ),
-            "box",
+            "boxes left out",
         ),
-        "outside": (with_number(number, random, str(random.integers(102, 10**6))), "box"),
-        "huge": (with_number(number, random, "9" * int(random.integers(7, 4000))), "box|number"),
+        "outside": (with_number(number, random, str(random.integers(103, 10**6))), "boxes"),
+        "huge": (with_number(number, random, "9" * int(random.integers(7, 4000))), "boxes|number"),
         "fraction": (with_number(number, random, f"{random.uniform(-3, 110):.3f}"), ""),
         "other class": (
             with_number(
@@ -119,9 +120,12 @@ def mutations(random) -> dict:
                 random,
                 random.choice(["Cat", "unicorn", "cat dog", "a" * 5000, "&lt;b&gt;", "猫"]),
             ),
-            "Config.classes",
+            OTHER_CLASSES,
         ),
-        "wrong size": (with_number("width", random, str(random.integers(101, 4000))), "<size>"),
+        "wrong size": (
+            with_number("width", random, str(random.integers(101, 4000))),
+            "another size",
+        ),
         "size no number": (with_number("height", random, random.choice(WORDS[:6])), "size/height"),
         "other element": (VALID.replace(f"<{field}>", f"<{field}><b/>"), ""),
         "other encoding": (
@@ -136,15 +140,15 @@ def mutations(random) -> dict:
             f'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>{VALID.replace("cat", "&x;")}',
             "DOCTYPE",
         ),
-        "cut": (raw[:place], "XML"),
+        "cut": (raw[:place], "xml"),
         "bits": (bytes(flipped), ""),
         "no XML": (
             random.choice(
                 ["", "{}", "null", "a,b\n1,2", "\x00" * 99, "<" * 999, "%PDF-1.4", "<html></html>"]
             ),
-            "XML|root element",
+            "xml",
         ),
-        "noise": (random.bytes(place), "XML"),
+        "noise": (random.bytes(place), "xml"),
         "deep": (
             "<annotation>" + "<object>" * 20_000 + "</object>" * 20_000 + "</annotation>",
             "object 1 has no <name>",
@@ -154,20 +158,37 @@ def mutations(random) -> dict:
             VALID.replace("<annotation>", '<annotation xmlns="http://a.b/c">'),
             "root element",
         ),
-        "joined": (raw[: -len("</annotation>")] + raw, "XML"),
+        "joined": (raw[: -len("</annotation>")] + raw, "xml"),
     }
 
 
 def check_sample(boxes, labels, note) -> None:
     """Check that boxes cxcywh are within 0..1 and not empty, and that labels are valid."""
     edges = cxcywh_to_xyxy(boxes)
-    assert (
-        boxes.isfinite().all()
-        and (edges >= -1e-6).all()
-        and (edges <= 1 + 1e-6).all()
-        and (boxes[:, 2:] > 0).all()
-    ), note
+    assert boxes.isfinite().all() and (boxes[:, 2:] > 0).all(), note
+    assert (edges >= -1e-6).all() and (edges <= 1 + 1e-6).all(), note
     assert ((labels >= 0) & (labels < len(CLASSES))).all(), note
+
+
+def visible_boxes(text: str) -> list[list[float]]:
+    """Boxes of the objects of VALID with other numbers, by their definition."""
+    boxes = []
+    for box in re.findall(r"<bndbox>.*?</bndbox>", text):
+        left, top, right, bottom = (float(number) for number in re.findall(r">([^<>]+)<", box))
+        columns = [x for x in range(100) if left - 1 < x + 1 and x < right]  # pixels that it meets
+        rows = [y for y in range(80) if top - 1 < y + 1 and y < bottom]
+        if columns and rows and min(right - left, bottom - top) >= 0:
+            edges = (max(left - 1, columns[0]), max(top - 1, rows[0]))
+            boxes.append([*edges, min(right, columns[-1] + 1), min(bottom, rows[-1] + 1)])
+    return boxes
+
+
+def read(folder: Path, stem: str, decode: bool = False) -> tuple[ImageRecord | None, dict]:
+    """Return the record of an image, or None, and the cases of the policy."""
+    item = folder / "JPEGImages" / f"{stem}.jpg", folder / "Annotations" / f"{stem}.xml"
+    records, cases = make_records(VOCReader(folder), "split", [item], CLASSES, decode)
+    assert len(records) + len(cases[BAD_FILES]) == 1
+    return (records[0] if records else None), cases
 
 
 @pytest.fixture(scope="module")
@@ -184,28 +205,29 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_annotations(tree, seed):
-    """1,200 in total: each gives boxes within 0..1, or an error that names file and field."""
+    """1,200 in total: each gives the boxes that it has, or a problem that names file and field."""
     random, usable, refused = np.random.default_rng(seed), 0, 0
     file = tree / "Annotations" / "valid.xml"
     for _ in range(12):
         for way, (content, named) in mutations(random).items():
             file.write_bytes(content if isinstance(content, bytes) else content.encode())
-            record, problems = read_image_record(tree, "valid", CLASSES)
-            note = way, content[:2000], problems[:3]
+            record, cases = read(tree, "valid")
+            note = way, content[:2000], cases
+            other_classes = cases.pop(OTHER_CLASSES, [])
+            texts = [f"{kind}: {text}" for kind, kind_cases in cases.items() for text in kind_cases]
+            assert all(str(file) in text and len(text) < 400 + len(str(file)) for text in texts)
+            counted = [*texts, *([OTHER_CLASSES] if other_classes else [])]
+            assert re.search(named, "\n".join(counted)), note
             if record is None:
-                assert all(
-                    p.text.startswith(str(file)) and len(p.text) < len(str(file)) + 300
-                    for p in problems
-                ), note
-                assert re.search(named, "\n".join(p.text for p in problems)), note
                 refused += 1
-            else:
-                assert not named, note
-                check_sample(*ValDataset([record], CONFIG)[0][1:3], note)
-                check_sample(*MosaicDataset([record], CONFIG)[usable % 10][1:], note)
-                usable += 1
+                continue
+            if way in ("negative", "swapped", "zero area", "outside", "huge", "fraction"):
+                np.testing.assert_allclose(record.boxes, visible_boxes(content), err_msg=way)
+            check_sample(*ValDataset([record], CONFIG)[0][1:3], note)
+            check_sample(*MosaicDataset([record], CONFIG)[usable % 10][1:], note)
+            usable += 1
     file.write_text(VALID)
-    assert usable + refused == 300 and usable > 8 and refused > 200
+    assert usable + refused == 300 and usable > 80 and refused > 150
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -215,7 +237,7 @@ def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
 
 
 def image_files(valid: bytes) -> dict[str, tuple[bytes, bool | None]]:
-    """Return contents of .jpg files: (bytes, whether they are usable; None if both are acceptable)."""
+    """Return contents of .jpg files: (bytes, whether they are usable; None: both acceptable)."""
     random = np.random.default_rng(0)
     opened = Image.open(io.BytesIO(valid))
     rotated, wide = Image.Exif(), Image.new("RGB", (20_000, 3), "red")
@@ -262,27 +284,24 @@ def image_files(valid: bytes) -> dict[str, tuple[bytes, bool | None]]:
     "ignore:(Truncated File Read|Corrupt EXIF data|Possibly corrupt EXIF data|Metadata Warning)"
 )
 def test_damaged_images(tree):
-    """More than 100: each gives samples, or an error that names the file, when it is checked or loaded."""
+    """142: each gives samples, or a problem that names the file, when it is checked or loaded."""
     (tree / "Annotations" / "some.xml").write_text("<annotation/>")
     file = tree / "JPEGImages" / "some.jpg"
     for way, (content, usable) in image_files(
         (tree / "JPEGImages" / "valid.jpg").read_bytes()
     ).items():
         file.write_bytes(content)
-        record, problems = read_image_record(tree, "some", CLASSES)
-        decoded, all_problems = read_image_record(tree, "some", CLASSES, decode=True)
-        assert all(str(file) in problem.text for problem in problems + all_problems), way
-        assert usable is None or (record is not None) == (decoded is not None) == usable, (
-            way,
-            problems,
-        )
+        record, cases = read(tree, "some")
+        decoded, all_cases = read(tree, "some", decode=True)
+        assert all(str(file) in text for text in cases[BAD_FILES] + all_cases[BAD_FILES]), way
+        assert usable is None or (record is not None) == (decoded is not None) == usable, way
         assert record is not None or decoded is None, way
         if record is not None:
             try:
                 assert ValDataset([record], CONFIG)[0][0].shape == (3, 64, 64)
                 assert MosaicDataset([record], CONFIG)[0][0].shape == (3, 64, 64)
             except ValueError as error:
-                assert str(file) in str(error) and all_problems and usable is None, way
+                assert str(file) in str(error) and all_cases[BAD_FILES] and usable is None, way
 
 
 def test_annotations_apply_to_the_rotated_image(tree):
@@ -290,12 +309,19 @@ def test_annotations_apply_to_the_rotated_image(tree):
     exif[0x0112] = 6  # shown 80 x 100
     with Image.open(tree / "JPEGImages" / "valid.jpg") as image:
         image.save(tree / "JPEGImages" / "rotated.jpg", exif=exif)
-    (tree / "Annotations" / "rotated.xml").write_text(VALID)
-    assert [problem.kind for problem in read_image_record(tree, "rotated", CLASSES)[1]] == ["size"]
-    (tree / "Annotations" / "rotated.xml").write_text(
-        VALID.replace("100</w", "80</w").replace("80</h", "100</h")
-    )
-    assert len(read_image_record(tree, "rotated", CLASSES)[0].boxes) == 3
+    rotated = VALID.replace("100</w", "80</w").replace("80</h", "100</h")
+    for text, differs in ((VALID, True), (rotated, False)):
+        (tree / "Annotations" / "rotated.xml").write_text(text)
+        record, cases = read(tree, "rotated")
+        assert len(record.boxes) == 3
+        assert (
+            any(
+                "rotated.xml: 100.0 x 80.0 is stated, 80 x 100 found" in text[0]
+                for text in cases.values()
+                if text
+            )
+            == differs
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,4 +1,4 @@
-"""YOLO and COCO data sets: layouts, edge cases, problems, random validation split, one epoch of training per format."""
+"""YOLO and COCO data sets: layouts, edge cases, problems, one epoch of training per format."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from src.config import VOC_CLASSES, Config
-from src.data import coco, voc
-from src.data.check import check, main
+from src.data.check import check
+from src.data.coco import COCOReader
 from src.data.datamodule import DetectionDataModule
-from src.data.formats import detect_format, read_splits, resolve, train_val_splits
+from src.data.datasets import open_dataset, read_splits, train_val_splits
+from src.data.voc import VOCReader
 from src.training.fit import evaluate, fit
 from tests.test_voc import obj, write_tree
 
@@ -63,18 +64,20 @@ def write_coco(path: Path, data: dict, images: Path) -> None:
 
 
 def splits_of(root: Path, **changes) -> tuple[Config, list, list]:
-    config = resolve(Config(data_root=str(root), **changes))
-    return config, *read_splits(config)
+    reader, config = open_dataset(Config(data_root=str(root), **changes))
+    return config, *read_splits(reader, config)
 
 
 YOLO_LAYOUTS = {  # data.yaml, images
     "ultralytics": (DATA_YAML, ("images/train/a.jpg", "images/val/b.png")),
     "roboflow": (
-        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 2\nnames: ['dog', 'no']\n",
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 2\n"
+        "names: ['dog', 'no']\n",
         ("train/images/a.jpg", "valid/images/b.JPEG"),
     ),
     "mapping": (
-        "path: /content/elsewhere\ntrain: images/train\nval: images/val\nnames:\n  0: dog\n  1: no\n",
+        "path: /content/elsewhere\ntrain: images/train\nval: images/val\n"
+        "names:\n  0: dog\n  1: no\n",
         ("images/train/a.bmp", "images/val/sub/b.webp"),
     ),
     "lists": (
@@ -106,7 +109,8 @@ def test_yolo_layouts(tmp_path, layout):
         and train.difficult.tolist() == [False]
     )
     assert (
-        resolve(config) == config and splits_of(tmp_path / "data.yaml")[0].classes == config.classes
+        open_dataset(config)[1] == config
+        and splits_of(tmp_path / "data.yaml")[0].classes == config.classes
     )
 
 
@@ -139,55 +143,61 @@ def test_yolo_own_class_order(tmp_path):
     [
         ("0 0.5 0.5 0.5", "has 4 values"),
         ("0 0.5 0.5 0.5 0.5 0.9", "has 6 values"),
-        ("0 0.5 0.5 0.5 x", "needs numbers only"),
-        ("2 0.5 0.5 0.5 0.5", "has class 2, which is not an index of `names`"),
+        ("0 0.5 0.5 0.5 x", "a value is 'x', not a number"),
+        ("2 0.5 0.5 0.5 0.5", "has class 2, which is no index of `names`"),
         ("-1 0.5 0.5 0.5 0.5", "has class -1"),
         ("0.5 0.5 0.5 0.5 0.5", "has class 0.5"),
-        ("nan 0.5 0.5 0.5 0.5", "has class nan"),
-        ("0 0.5 0.5 0 0.5", "is empty or outside the image"),
-        ("0 0.5 0.5 -0.5 0.5", "is empty or outside the image"),
-        ("0 0.5 0.5 1.2 0.5", "is empty or outside the image"),
-        ("0 50 40 40 40", "is empty or outside the image"),
-        ("0 nan 0.5 0.5 0.5", "is empty or outside the image"),
-        ("0 0.5 inf 0.5 0.5", "is empty or outside the image"),
-        ("0 0.1 0.1 nan 0.2 0.3 0.3", "is empty or outside the image"),
+        ("nan 0.5 0.5 0.5 0.5", "a value is 'nan', not a number"),
+        ("0 nan 0.5 0.5 0.5", "a value is 'nan', not a number"),
+        ("0 0.5 inf 0.5 0.5", "a value is 'inf', not a number"),
+        ("0 0.1 0.1 nan 0.2 0.3 0.3", "a value is 'nan', not a number"),
     ],
 )
 def test_yolo_problems_name_file_and_line(tmp_path, line, message):
-    write_yolo(
-        tmp_path,
-        {"images/train/a.jpg": LINE + line, "images/train/b.jpg": LINE, "images/val/c.jpg": LINE},
-    )
-    with pytest.raises(
-        ValueError,
-        match=rf"(?s)1 of 2 images of train.*a\.txt: line 2.*{message}.*skip_bad_files=True",
-    ):
+    images = {"images/train/a.jpg": LINE + line, "images/train/b.jpg": LINE}
+    write_yolo(tmp_path, images | {"images/val/c.jpg": LINE})
+    with pytest.raises(ValueError, match=rf"(?s)1 of 2 images of train.*a\.txt: line 2.*{message}"):
         splits_of(tmp_path)
     assert len(splits_of(tmp_path, skip_bad_files=True)[1]) == 1
+
+
+def test_yolo_boxes_are_clipped_or_left_out(tmp_path, capsys):
+    """A width of 1.2; boxes that are empty, turned around, or in pixels instead of fractions."""
+    lines = ("0.5 0.5 1.2 0.5", "0.5 0.5 0 0.5", "0.5 0.5 -0.5 0.5", "50 40 40 40")
+    images = {"images/train/a.jpg": "\n".join(f"0 {line}" for line in lines)}
+    write_yolo(tmp_path, images | {"images/val/b.jpg": "0 0.5 0.5 1.000001 0.5"})
+    _, (train,), (val,) = splits_of(tmp_path)
+    np.testing.assert_allclose([*train.boxes, *val.boxes], [[0, 20, 100, 60]] * 2, atol=1e-3)
+    train_line, val_line = capsys.readouterr().out.splitlines()
+    assert "1 boxes clipped" in train_line and "3 boxes left out, empty or outside" in train_line
+    assert val_line == "val: 1 images, 1 objects"
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ("[", r"data\.yaml is not a YAML file"),
-        ("", "`names` must be a list"),
-        ("train: images/train\nval: images/val\nnc: 2\n", "`names` must be a list"),
-        ("names: dog\n", "`names` must be a list"),
-        ("names: {a: dog}\n", "`names` must be a list"),
-        ("names: [[dog]]\n", "`names` must be a list"),
-        ("names: 3\n", "`names` must be a list"),
+        ("", "with `names`"),
+        ("train: images/train\nval: images/val\nnc: 2\n", "with `names`, a list"),
+        ("names: dog\n", "with `names`, a list"),
+        ("names: {a: dog}\n", "with `names`, a list"),
+        ("names: [[dog]]\n", "with `names`, a list"),
+        ("names: 3\n", "with `names`, a list"),
         ("nc: 3\nnames: [dog, no]\n", "`nc` is 3, but `names` has 2 classes"),
         (DATA_YAML + "kpt_shape: [17, 3]\n", "keypoint labels are not supported"),
         (
             "names: [dog, no]\ntrain: images/nowhere\nval: images/val\n",
-            "`train` is images/nowhere, but .* is missing",
+            "names images/nowhere, but .* is missing",
         ),
-        ("names: [dog, no]\nval: images/val\n", "no split 'train'|no label files"),
-        ("names: [dog, no]\ntrain: images/empty\nval: images/val\n", "`train` has no images"),
-        ("names: [dog, no]\ntrain: {a: b}\nval: images/val\n", "`train` is .*is missing"),
+        ("names: [dog, no]\nval: images/val\n", r"Its splits are \['val'\]"),
+        (
+            "names: [dog, no]\ntrain: images/empty\nval: images/val\n",
+            "no images of the split 'train'",
+        ),
+        ("names: [dog, no]\ntrain: {a: b}\nval: images/val\n", "is missing"),
         (
             "names: [dog, no]\ntrain: noise.txt\nval: images/val\n",
-            r"noise\.txt is not a list of images in UTF-8",
+            r"1 of 1 images of train",
         ),
     ],
 )
@@ -199,11 +209,13 @@ def test_invalid_data_yaml(tmp_path, data, message):
         splits_of(tmp_path)
 
 
-def test_yolo_without_any_label_file(tmp_path):
-    write_yolo(tmp_path, {"images/train/a.jpg": None, "images/val/b.jpg": LINE})
-    with pytest.raises(
-        FileNotFoundError, match=r"\('train',\) have no label files, such as .*labels.train.a\.txt"
-    ):
+def test_unused_classes_of_a_data_set_are_no_mistake(tmp_path):
+    write_yolo(tmp_path, {"images/train/a.jpg": LINE, "images/val/b.jpg": LINE})
+    assert splits_of(tmp_path)[0].classes == ("dog", "no")
+    with pytest.raises(ValueError, match="has no objects of no, but of 'dog' 1"):
+        splits_of(tmp_path, classes=("no",))
+    (tmp_path / "labels/train/a.txt").unlink()
+    with pytest.raises(ValueError, match="has no objects of dog, no, but of no class"):
         splits_of(tmp_path)
 
 
@@ -246,7 +258,7 @@ def test_coco_layouts(tmp_path, layout):
     ]  # without annotations: kept
     assert train[0].labels.tolist() == [1] and val[0].labels.tolist() == [0]
     assert not train[0].difficult.any() and val[0].difficult.all()
-    assert resolve(config) == config
+    assert open_dataset(config)[1] == config
 
 
 def test_coco_crowds_are_validated_but_not_trained(tmp_path):
@@ -281,10 +293,10 @@ def test_hidden_files_are_no_images(tmp_path):
     assert [Path(record.image).name for record in train] == ["a.jpg"]
     for name in ("train.json", ".ipynb_checkpoints/train-checkpoint.json"):
         write_coco(tmp_path / "coco" / name, coco_data(), tmp_path / "coco/images")
-    assert list(coco.find_files(tmp_path / "coco")) == ["train"]
+    assert COCOReader(tmp_path / "coco").splits == ["train"]
     root = write_tree(tmp_path / "voc", "2012", {"all": {"1": obj(), "._1": ""}})
     (root / "VOCdevkit/VOC2012/ImageSets/Main/all.txt").unlink()
-    assert voc.list_images(root, ("2012/*",)) == [(root / "VOCdevkit/VOC2012", "1")]
+    assert [image.name for image, _ in VOCReader(root).list_images("2012/*")] == ["1.jpg"]
 
 
 def test_coco_random_validation_split(tmp_path, capsys):
@@ -320,14 +332,14 @@ def test_roboflows_root_category_is_left_out(tmp_path):
         coco_data() | {"categories": categories},
         tmp_path / "train",
     )
-    assert coco.class_names(tmp_path) == ("dog", "no")
+    assert COCOReader(tmp_path).classes == ("dog", "no")
     own = [{**category, "supercategory": "none"} for category in CATEGORIES]
     write_coco(
         tmp_path / "train/_annotations.coco.json",
         coco_data() | {"categories": own},
         tmp_path / "train",
     )
-    assert coco.class_names(tmp_path) == ("dog", "no")
+    assert COCOReader(tmp_path).classes == ("dog", "no")
 
 
 def test_a_class_with_the_name_of_roboflows_root_category_is_kept(tmp_path):
@@ -340,64 +352,70 @@ def test_a_class_with_the_name_of_roboflows_root_category_is_kept(tmp_path):
         coco_data() | {"categories": categories},
         tmp_path / "train",
     )
-    assert coco.class_names(tmp_path) == ("dog",)
+    assert COCOReader(tmp_path).classes == ("dog",)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bbox": [10, 20, 0, 40]}, "is empty or outside the image of 100 x 80 pixels"),
-        ({"bbox": [10, 20, 40, -4]}, "is empty or outside"),
-        ({"bbox": [10, 20, 95, 40]}, "is empty or outside"),
-        ({"bbox": [float("nan"), 20, 40, 40]}, "is empty or outside"),
-        ({"bbox": [10, 20, 40, float("inf")]}, "is empty or outside"),
+        ({"bbox": [float("nan"), 20, 40, 40]}, "`bbox` is 'nan', not a number"),
+        ({"bbox": [10, 20, 40, float("inf")]}, "`bbox` is 'inf', not a number"),
+        ({"bbox": [10, 20, 40, "wide"]}, "`bbox` is 'wide', not a number"),
+        ({"bbox": [10, 20, 40, 10**400]}, "`bbox` is '1000.*', not a number"),
         ({"bbox": [10, 20, 40]}, "`bbox` is .* not x, y, width, height"),
-        ({"bbox": [10, 20, 40, "wide"]}, "`bbox` is .* not x, y, width, height"),
-        ({"bbox": [10, 20, 40, 10**400]}, "`bbox` is .* not x, y, width, height"),
         ({"bbox": None}, "`bbox` is None"),
         ({"category_id": 4}, "`category_id` 4 is not in `categories`"),
         ({"category_id": [3]}, "`category_id`"),
-        ({"image_id": 99}, "has no `file_name` in `images`"),
+        ({"image_id": 99}, "image 99 has no `file_name`"),
     ],
 )
 def test_coco_problems_name_file_and_annotation(tmp_path, changes, message):
-    write_coco(tmp_path / "train.json", coco_data(num_images=3, **changes), tmp_path)
+    data = coco_data(num_images=3, **changes)
+    data["annotations"] += coco_data(id=6, image_id=2)["annotations"]
+    write_coco(tmp_path / "train.json", data, tmp_path)
     with pytest.raises(
-        ValueError,
-        match=rf"(?s)1 of [34] images of train can't be used.*train\.json: image .*{message}",
+        ValueError, match=rf"(?s)1 of [34] images of train.*json: image .*{message}"
     ):
         splits_of(tmp_path)
     assert len(splits_of(tmp_path, skip_bad_files=True, val_fraction=0.5)[1]) >= 1
 
 
+def test_coco_boxes_and_sizes(tmp_path, capsys):
+    """Clipped, empty and turned boxes; a stated size that differs."""
+    data = coco_data(bbox=[10, 20, 95, 40])
+    data["annotations"] += [
+        data["annotations"][0] | {"bbox": [10, 20, *side]} for side in ((0, 9), (9, -4))
+    ]
+    data["images"][0].update(width=80, height=100)
+    write_coco(tmp_path / "train.json", data, tmp_path)
+    _, train, val = splits_of(tmp_path, val_fraction=0.5)
+    (record,) = [record for record in train + val if len(record.boxes)]
+    assert record.boxes.tolist() == [[10, 20, 100, 60]]
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "1 boxes clipped" in line and "2 boxes left out" in line
+    assert "1 images of another size than stated" in line and "80 x 100 is stated, 100 x 80" in line
+
+
+def test_coco_files_are_read_once(tmp_path, monkeypatch):
+    for name in ("train", "val"):
+        write_coco(tmp_path / f"{name}.json", coco_data(), tmp_path / "images")
+    reads, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+    DetectionDataModule(Config(data_root=str(tmp_path), cache_gb=0)).setup()
+    assert sorted(path.name for path in reads) == ["train.json", "val.json"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda data: data.pop("categories") and data.update(x="categories"),
-            "`categories` must be a list of objects",
-        ),
-        (lambda data: data.update(images={}), "`images` must be a list"),
-        (lambda data: data.update(annotations=[1]), "`annotations` must be a list of objects"),
-        (
-            lambda data: data.update(categories=[], annotations=[]),
-            "has no COCO file with categories",
-        ),
-        (lambda data: data.update(categories=[{"id": 1}]), "needs an `id` and a `name`"),
-        (
-            lambda data: data.update(categories=[{"id": [1], "name": "a"}]),
-            "needs an `id` and a `name`",
-        ),
-        (lambda data: data.update(images=data["images"] * 2), "needs its own `id`"),
-        (lambda data: data.update(images=[], annotations=[]), "list no images"),
-        (
-            lambda data: data["images"][0].update(width=80, height=100),
-            "is 80 x 100, but .* has 100 x 80 pixels",
-        ),
-        (
-            lambda data: data["images"][0].update(file_name="elsewhere.jpg"),
-            r"elsewhere\.jpg is missing",
-        ),
+        (lambda data: data.pop("images") and data.update(x="images"), "KeyError.'images'"),
+        (lambda data: data.update(annotations=[1]), "not a valid COCO file: TypeError"),
+        (lambda data: data.update(categories=[], annotations=[]), "no objects of"),
+        (lambda data: data.update(categories=[{"id": 1}]), "KeyError.'name'"),
+        (lambda data: data.update(categories=[{"id": 1, "name": ["a"]}]), "AttributeError"),
+        (lambda data: data.update(images=data["images"] * 2), "an id of `images` is there twice"),
+        (lambda data: data.update(images=[], annotations=[]), "no images of the split 'train'"),
+        (lambda data: data["images"][0].update(file_name="elsewhere.jpg"), r"elsewhere\.jpg"),
     ],
 )
 def test_invalid_coco_files(tmp_path, change, message):
@@ -405,31 +423,25 @@ def test_invalid_coco_files(tmp_path, change, message):
     write_coco(tmp_path / "train.json", data, tmp_path)
     change(data)
     (tmp_path / "train.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         splits_of(tmp_path)
 
 
 def test_broken_json(tmp_path):
     write_coco(tmp_path / "train.json", coco_data(), tmp_path)
     (tmp_path / "train.json").write_text((tmp_path / "train.json").read_text()[:-5])
-    with pytest.raises(ValueError, match=r"train\.json is not a JSON file"):
-        resolve(Config(data_root=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"train\.json is not a valid COCO file: JSONDecodeError"):
+        splits_of(tmp_path)
 
 
 def test_detection_of_the_format(tmp_path):
     write_tree(tmp_path / "voc", "2007", {"train": {"1": obj()}})
     write_yolo(tmp_path / "yolo", {"images/train/a.jpg": LINE})
     write_coco(tmp_path / "coco/train.json", coco_data(), tmp_path / "coco")
-    assert [detect_format(tmp_path / name) for name in ("voc", "yolo", "coco", "none")] == [
-        "voc",
-        "yolo",
-        "coco",
-        "voc",
-    ]
-    for dataset in ("yolo", "coco"):
-        with pytest.raises(
-            (FileNotFoundError, ValueError), match=r"has no data\.yaml|has no COCO file"
-        ):
+    for name, found in {"voc": "voc", "yolo": "yolo", "coco": "coco", "none": "voc"}.items():
+        assert open_dataset(Config(data_root=str(tmp_path / name)))[0].format == found
+    for dataset, missing in {"yolo": r"data\.yaml", "coco": "no images of the split"}.items():
+        with pytest.raises(FileNotFoundError, match=missing):
             DetectionDataModule(Config(data_root=str(tmp_path / "none"), dataset=dataset)).setup()
 
 
@@ -439,34 +451,28 @@ def test_voc_tree_without_lists_and_with_png(tmp_path):
     (folder / "ImageSets/Main/all.txt").unlink()
     (folder / "JPEGImages/0.jpg").unlink()
     save_image(folder / "JPEGImages/0.png")
-    config, train, val = splits_of(root)
-    assert (
-        config.train_splits == ("2012/*",)
-        and config.classes == VOC_CLASSES
-        and (len(train), len(val)) == (4, 1)
-    )
+    config, train, val = splits_of(root, classes=("cat",))
+    assert config.train_splits == ("2012/*",) and (len(train), len(val)) == (4, 1)
     assert sum(record.image.endswith("0.png") for record in train + val) == 1
-    assert not check(root)
+    assert not check(root, ("cat",))
+    assert open_dataset(Config(data_root=str(root)))[1].classes == VOC_CLASSES
 
 
-def test_check_command(tmp_path, capsys, monkeypatch):
+def test_check_of_yolo_and_coco(tmp_path, capsys):
     write_yolo(tmp_path / "a", {"images/train/a.jpg": LINE, "images/val/b.jpg": "9 0.5 0.5 1 1\n"})
     write_coco(tmp_path / "b/train.json", coco_data(), tmp_path / "b")
-    assert len(check(tmp_path / "a")) == 1
-    assert "2 images in 2 splits: 1 good, with 1 boxes; 1 bad: 1 class." in capsys.readouterr().out
-    for folder, options, status in (("a", (), 1), ("b", (), 0), ("b", ("--classes", "dog"), 1)):
-        monkeypatch.setattr("sys.argv", ["check", str(tmp_path / folder), *options])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        assert exit_info.value.code == status
+    assert len(check(tmp_path / "a")) == 1 and not check(tmp_path / "b")
+    assert (
+        "  " + str(tmp_path / "a/labels/val/b.txt: line 1 has class 9") in capsys.readouterr().out
+    )
 
 
 def write_dataset(root: Path, dataset: str) -> Config:
-    """Write five images of one box each in a format, without validation split, and return its config."""
+    """Write five images of one box each, without validation split, and return the config."""
     if dataset == "voc":
         write_tree(root, "2012", {"train": {str(number): obj("dog") for number in range(5)}})
         return Config(
-            data_root=str(root), classes=("dog", "no"), train_splits=("2012/train",), val_splits=()
+            data_root=str(root), classes=("dog",), train_splits=("2012/train",), val_splits=()
         )
     if dataset == "yolo":
         write_yolo(
@@ -503,10 +509,9 @@ def test_one_epoch_on_each_format(tmp_path, dataset):
         np.testing.assert_allclose(record.boxes, [[10, 20, 50, 60]], atol=1e-4)
         assert record.labels.tolist() == [0]
     saved = Config.load(tmp_path / "run" / "config.json")
-    assert saved.dataset == dataset and saved.classes == tuple(module.model.classes) == (
-        "dog",
-        "no",
-    )
+    classes = ("dog",) if dataset == "voc" else ("dog", "no")
+    assert saved.dataset == dataset
+    assert saved.classes == tuple(module.model.classes) == classes
     assert evaluate(module, data).ground_truth.shape[0] == len(data.val_records) == 1
     assert (
         fit(config, ckpt_path="last").config.classes == fit(saved, ckpt_path="auto").config.classes

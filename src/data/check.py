@@ -1,67 +1,56 @@
-"""List every problem of a data set: python -m src.data.check FOLDER [--classes a,b]"""
+"""List what training would change or refuse: python -m src.data.check FOLDER [--classes a,b]"""
 
 import argparse
 import sys
+from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
-from src.config import VOC_CLASSES
-from src.data.formats import FORMATS, detect_format
-from src.data.records import Problem, count_kinds
+from src.config import VOC_CLASSES, Config
+from src.data.datasets import check_classes, open_dataset, train_val_splits
+from src.data.records import BAD_FILES, OTHER_CLASSES, make_records
 
 
-def check(root: str | Path, classes: tuple[str, ...] = ()) -> list[Problem]:
-    """Decode every image of a VOC, YOLO or COCO data set, print all problems and their counts, and return the problems.
+def check(root: str | Path, classes: tuple[str, ...] = VOC_CLASSES) -> list[str]:
+    """Decode every image of a VOC, YOLO or COCO data set, and print each case of the policy.
 
-    classes: default: those of data.yaml or of the COCO files, or VOC's. VOC's lists of one class, such as
-    cat_train.txt, are not read. Raises FileNotFoundError or ValueError if a file of the data set itself is not valid.
+    classes: the default stands for those of data.yaml or of the COCO files, or VOC's.
+    Returns the images that can't be used. Raises FileNotFoundError or ValueError if a file of the
+    data set itself is not valid, or if a class has no object in the training splits.
     """
-    reader = FORMATS[detect_format(root)]
-    classes = classes or reader.class_names(root)
-    splits = [
-        split
-        for split in reader.list_splits(root)
-        if split.partition("/")[2].rpartition("_")[0] not in {*classes, *VOC_CLASSES}
-    ]
-    if not splits:
+    reader, config = open_dataset(Config(data_root=root, classes=classes))
+    if not reader.splits:
         raise FileNotFoundError(f"{root} has no VOCdevkit folder, no data.yaml and no COCO file.")
-    items = {
-        item[:2]: item for item in reader.list_images(root, splits)
-    }  # an image may be in several splits
-    problems, num_boxes, num_valid = [], 0, 0
-    for item in tqdm(items.values(), unit="image", leave=False, disable=None):
-        record, image_problems = reader.read_image_record(*item, classes, decode=True)
-        problems += image_problems
-        if record is not None:
-            num_valid += 1
-            num_boxes += len(record.labels)
-        for problem in image_problems:
-            tqdm.write(problem.text, file=sys.stdout)
-    bad = f"{len(items) - num_valid:,} bad: {count_kinds(problems)}" if problems else "none bad"
-    print(
-        f"{len(items):,} images in {len(splits)} splits: {num_valid:,} good, with {num_boxes:,} boxes; {bad}."
-    )
-    return problems
+    train_splits, _ = train_val_splits(reader.splits)
+    train_records, train_cases, bad_files = [], defaultdict(list), []
+    for split in reader.splits:
+        progress = tqdm(reader.list_images(split), unit="image", leave=False, disable=None)
+        records, cases = make_records(reader, split, progress, config.classes, decode=True)
+        bad_files += cases[BAD_FILES]
+        if split in train_splits:
+            train_records += records
+            train_cases[OTHER_CLASSES] += cases[OTHER_CLASSES]
+        for case in chain(*(cases[kind] for kind in cases if kind != OTHER_CLASSES)):
+            print(f"  {case}")
+    check_classes(train_records, train_cases[OTHER_CLASSES], reader, config)
+    return bad_files
 
 
 def main() -> None:
-    """Run the command. The exit status is 1 if an image can't be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m src.data.check", description="List every problem of a data set."
-    )
-    parser.add_argument(
-        "folder", help="the folder that contains VOCdevkit, data.yaml or COCO files"
-    )
+    """Run the command. The exit status is 1 if training would refuse the data set."""
+    parser = argparse.ArgumentParser(prog="python -m src.data.check", description=check.__doc__)
+    parser.add_argument("folder", help="the folder of VOCdevkit, data.yaml or COCO files")
     parser.add_argument(
         "--classes",
-        default="",
-        help="class names, separated by commas; default: the data set's, or VOC's",
+        help="names, separated by commas",
+        type=lambda text: tuple(text.split(",")),
+        default=VOC_CLASSES,
     )
     args = parser.parse_args()
-    classes = tuple(name.strip() for name in args.classes.split(",") if name.strip())
     try:
-        sys.exit(bool(check(args.folder, classes)))
+        sys.exit(bool(check(args.folder, args.classes)))
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 

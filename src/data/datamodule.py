@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from src.config import VOC_CLASSES, Config
 from src.data.cache import ImageCache, open_cache
-from src.data.formats import read_splits, resolve
+from src.data.datasets import open_dataset, read_splits
 from src.data.mosaic import MosaicDataset, to_sample
 from src.data.records import ImageRecord
 from src.data.shapes import draw_shapes
@@ -85,12 +85,13 @@ def _world_and_rank() -> tuple[int, int]:
 class DetectionDataModule(pl.LightningDataModule):
     """Training and validation split of a data set, and their loaders. `prepare_data` downloads VOC if needed.
 
-    config: `config` with the format, splits and classes of the data set, see `resolve`.
+    config: `config` with the format, splits and classes of the data set, see `open_dataset`.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.given, self.config = config, resolve(config)
+        self.given = config
+        self.reader, self.config = open_dataset(config)
         self.train_records: list[ImageRecord] = []
         self.val_records: list[ImageRecord] = []
 
@@ -111,7 +112,7 @@ class DetectionDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download VOC's published splits if they are missing."""
-        if self.config.dataset == "voc" and self.config.classes == VOC_CLASSES:
+        if self.config.dataset == "voc" and set(VOC_CLASSES).issuperset(self.config.classes):
             download_voc(self.config.data_root, self.config.train_splits + self.config.val_splits)
 
     def setup(self, stage: str = "") -> None:
@@ -123,7 +124,8 @@ class DetectionDataModule(pl.LightningDataModule):
             self.train_records = draw_shapes(config.shapes_train, seed=2 * config.seed)
             self.val_records = draw_shapes(config.shapes_val, seed=2 * config.seed + 1)
         else:
-            self.train_records, self.val_records = read_splits(config)
+            self.train_records, self.val_records = read_splits(self.reader, config)
+            self.reader = None  # frees the content of COCO files
         train_cache = open_cache(
             [record.image for record in self.train_records],
             "training",

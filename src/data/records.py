@@ -1,24 +1,19 @@
-"""Image records, problems of data files, and the checks that all data set formats share."""
+"""Image records, and the one policy for what people's data sets contain."""
 
-import shlex
-from collections import Counter
+import math
+import os
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from src.config import VOC_CLASSES
 from src.serving.images import get_image_size, load_image
 
-MAX_OUTSIDE = 1.0  # pixels that a box may extend beyond its image; it is clipped
-MAX_SHOWN = 10  # problems listed in an error
-
-
-class Problem(NamedTuple):
-    """Reason why an image of a data set can't be used."""
-
-    kind: str  # to count by: "missing file", "annotation", "class", "box", "size" or "image"
-    text: str  # names the file and the field
+ROUNDING = 0.1  # pixels that a box may reach beyond its image without being counted
+MIN_SIDE = 1 - ROUNDING  # pixels; boxes with a shorter side are empty
+BAD_FILES = "images left out, missing or not readable"
+OTHER_CLASSES = "objects of other classes left out"
 
 
 class ImageRecord(NamedTuple):
@@ -30,121 +25,118 @@ class ImageRecord(NamedTuple):
     difficult: np.ndarray  # bool [n]: hard to see; VOC's average precision ignores these objects
 
 
-Result = tuple[
-    ImageRecord | None, list[Problem]
-]  # of reading an image: its record, or None and the problems
-
-
 def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: list) -> ImageRecord:
     """Convert lists to an ImageRecord; they may be empty."""
     boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    return ImageRecord(
-        image, boxes, np.asarray(labels, dtype=np.int64), np.asarray(difficult, dtype=bool)
-    )
+    labels = np.asarray(labels, dtype=np.int64)
+    return ImageRecord(image, boxes, labels, np.asarray(difficult, dtype=bool))
 
 
-def make_result(image: Path, objects: list[tuple | Problem], problems: list[Problem]) -> Result:
-    """Return the record of an image with objects (box xyxy, label, difficult), or None and all problems."""
-    problems = problems + [item for item in objects if isinstance(item, Problem)]
-    if problems:
-        return None, problems
-    return make_record(str(image), *([item[column] for item in objects] for column in range(3))), []
+def make_records(
+    reader, split: str, items, classes: tuple[str, ...], decode: bool = False
+) -> tuple[list[ImageRecord], dict[str, list[str]]]:
+    """Read the images of a split, apply the policy to them, and print one line that counts changes.
+
+    - Objects of other classes are left out; an image without any other object is background.
+    - Boxes are clipped to the image. Those that are empty or outside are left out.
+    - A stated size that differs from the image's is a warning.
+    - Images that are missing or can't be read, or whose annotation can't, are left out.
+
+    items: (image, annotation) pairs of `reader.list_images`. decode: see `read_size`.
+    Returns the records, and the cases by kind: texts, or the class names for OTHER_CLASSES.
+    """
+    records, cases = [], defaultdict(list)
+    for image, source in items:
+        where = image
+        try:
+            size = read_size(image, decode)
+            where = source
+            objects, stated_size = reader.read(source, size)
+        except Exception as error:  # decoders and parsers raise any type on damaged files
+            cases[BAD_FILES].append(f"{where}: {error}")
+            continue
+        if stated_size and all(stated_size) and tuple(stated_size) != size:
+            text = "{}: {} x {} is stated, {} x {} found".format(source, *stated_size, *size)
+            cases["images of another size than stated"].append(f"{text} (after EXIF rotation)")
+        kept = keep_objects(objects, size, classes, source, cases)
+        columns = ([item[column] for item in kept] for column in range(3))
+        records.append(make_record(str(image), *columns))
+    num_objects = sum(len(record.labels) for record in records)
+    print(f"{split}: {len(records):,} images, {num_objects:,} objects{summarize(cases)}")
+    return records, cases
 
 
-def check_image(path: Path, decode: bool = False) -> tuple[tuple[int, int] | None, list[Problem]]:
-    """Return the (width, height) of an image that is not truncated, or None and the problem.
+def keep_objects(objects: list, size: tuple, classes: tuple, source, cases: dict) -> list[tuple]:
+    """Return (box, label, difficult) of the usable ones of an image's objects.
+
+    objects: (class name, box xyxy in pixels, difficult). The other ones are added to `cases`.
+    """
+    kept = []
+    for number, (name, box, difficult) in enumerate(objects, start=1):
+        if name not in classes:
+            cases[OTHER_CLASSES].append(name)
+            continue
+        left, top, right, bottom = box
+        clipped = (max(left, 0.0), max(top, 0.0), min(right, size[0]), min(bottom, size[1]))
+        case = f"{source}: object {number} ({name[:40]}): {box} in {size} pixels"
+        if min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < MIN_SIDE:
+            cases["boxes left out, empty or outside the image"].append(case)
+            continue
+        if any(abs(new - old) > ROUNDING for new, old in zip(clipped, box, strict=True)):
+            cases["boxes clipped to the image"].append(case)
+        kept.append((clipped, classes.index(name), difficult))
+    return kept
+
+
+def summarize(cases: dict[str, list[str]]) -> str:
+    """Return for example "; 3 boxes clipped to the image (such as ...)", or ""."""
+    details = {kind: f"such as {texts[0]}" for kind, texts in cases.items()}
+    if OTHER_CLASSES in cases:
+        details[OTHER_CLASSES] = count_names(Counter(cases[OTHER_CLASSES]))
+    return "".join(f"; {len(cases[kind]):,} {kind} ({details[kind]})" for kind in cases)
+
+
+def count_names(counts: Counter) -> str:
+    """Return for example "chair 1,210, dog 400"."""
+    return ", ".join(f"{name[:40]!r} {count:,}" for name, count in counts.most_common())
+
+
+def read_size(path: Path, decode: bool = False) -> tuple[int, int]:
+    """Return the (width, height) of an image that is not truncated. Raises any exception if not.
 
     A JPEG with its end marker counts as complete. Other files are decoded; with `decode`, all are.
     """
+    with open(path, "rb") as file:
+        start = file.read(2)
+        file.seek(max(0, file.seek(0, 2) - 1024))
+        is_complete = start == b"\xff\xd8" and b"\xff\xd9" in file.read()
+    if decode or not is_complete:
+        load_image(path)
+    return get_image_size(path)
+
+
+def to_number(value, where: str) -> float:
+    """Convert a value to a finite number. Raises ValueError that says where it is."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(2)
-            file.seek(max(0, file.seek(0, 2) - 1024))
-            complete = start == b"\xff\xd8" and b"\xff\xd9" in file.read()
-        if decode or not complete:
-            load_image(path)
-        return get_image_size(path), []
-    except FileNotFoundError:
-        return None, [Problem("missing file", f"{path} is missing, but its split lists it.")]
-    except Exception as error:  # decoders raise any type of exception on damaged files
-        text = (
-            str(error)
-            if str(path) in str(error)
-            else f"{path} can't be read as an image ({error})."
-        )
-        return None, [Problem("image", text)]
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where} is {str(value)[:40]!r}, not a number.")
+    return number
+
+
+def first_existing(paths: list[Path]) -> Path:
+    """Return the first path that exists, or else the first."""
+    return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
 def is_hidden(path: Path, folder: Path) -> bool:
-    """Return whether a file, or a folder between `folder` and it, is hidden: macOS's ._a.jpg, Jupyter's .ipynb_checkpoints."""
+    """Return whether a part of the path below `folder` is hidden: ._a.jpg, .ipynb_checkpoints."""
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the lines of a list of images, without empty ones. Raises ValueError if it is not a text file."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a list of images in UTF-8: {error}.") from None
+    """Return the lines of a list of images, without empty ones."""
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     return [line.strip() for line in lines if line.strip()]
-
-
-def clip_box(box: tuple, size: tuple[float, float], min_side: float = 0.1) -> tuple | None:
-    """Clip a box xyxy to an image of (width, height) pixels.
-
-    Returns None if a side is shorter than `min_side`, or if the box extends more than MAX_OUTSIDE beyond the image.
-    """
-    left, top, right, bottom = box
-    inside = (
-        min(left, top) >= -MAX_OUTSIDE
-        and right <= size[0] + MAX_OUTSIDE
-        and bottom <= size[1] + MAX_OUTSIDE
-    )
-    clipped = max(left, 0.0), max(top, 0.0), min(right, size[0]), min(bottom, size[1])
-    return (
-        clipped
-        if inside and clipped[2] - clipped[0] >= min_side and clipped[3] - clipped[1] >= min_side
-        else None
-    )
-
-
-def usable_records(
-    results: list[Result],
-    root: str | Path,
-    splits: tuple[str, ...],
-    classes: tuple[str, ...],
-    skip_bad: bool,
-) -> list[ImageRecord]:
-    """Return the records of a data set whose images were read one by one.
-
-    skip_bad: leave out images with problems and print how many, instead of raising.
-    Raises ValueError that lists the problems and what to do.
-    """
-    records = [record for record, _ in results if record is not None]
-    if len(records) == len(results):
-        return records
-    problems = [problem for _, image_problems in results for problem in image_problems]
-    options = () if classes == VOC_CLASSES else ("--classes", ",".join(classes))
-    command = shlex.join(("python", "-m", "src.data.check", str(root), *options))
-    bad = f"{len(results) - len(records):,} of {len(results):,} images of {', '.join(splits)}"
-    if skip_bad and records:
-        print(
-            f"{bad} can't be used ({count_kinds(problems)}) and are left out. `{command}` lists them."
-        )
-        return records
-    lines = [f"{bad} can't be used ({count_kinds(problems)}):"]
-    lines += [f"  {problem.text}" for problem in problems[:MAX_SHOWN]]
-    if len(problems) > MAX_SHOWN:
-        lines.append(f"and {len(problems) - MAX_SHOWN:,} more problems.")
-    lines.append(
-        f"List all with `{command}`. Leave these images out with Config(skip_bad_files=True)."
-        if records
-        else "No image is left."
-    )
-    raise ValueError("\n".join(lines))
-
-
-def count_kinds(problems: list[Problem]) -> str:
-    """Return counts per kind, for example "2 box, 1 missing file"."""
-    kinds = Counter(problem.kind for problem in problems)
-    return ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())

@@ -1,39 +1,75 @@
-"""VOCdevkit trees: annotations, splits, download."""
+"""VOCdevkit trees: reader and download."""
 
-import math
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from src.config import DATA_ROOT, VOC_CLASSES
-from src.data.coco import has_sections
-from src.data.records import (
-    Problem,
-    Result,
-    check_image,
-    clip_box,
-    is_hidden,
-    make_result,
-    read_list,
-)
+from src.data.records import first_existing, read_list, to_number
 from src.serving.images import IMAGE_SUFFIXES
 
-UNKNOWN_SIZE = (1e6, 1e6)  # pixels; stands in for the size of an image that can't be read
-SUFFIXES = (
-    ".jpg",
-    ".JPG",
-    *IMAGE_SUFFIXES,
-    *map(str.upper, IMAGE_SUFFIXES),
-)  # first those that are likely
-PUBLISHED_SPLITS = tuple(
-    f"{year}/{name}" for year in (2007, 2012) for name in ("train", "val", "trainval")
-) + ("2007/test",)
-DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # each published archive may have its own VOCdevkit
+# First those that are likely:
+SUFFIXES = (".jpg", ".JPG", *IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
+# Each published archive may have its own VOCdevkit; a hidden folder is an unfinished download:
+DEPTHS = ("", "[!.]*/", "[!.]*/*/", "[!.]*/*/*/")
 KAGGLE_INPUTS = Path("/kaggle/input")
-KAGGLE_DEPTHS = tuple(
-    "*/" * depth for depth in range(1, 7)
-)  # datasets/OWNER/NAME/ANY/VOCdevkit/, or NAME/ without VOCdevkit
+PUBLISHED = re.compile(r"(2007|2012)/(train|val|trainval)|2007/test")
+
+
+class VOCReader:
+    """Reader of VOCdevkit trees. Splits are "year/name", and "year/*" without any list."""
+
+    format = "voc"
+    classes = ()  # a tree has no list of its classes
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits, without lists of single classes such as cat_train.txt."""
+        lists = [
+            f"{path.parents[2].name[3:]}/{path.stem}"
+            for path in find_in_trees(self.root, "VOC*/ImageSets/Main/[!.]*.txt")
+            if path.stem.rpartition("_")[0] not in VOC_CLASSES
+        ]
+        folders = find_in_trees(self.root, "VOC*/Annotations")
+        return list(dict.fromkeys(lists or [f"{path.parent.name[3:]}/*" for path in folders]))
+
+    def list_images(self, split: str) -> list[tuple[Path, Path]]:
+        """Return (image, annotation) of each image of a split, in the order of its list."""
+        year, _, name = split.partition("/")
+        if name == "*":
+            files = find_in_trees(self.root, f"VOC{year}/Annotations/[!.]*.xml")
+            return [_find_image(path.parents[1], path.stem) for path in files]
+        for path in find_in_trees(self.root, f"VOC{year}/ImageSets/Main/{name}.txt"):
+            return [_find_image(path.parents[2], line) for line in read_list(path)]
+        return []
+
+    def read(self, path: Path, size: tuple[int, int]) -> tuple[list[tuple], list[float] | None]:
+        """Read an annotation: objects (class name, box, difficult), and the stated size.
+
+        VOC counts pixels from 1, both ends included. Raises an exception if it is not valid.
+        """
+        parser = ElementTree.XMLParser(target=_NoDoctype())
+        root = ElementTree.fromstring(path.read_bytes(), parser)
+        if root.tag != "annotation":
+            raise ValueError(f"the root element is <{root.tag[:40]}>, not <annotation>.")
+        objects = []
+        for number, element in enumerate(root.findall("object"), start=1):
+            where = f"object {number}"
+            name = _text(element, "name", where)
+            has_flag = element.find("difficult") is not None
+            difficult = _text(element, "difficult", where) if has_flag else "0"
+            if not name or difficult not in ("0", "1"):
+                flag = difficult[:40]
+                raise ValueError(f"{where}: <name> is {name[:40]!r} and <difficult> is {flag!r}.")
+            edges = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
+            left, top, right, bottom = _numbers(element, edges, where)
+            objects.append((name, (left - 1, top - 1, right, bottom), difficult == "1"))
+        has_size = root.find("size") is not None
+        return objects, _numbers(root, ("size/width", "size/height"), "it") if has_size else None
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -43,248 +79,77 @@ class _NoDoctype(ElementTree.TreeBuilder):
         raise ValueError("A DOCTYPE is not allowed. Remove it.")
 
 
-def read_annotation(
-    path: Path, classes: tuple[str, ...], size: tuple[float, float] = UNKNOWN_SIZE
-) -> list[tuple | Problem]:
-    """Read an annotation: a tuple (box xyxy, label, difficult) or a problem per object, and other problems. Does not raise.
-
-    VOC counts pixels from 1, both ends included; the boxes returned count from 0, with right and bottom exclusive.
-    size: the image's (width, height).
-    """
-    try:
-        root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_NoDoctype()))
-    except FileNotFoundError:
-        return [Problem("missing file", f"{path} is missing, but its split lists it.")]
-    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-        return [Problem("annotation", f"{path} is not an XML annotation: {error}")]
-    if root.tag != "annotation":
-        return [
-            Problem(
-                "annotation", f"{path}: the root element is <{root.tag[:40]}>, not <annotation>."
-            )
-        ]
-    items = enumerate(root.findall("object"), start=1)
-    objects = [
-        _read_object(item, classes, size, f"{path}: object {number}") for number, item in items
-    ]
-    return [*_check_size(root, size, str(path)), *objects]
-
-
-def _check_size(root: ElementTree.Element, size: tuple, where: str) -> list[Problem]:
-    """Compare <size>, if there is one, with the image. Tools write 0 if they don't know it."""
-    if root.find("size") is None:
-        return []
-    try:
-        stated = tuple(_number(root, f"size/{name}", where) for name in ("width", "height"))
-    except ValueError as error:
-        return [Problem("annotation", str(error))]
-    if min(stated) <= 0 or size in (stated, UNKNOWN_SIZE):
-        return []
-    actual = f"the image has {size[0]} x {size[1]} pixels (after EXIF rotation)"
-    return [Problem("size", f"{where}: <size> is {stated[0]:g} x {stated[1]:g}, but {actual}.")]
-
-
-def _read_object(
-    item: ElementTree.Element, classes: tuple, size: tuple, where: str
-) -> tuple | Problem:
-    """Return (box, label, difficult) of an <object>, or its first problem."""
-    try:
-        name = _text(item, "name", where).strip()
-        if name not in classes:
-            return Problem(
-                "class", f"{where} has class {name[:40]!r}, which is not in Config.classes."
-            )
-        where = f"{where} ({name[:40]})"
-        difficult = (
-            "0" if item.find("difficult") is None else _text(item, "difficult", where).strip()
-        )
-        if difficult not in ("0", "1"):
-            raise ValueError(f"{where}: <difficult> is {difficult[:40]!r}, not 0 or 1.")
-        _text(item, "bndbox", where)
-        edges = [
-            _number(item, f"bndbox/{edge}", where) for edge in ("xmin", "ymin", "xmax", "ymax")
-        ]
-    except ValueError as error:
-        return Problem("annotation", str(error))
-    box = clip_box((edges[0] - 1, edges[1] - 1, *edges[2:]), size, min_side=1)
-    if box is None:
-        image = (
-            "the image" if size == UNKNOWN_SIZE else f"the image of {size[0]} x {size[1]} pixels"
-        )
-        return Problem(
-            "box", f"{where}: box xmin, ymin, xmax, ymax = {edges} is empty or outside {image}."
-        )
-    return box, classes.index(name), difficult == "1"
-
-
 def _text(parent: ElementTree.Element, field: str, where: str) -> str:
     """Return the text of the element `field`. Raises ValueError if there is not exactly one."""
     elements = parent.findall(field)
     if len(elements) != 1:
         raise ValueError(f"{where} has {len(elements) or 'no'} <{field}>, but needs exactly one.")
-    return elements[0].text or ""
+    return (elements[0].text or "").strip()
 
 
-def _number(parent: ElementTree.Element, field: str, where: str) -> float:
-    """Return the number in the element `field`. Raises ValueError if there is none."""
-    text = _text(parent, field, where)
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise ValueError(f"{where}: <{field}> is {text[:40]!r}, not a number of pixels.")
-    return value
+def _numbers(parent: ElementTree.Element, fields: tuple[str, ...], where: str) -> list[float]:
+    return [to_number(_text(parent, field, where), f"{where}: <{field}>") for field in fields]
 
 
-def read_image_record(
-    folder: Path, stem: str, classes: tuple[str, ...], decode: bool = False
-) -> Result:
-    """Read the record of an image in a folder VOC2007 or VOC2012. decode: see `check_image`."""
-    candidates = (folder / "JPEGImages" / f"{stem}{suffix}" for suffix in SUFFIXES)
-    image = next(
-        (path for path in candidates if path.exists()), folder / "JPEGImages" / f"{stem}.jpg"
-    )
-    size, problems = check_image(image, decode)
-    objects = read_annotation(folder / "Annotations" / f"{stem}.xml", classes, size or UNKNOWN_SIZE)
-    return make_result(image, objects, problems)
+def _find_image(folder: Path, line: str) -> tuple[Path, Path]:
+    """Return the image and the annotation of a line of a list, in a folder VOC2007 or VOC2012.
+
+    In lists of single classes -1, 0 or 1 follows the name.
+    """
+    flagged = re.fullmatch(r"(.*\S)\s+-?[01]", line)
+    if flagged and not (folder / "Annotations" / f"{line}.xml").exists():
+        line = flagged[1]
+    images = [folder / "JPEGImages" / f"{line}{suffix}" for suffix in SUFFIXES]
+    return first_existing(images), folder / "Annotations" / f"{line}.xml"
 
 
-def find_in_trees(root: str | Path, pattern: str) -> Iterator[Path]:
-    """Find files of VOCdevkit trees under `root` (up to three folders down), or of VOC... folders among Kaggle's inputs."""
-    for depth in DEPTHS:
-        yield from sorted(Path(root).glob(f"{depth}VOCdevkit/{pattern}"))
-    for depth in KAGGLE_DEPTHS:
-        yield from sorted(KAGGLE_INPUTS.glob(f"{depth}{pattern}"))
+def find_in_trees(root: Path, pattern: str) -> Iterator[Path]:
+    """Find files of VOCdevkit trees under `root`; the default stands for Kaggle's inputs, too."""
+    places = [(root, f"{depth}VOCdevkit/") for depth in DEPTHS]
+    if root == Path(DATA_ROOT):  # NAME/VOC2007 to datasets/OWNER/NAME/ANY/VOCdevkit/VOC2007
+        places += [(KAGGLE_INPUTS, "*/" * depth) for depth in range(1, 7)]
+    for folder, depth in places:
+        yield from sorted(folder.glob(f"{depth}{pattern}"))
 
 
 def has_tree(root: str | Path) -> bool:
-    """Return whether there is a VOCdevkit with a folder VOC... under `root`, up to three folders down."""
+    """Return whether there is a VOCdevkit with a folder VOC... up to three folders below `root`."""
     return any(next(Path(root).glob(f"{depth}VOCdevkit/VOC*"), None) for depth in DEPTHS)
-
-
-def class_names(root: str | Path) -> tuple[str, ...]:
-    """Return VOC's classes; a tree has no list of its own."""
-    return VOC_CLASSES
-
-
-def list_splits(root: str | Path) -> list[str]:
-    """Return each list of the trees once, as "year/name", or "year/*" (all annotations) if there are no lists."""
-    lists = [
-        f"{path.parents[2].name[3:]}/{path.stem}"
-        for path in find_in_trees(root, "VOC*/ImageSets/Main/*.txt")
-    ]
-    return list(
-        dict.fromkeys(
-            lists
-            or [f"{path.parent.name[3:]}/*" for path in find_in_trees(root, "VOC*/Annotations")]
-        )
-    )
-
-
-def split_folder(root: str | Path, split: str) -> Path:
-    """Return the folder VOC2007 or VOC2012 that has the list of a split "year/name"."""
-    year, _, name = split.partition("/")
-    pattern, level = ("Annotations", 0) if name == "*" else (f"ImageSets/Main/{name}.txt", 2)
-    for path in find_in_trees(root, f"VOC{year}/{pattern}"):
-        return path.parents[level]
-    return Path(root) / "VOCdevkit" / f"VOC{year}"
-
-
-def list_images(root: str | Path, splits: Iterable[str]) -> list[tuple[Path, str]]:
-    """Return (folder VOC2007 or VOC2012, file name without suffix) of each image, in the order of the lists.
-
-    Raises FileNotFoundError if a list is missing, ValueError if it is not a text file or if the lists are empty.
-    """
-    images = []
-    for split in splits:
-        folder = split_folder(root, split)
-        if split.endswith("/*"):
-            images += [
-                (folder, path.stem) for path in sorted((folder / "Annotations").glob("[!.]*.xml"))
-            ]
-            continue
-        path = folder / "ImageSets" / "Main" / f"{split.partition('/')[2]}.txt"
-        if not path.exists():
-            others = ", ".join(
-                split for split in list_splits(root) if "_" not in split
-            )  # without lists of single classes
-            raise FileNotFoundError(
-                f"{path} is missing. "
-                + (
-                    f"There are {others}: set Config.train_splits and Config.val_splits to some of them. "
-                    if others
-                    else ""
-                )
-                + "Set Config.data_root (or, before Python starts, the environment variable VOC_ROOT) to the folder that "
-                'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes"), which needs no download.'
-            )
-        images += [(folder, _image_name(folder, line)) for line in read_list(path)]
-    if not images:
-        raise ValueError(f"The splits {tuple(splits)} under {root} list no images.")
-    return images
-
-
-def _image_name(folder: Path, line: str) -> str:
-    """Return the file name in a line of a list. In the lists of single classes -1, 0 or 1 follows it."""
-    flagged = re.fullmatch(r"(.*\S)\s+-?[01]", line)
-    return flagged[1] if flagged and not (folder / "Annotations" / f"{line}.xml").exists() else line
-
-
-def check_download_folder(root: Path) -> None:
-    """Raise FileNotFoundError if `root`, unless it is the default, is missing or has another data set (two folders down)."""
-    if root == Path(DATA_ROOT):
-        return
-    if not root.exists():
-        raise FileNotFoundError(
-            f"The folder {root.resolve()} does not exist. Correct Config.data_root or VOC_ROOT if it is mistyped. "
-            "To download VOC (2.9 GB) into this folder, create it."
-        )
-    files = (
-        path for depth in DEPTHS[:3] for path in sorted(root.glob(f"{depth}*")) if path.is_file()
-    )
-    for path in (path for path in files if not is_hidden(path, root)):
-        is_yolo = path.suffix in (".yaml", ".yml") and re.search(
-            rb"^names\s*:", path.read_bytes(), re.MULTILINE
-        )
-        if is_yolo or (path.suffix == ".json" and has_sections(path)):
-            raise FileNotFoundError(
-                f"{root} has no VOCdevkit, but {path}. For a YOLO data set, set Config.data_root to its YAML file; for a COCO "
-                "data set, to the folder of its JSON files. To download VOC (2.9 GB), set it to another folder."
-            )
 
 
 def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
     """Download the published splits that are missing, through torchvision, with progress.
 
-    An archive is not unpacked over a folder that has one of its lists: the folder may hold the user's own data.
-    Raises FileNotFoundError as `check_download_folder`, RuntimeError if the download fails.
+    Each archive gets a folder of its own, under its name when it is complete. A year of which
+    another list is there is left alone. Raises FileNotFoundError if `root` is missing or has other
+    data, unless it is the default; RuntimeError if the download fails.
     """
     from torchvision.datasets import VOCDetection
 
+    root = Path(root)
     for split in splits:
         year, _, name = split.partition("/")
-        archive = ("test",) if name == "test" else ("train", "val", "trainval")
-        folder = split_folder(root, split) / "ImageSets" / "Main"
-        marker = (
-            Path(root) / f".{year}-{archive[-1]}.incomplete"
-        )  # an unpacking that was interrupted is repeated
-        lists = [folder / f"{other}.txt" for other in archive]
-        if split not in PUBLISHED_SPLITS or (
-            any(path.exists() for path in lists) and not marker.exists()
-        ):
+        archive = {"test"} if name == "test" else {"train", "val", "trainval"}
+        lists = find_in_trees(root, f"VOC{year}/ImageSets/Main/*.txt")
+        if not PUBLISHED.fullmatch(split) or not archive.isdisjoint(path.stem for path in lists):
             continue
-        check_download_folder(Path(root))
-        print(f"VOC {split} is not under {root}, or not complete. Downloading it.")
+        other_data = [path for path in root.glob("*") if not path.name.startswith((".", "VOC"))]
+        if root != Path(DATA_ROOT) and (other_data or not root.exists()):
+            raise FileNotFoundError(
+                f"VOC {split} is not under {root.resolve()}, which is missing or has other data: "
+                f"{other_data[:3]}. Set Config.data_root or VOC_ROOT to the folder that contains "
+                "VOCdevkit, data.yaml or COCO files, or to the YAML file of a YOLO data set. To "
+                "download VOC (2.9 GB), set it to an empty folder."
+            )
+        print(f"VOC {split} is not under {root}. Downloading it.")
+        folder = root / f"VOC{year}-{'test' if name == 'test' else 'trainval'}"
+        unfinished = root / f".{folder.name}"
         try:
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-            VOCDetection(root, year=year, image_set=name, download=True)
+            VOCDetection(unfinished, year=year, image_set=name, download=True)
+            unfinished.rename(folder)
         except (OSError, RuntimeError, ValueError) as error:
-            if marker.exists() and not any(path.exists() for path in lists):
-                marker.unlink()
             raise RuntimeError(
-                f"VOC {split} is not under {Path(root).resolve()} and can't be downloaded ({error}). Set Config.data_root or "
-                'VOC_ROOT to the folder that contains VOCdevkit, or use Config(dataset="shapes").'
+                f"VOC {split} can't be downloaded into {root.resolve()} ({error}). Set Config."
+                "data_root or VOC_ROOT to the folder that contains VOCdevkit, or use "
+                'Config(dataset="shapes").'
             ) from error
-        marker.unlink()

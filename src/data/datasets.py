@@ -1,0 +1,156 @@
+"""Data sets: recognize the format, take settings from it, read the splits.
+
+A reader is a class with a `format`, the data set's own `classes` (empty if it names none), the
+names of its `splits`, `list_images(split)`: (image, annotation) pairs, and `read(annotation,
+image size)`: objects (class name, box xyxy in pixels, difficult), and the stated image size or
+None. It only reads: `make_records` decides what is used.
+"""
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from src.config import VOC_CLASSES, Config
+from src.data.coco import COCOReader
+from src.data.records import BAD_FILES, OTHER_CLASSES, ImageRecord, count_names, make_records
+from src.data.voc import VOCReader, has_tree
+from src.data.yolo import YOLOReader, find_yaml
+
+READERS = {reader.format: reader for reader in (VOCReader, YOLOReader, COCOReader)}
+Reader = VOCReader | YOLOReader | COCOReader
+
+
+def open_dataset(config: Config) -> tuple[Reader | None, Config]:
+    """Return the reader of a data set, and the config with its format, splits and classes.
+
+    Only defaults are replaced, and VOC's fit a VOC tree with lists. The synthetic data set has no
+    reader.
+    """
+    if config.dataset == "shapes":
+        return None, config
+    reader = READERS[config.dataset](config.data_root)
+    if config.dataset == "voc" and not has_tree(config.data_root):
+        reader = recognize(reader)
+    train, val = train_val_splits(reader.splits)
+    if reader.format == "voc" and not any(split.endswith("/*") for split in train):
+        return reader, config
+    own_classes = reader.classes or VOC_CLASSES
+    return reader, config.replace(
+        dataset=reader.format,
+        classes=own_classes if config.classes == VOC_CLASSES else config.classes,
+        train_splits=train
+        if train and config.train_splits == Config.train_splits
+        else config.train_splits,
+        val_splits=val if config.val_splits == Config.val_splits else config.val_splits,
+    )
+
+
+def recognize(voc: VOCReader) -> Reader:
+    """Return the reader of a folder without VOCdevkit: YOLO's, COCO's, or else `voc`."""
+    if find_yaml(voc.root):
+        return YOLOReader(voc.root)
+    coco = COCOReader(voc.root)
+    return coco if coco.splits else voc
+
+
+def train_val_splits(splits: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Select the training and validation splits by their names: "train", "valid", "lvis_v1_val".
+
+    Without a name that says "train", those that say neither "val" nor "test" are for training.
+    None may be for validation.
+    """
+    by_role = {"train": [], "val": [], "test": [], "": []}
+    for split in splits:
+        role = re.search(r"(?:^|[-_./ ])(train|val|test)", split.lower())  # starts a word
+        by_role[role[1] if role else ""].append(split)
+    return tuple(by_role["train"] or by_role[""]), tuple(by_role["val"])
+
+
+def read_splits(reader: Reader, config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Read the training and validation records.
+
+    Without `val_splits`, a random fraction `val_fraction` of the training images is used for
+    validation. Training leaves out COCO's crowds: the box of many objects is no example of one.
+    Raises FileNotFoundError or ValueError that names what is missing or unusable.
+    """
+    train, other_classes = read_records(reader, config.train_splits, config)
+    check_classes(train, other_classes, reader, config)
+    if config.val_splits:
+        val, _ = read_records(reader, config.val_splits, config)
+    else:
+        train, val = split_records(train, config)
+    if reader.format == "coco":
+        train = [
+            ImageRecord(record.image, *(column[~record.difficult] for column in record[1:]))
+            for record in train
+        ]
+    return train, val
+
+
+def read_records(
+    reader: Reader, splits: tuple[str, ...], config: Config
+) -> tuple[list[ImageRecord], list[str]]:
+    """Return the records of some splits, and the class of each object of other classes."""
+    all_records, other_classes = [], []
+    for split in splits:
+        items = reader.list_images(split)
+        if not items:
+            raise FileNotFoundError(
+                f"{config.data_root} has no images of the split {split!r}. Its splits are "
+                f"{reader.splits}: set Config.train_splits and Config.val_splits to some of them "
+                "(empty val_splits take a part of the training images). Or set Config.data_root "
+                "(before Python starts, the environment variable VOC_ROOT) to the folder that "
+                'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes").'
+            )
+        records, cases = make_records(reader, split, items, config.classes)
+        if cases[BAD_FILES] and not (config.skip_bad_files and records):
+            command = shlex.join(("python", "-m", "src.data.check", config.data_root))
+            raise ValueError(
+                f"{len(cases[BAD_FILES]):,} of {len(items):,} images of {split} can't be used:\n  "
+                + "\n  ".join(cases[BAD_FILES][:10])
+                + f"\nList all with `{command}`. Config(skip_bad_files=True) leaves them out"
+                + (", but no image is left." if config.skip_bad_files else ".")
+            )
+        all_records += records
+        other_classes += cases[OTHER_CLASSES]
+    return all_records, other_classes
+
+
+def check_classes(
+    records: list[ImageRecord], other_classes: list[str], reader: Reader, config: Config
+) -> None:
+    """Raise ValueError if a class has no object in the training split: a typing mistake, perhaps.
+
+    A data set's own list of classes may have unused ones.
+    """
+    found = Counter(config.classes[label] for record in records for label in record.labels)
+    absent = [name for name in config.classes if name not in found]
+    if absent and not (found and set(config.classes) == set(reader.classes)):
+        raise ValueError(
+            f"The training split of {config.data_root} has no objects of {', '.join(absent)}, "
+            f"but of {count_names(found + Counter(other_classes)) or 'no class'}. Correct "
+            "Config.classes."
+        )
+
+
+def split_records(
+    records: list[ImageRecord], config: Config
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Split records into training and validation, `val_fraction` of them at random."""
+    count = max(1, round(config.val_fraction * len(records)))
+    if count >= len(records):
+        raise ValueError(
+            f"{config.data_root} has {len(records)} images: too few to use {count} of them for "
+            "validation."
+        )
+    print(
+        f"{config.data_root} has no validation split. {count:,} of {len(records):,} images are "
+        f"used for validation (Config.val_fraction = {config.val_fraction:g}, random with seed "
+        f"{config.seed})."
+    )
+    chosen = set(np.random.default_rng(config.seed).permutation(len(records))[:count].tolist())
+    train = [record for index, record in enumerate(records) if index not in chosen]
+    return train, [record for index, record in enumerate(records) if index in chosen]
