@@ -27,7 +27,7 @@ def save_image(path: Path, size=(100, 80)) -> None:
 
 
 def write_yolo(root: Path, labels: dict[str, str | None], data: str = DATA_YAML) -> Path:
-    """Write a YOLO data set of {image path: content of its label file}. None writes no label file."""
+    """Write a YOLO data set of {image path: content of its label file, or None for no file}."""
     for name, text in labels.items():
         save_image(root / name)
         label = Path(

@@ -15,6 +15,7 @@ from src.data import cache, datamodule
 from src.data.datamodule import DetectionDataModule
 from src.data.shapes import draw_shapes
 from src.training.processes import can_be_sent
+from tests.test_voc import obj
 
 
 class TwoArguments(Exception):
@@ -95,13 +96,14 @@ def test_read_only_voc_tree(monkeypatch):
     for name in ("ImageSets/Main", "JPEGImages", "Annotations"):
         (folder / name).mkdir(parents=True)
     Image.new("RGB", (100, 80)).save(folder / "JPEGImages" / "1.jpg")
-    (folder / "Annotations" / "1.xml").write_text("<annotation/>")
+    (folder / "Annotations" / "1.xml").write_text(f"<annotation>{obj()}</annotation>")
     (folder / "ImageSets" / "Main" / "train.txt").write_text("1\n")
     for path in (root, *root.rglob("*")):
         path.chmod(0o555)
     monkeypatch.setattr(cache, "FOLDER", root / "cache")
     splits = {"train_splits": ("2007/train",), "val_splits": ("2007/train",)}
-    config = Config(data_root=str(root), image_size=64, num_workers=0, batch_size=1, **splits)
+    settings = {"classes": ("cat",), "image_size": 64, "num_workers": 0, "batch_size": 1}
+    config = Config(data_root=str(root), **settings, **splits)
 
     def load_batches(config: Config) -> None:
         data = DetectionDataModule(config)

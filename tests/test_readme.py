@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import src.training.fit as training
-from src.config import PRESETS, Config
+from src.config import PRESETS, VOC_CLASSES, Config
 from src.data.datamodule import DetectionDataModule
 from src.serving import predict
 from tests.planted import blurred_noise
@@ -50,11 +50,12 @@ def test_snippets_train_small(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "fit", small)
     write_own_data(tmp_path / "my_data", voc="classes=" in snippet)
+    one_of_each = "".join(map(obj, VOC_CLASSES))
     for year, splits in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
         write_tree(
             tmp_path / "data",
             year,
-            {split: {f"{split}{n}": obj() for n in range(2)} for split in splits},
+            {split: {f"{split}{n}": one_of_each for n in range(2)} for split in splits},
         )
     presets = {
         "voc": Config(data_root=str(tmp_path / "data")),
