@@ -1,4 +1,4 @@
-"""Attacks on a public app: files, paths, numbers and requests, each with the kinds of answer that are allowed."""
+"""Attacks on a public app: files, paths, numbers and requests, and the allowed kinds of answers."""
 
 import io
 import itertools
@@ -7,7 +7,6 @@ import random
 import re
 import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,12 +22,14 @@ from tests.planted import blurred_noise
 from tests.visitor import TIMEOUT_S
 
 DEFAULTS = (next(iter(LAYERS)), next(iter(METHODS)))
+API = b"/gradio_api/"
+REFUSED_PATH = re.escape(NOT_UPLOADED)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """kind: answered; error (with a message of the app); refused (4xx); silent (an error event or a 500 without a
-    message); hung."""
+    """kind: answered; error (with a message of the app); refused (4xx); silent (an error event or a
+    500 without a message); hung."""
 
     kind: str
     text: str
@@ -37,10 +38,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Case:
-    name: str
-    send: Callable[["Client"], Answer]
-    expected: str  # allowed kinds, separated by spaces
-    pattern: str = ""  # that the answer has to match
+    """A call of a method of Client, the allowed kinds of answers, and a pattern in the answer."""
+
+    expected: str  # kinds, separated by spaces
+    pattern: str
+    method: str
+    arguments: tuple
+
+    def run(self, client: "Client") -> Answer:
+        return getattr(client, self.method)(*self.arguments)
 
 
 class Client:
@@ -71,15 +77,8 @@ class Client:
     def judge(self, response: httpx.Response, start: float) -> Answer:
         status, text = response.status_code, response.text
         silent = status == 500 and text == "Internal Server Error"
-        kind = (
-            "silent"
-            if silent
-            else "refused"
-            if 400 <= status < 500
-            else "answered"
-            if status < 400
-            else "broken"
-        )
+        kinds = {2: "answered", 3: "answered", 4: "refused", 5: "silent" if silent else "broken"}
+        kind = kinds[status // 100]
         return Answer(kind, f"{text}\n{response.headers}", time.monotonic() - start)
 
     def upload(self, name: str, content: bytes) -> dict:
@@ -89,7 +88,7 @@ class Client:
         return file_data(response.json()[0])
 
     def upload_as(self, name: str, content: bytes) -> Answer:
-        """Upload a file with a name that gradio may refuse; if it doesn't, run /detect on the file."""
+        """Upload a file with a name that gradio may refuse; if it doesn't, run /detect on it."""
         start = time.monotonic()
         response = self.request("POST", b"/gradio_api/upload", files={"files": (name, content)})
         if response.status_code != 200:
@@ -97,33 +96,35 @@ class Client:
         assert Path(response.json()[0]).parent.parent == Path(get_upload_folder())
         return self.detect(file_data(response.json()[0]))
 
+    def detect_upload(self, name: str, content: bytes, *thresholds) -> Answer:
+        return self.detect(self.upload(name, content), *thresholds)
+
     def detect(self, file, confidence=0.3, iou_threshold=0.5) -> Answer:
-        return self.call(b"/gradio_api/call/detect", {"data": [file, confidence, iou_threshold]})
+        return self.call(b"call/detect", {"data": [file, confidence, iou_threshold]})
 
     def call_page(self, function: str, *data, session: str = "") -> Answer:
         """Call one of the page's functions in a new session."""
-        session = f"{session} {next(self.session_numbers)}"
         body = {
             "data": data,
             "fn_index": self.functions[function],
-            "session_hash": session,
+            "session_hash": f"{session} {next(self.session_numbers)}",
             "simple_format": True,
         }
-        return self.call(b"/gradio_api/queue/join", body)
+        return self.call(b"queue/join", body)
 
-    def call(self, path: bytes, body) -> Answer:
+    def call_in_session(self, session: str) -> Answer:
+        return self.call_page("on_upload", None, 1, 1, session=session)
+
+    def call(self, route: bytes, body) -> Answer:
         start = time.monotonic()
         content = body if isinstance(body, bytes) else json.dumps(body)
-        response = self.request(
-            "POST", path, content=content, headers={"content-type": "application/json"}
-        )
+        headers = {"content-type": "application/json"}
+        response = self.request("POST", API + route, content=content, headers=headers)
         if response.status_code != 200:
             return self.judge(response, start)
-        event = response.json()["event_id"]
+        address = f"http://{self.address.netloc}/gradio_api/call/detect/"
         text = ""
-        with self.http.stream(
-            "GET", f"http://{self.address.netloc}/gradio_api/call/detect/{event}"
-        ) as lines:
+        with self.http.stream("GET", address + response.json()["event_id"]) as lines:
             for line in lines.iter_lines():  # gradio's heartbeats keep a lost request open for ever
                 text = (text + line + "\n").removesuffix("event: heartbeat\ndata: null\n\n")
                 if text.endswith("\n\n") or time.monotonic() > start + TIMEOUT_S:
@@ -144,27 +145,27 @@ def encoded(form: str, image=None, **options) -> bytes:
     return buffer.getvalue()
 
 
-def uploads(expected: str, pattern: str, files: dict[str, bytes]) -> list[Case]:
-    def send(name, content):
-        return lambda client: client.detect(client.upload(name, content))
+def zipped(name: str, content: bytes, before: bytes = b"") -> bytes:
+    """Return a ZIP archive of one file, after other bytes."""
+    archive = io.BytesIO(before)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(name, content)
+    return archive.getvalue()
 
-    return [
-        Case(f"file {name[:60]}", send(name, content), expected, pattern)
-        for name, content in files.items()
-    ]
+
+def cases(expected: str, pattern: str, method: str, *arguments: tuple) -> list[Case]:
+    """One case for each tuple of arguments."""
+    return [Case(expected, pattern, method, each) for each in arguments]
 
 
 def not_images() -> list[Case]:
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("a.png", encoded("PNG"))
     svg = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">%s</svg>'
     entity = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
     files = {
         "empty.png": b"",
         "text.png": b"not an image",
         "html.jpg": b"<html><script>alert(1)</script>",
-        "archive.png": archive.getvalue(),
+        "archive.png": zipped("a.png", encoded("PNG")),
         "noise.jpg": random.Random(0).randbytes(50_000),
         "pickle.png": b"cos\nsystem\n(S'touch hostile'\ntR.",
         "pickle.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}",
@@ -184,23 +185,25 @@ def not_images() -> list[Case]:
         "head.gif": b"GIF89a",
         "head.webp": b"RIFF\0\0\0\0WEBPVP8 ",
     }
-    return uploads("error", "This file can't be read as an image", files)
+    message = "This file can't be read as an image"
+    return cases("error", message, "detect_upload", *files.items())
 
 
 def damaged_images() -> list[Case]:
     """Truncated images, and images with 1 to 16 bits flipped."""
-    generator, files = random.Random(1), {}
+    generator = random.Random(1)
+    files = {}
     for form in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"):
         whole = encoded(form)
         for number in range(5):
             files[f"truncated{number}.{form}"] = whole[: generator.randrange(len(whole) - 20)]
             flipped = bytearray(whole)
             for _ in range(4**number if number < 3 else 1):
-                flipped[generator.randrange(len(whole) if number < 3 else 60)] ^= (
-                    1 << generator.randrange(8)
-                )
+                position = generator.randrange(len(whole) if number < 3 else 60)
+                flipped[position] ^= 1 << generator.randrange(8)
             files[f"flipped{number}.{form}"] = bytes(flipped)
-    return uploads("error answered", "can't be read as an image|detections", files)
+    pattern = "can't be read as an image|detections"
+    return cases("error answered", pattern, "detect_upload", *files.items())
 
 
 def large_images() -> list[Case]:
@@ -221,18 +224,15 @@ def large_images() -> list[Case]:
         "film.webp": encoded("WEBP", frames[0], save_all=True, append_images=frames[1:20]),
         "most.png": encoded("PNG", Image.new("1", (MAX_PIXELS // 5_000, 5_000))),
     }
-    return uploads("error", "million|decompression bomb|can't be read", bombs) + uploads(
-        "answered", '"width"', fine
-    )
+    pattern = "million|decompression bomb|can't be read"
+    refused = cases("error", pattern, "detect_upload", *bombs.items())
+    return refused + cases("answered", '"width"', "detect_upload", *fine.items())
 
 
 def polyglots_and_names() -> list[Case]:
-    archive = io.BytesIO(encoded("JPEG"))
-    with zipfile.ZipFile(archive, "a") as file:
-        file.writestr("run.py", "print(1)")
     script = encoded("GIF") + b"/*<script>alert(1)</script>*/"
     files = {
-        "zip.jpg": archive.getvalue(),
+        "zip.jpg": zipped("run.py", b"print(1)", before=encoded("JPEG")),
         "script.gif": script,
         "script.html": script,
         "jpeg.png": encoded("JPEG"),
@@ -263,17 +263,15 @@ def polyglots_and_names() -> list[Case]:
         "<b>.png",
         "a.png/",
     ]
-    image_bytes = encoded("PNG")
-
-    def send(name):
-        return lambda client: client.upload_as(name, image_bytes)
-
-    odd = [Case(f"name {name[:60]!r}", send(name), "answered refused silent") for name in names]
-    return uploads("answered", '"width": 150', files) + odd
+    odd = [(name, encoded("PNG")) for name in names]
+    return [
+        *cases("answered", '"width": 150', "detect_upload", *files.items()),
+        *cases("answered refused silent", "", "upload_as", *odd),
+    ]
 
 
 def forged_paths(folder: Path) -> list[Case]:
-    """Files and URLs that nobody uploaded, marked as gradio marks files and unmarked, for all functions that take one."""
+    """Files and URLs that nobody uploaded, marked as gradio marks files and unmarked."""
     upload = get_upload_folder()
     paths = [
         "/etc/passwd",
@@ -328,15 +326,7 @@ def forged_paths(folder: Path) -> list[Case]:
         "HTTP://127.0.0.1:1/a.png",
         "data:image/png;base64,iVBORw0KGgo=",
     ]
-    cases, pattern = [], re.escape(NOT_UPLOADED)
-    for path in paths:
-        for file in (file_data(path), {"path": path}):
-            name = f"{'un' * ('meta' not in file)}marked {path[:50]!r}"
-            cases.append(
-                Case(f"detect {name}", lambda client, f=file: client.detect(f), "error", pattern)
-            )
-        send = lambda client, p=path: client.call_page("on_upload", file_data(p), 0.3, 0.5)  # noqa: E731
-        cases.append(Case(f"on_upload {name}", send, "error", pattern))
+    forged = [file for path in paths for file in (file_data(path), {"path": path})]
     odd = [
         {**file_data("/etc/passwd"), "is_stream": True},
         {**file_data("x"), "url": "http://127.0.0.1:1/"},
@@ -344,19 +334,18 @@ def forged_paths(folder: Path) -> list[Case]:
         {"a": file_data("/etc/passwd")},
         {**file_data("/etc/passwd"), "meta": "gradio.FileData"},
     ]
-    cases += [
-        Case(f"file {file}", lambda client, f=file: client.detect(f), "error silent")
-        for file in odd
+    calls = [("on_upload", file_data(path), 0.3, 0.5) for path in paths]
+    calls.append(("on_threshold_change", None, "all", file_data("/etc/passwd"), 1))
+    return [
+        *cases("error", REFUSED_PATH, "detect", *((file,) for file in forged)),
+        *cases("error silent", "", "detect", *((file,) for file in odd)),
+        *cases("error", REFUSED_PATH, "call_page", *calls),
     ]
-    send = lambda client: client.call_page(
-        "on_threshold_change", None, "all", file_data("/etc/passwd"), 1
-    )
-    cases.append(Case("slider", send, "error", pattern))
-    return cases
 
 
 def invalid_values() -> list[Case]:
-    image_bytes = encoded("PNG")
+    """A session without an image answers with no action, or gradio with an error."""
+    image = ("a.png", encoded("PNG"))
     numbers = [
         float("nan"),
         float("inf"),
@@ -399,99 +388,31 @@ def invalid_values() -> list[Case]:
         {"name": "/x"},
     ]
 
-    def with_thresholds(*rest):
-        return lambda client: client.detect(client.upload("a.png", image_bytes), *rest)
-
-    def without_image(function, *data):
-        return lambda client: client.call_page(function, None, *data)
-
-    pattern = re.escape(NOT_UPLOADED)
-    cases = [
-        Case(f"image {file!r}", lambda client, f=file: client.detect(f), "error", pattern)
-        for file in files
+    few = [number for number in numbers if number not in (2, None, "", "0.5", "nan", [], {})]
+    calls = [
+        call
+        for number in few
+        for call in (
+            ("on_threshold_change", None, "all", number, 0.5),
+            ("explain", None, number, *DEFAULTS, 0.7, 0.3, 0.5),
+            ("explain", None, "all", number, DEFAULTS[1], 0.7, 0.3, 0.5),
+            ("load_example", None, number),
+        )
     ]
-    for number in numbers:
-        name = repr(number)[:40]
-        cases.append(
-            Case(
-                f"confidence {name}",
-                with_thresholds(number, 0.5),
-                "error",
-                "confidence must be a number",
-            )
-        )
-        cases.append(
-            Case(
-                f"iou_threshold {name}",
-                with_thresholds(0.3, number),
-                "error",
-                "iou_threshold must be a number",
-            )
-        )
-    for number in (
-        float("nan"),
-        -float("inf"),
-        10**400,
-        -1,
-        "x",
-        [0.5],
-        {"a": 1},
-        "__import__('os').system('id')",
-    ):
-        name = repr(number)[:40]
-        any_of = (
-            "error silent answered"  # a session without an image: no action, or an error of gradio
-        )
-        cases.append(
-            Case(
-                f"on_threshold_change {name}",
-                without_image("on_threshold_change", "all", number, 0.5),
-                any_of,
-            )
-        )
-        cases.append(
-            Case(
-                f"row {name}",
-                without_image("explain", number, *DEFAULTS, 0.7, 0.3, 0.5),
-                any_of,
-            )
-        )
-        cases.append(
-            Case(
-                f"layer {name}",
-                without_image("explain", "all", number, DEFAULTS[1], 0.7, 0.3, 0.5),
-                any_of,
-            )
-        )
-        cases.append(
-            Case(
-                f"on_upload {name}",
-                lambda client, n=number: client.call_page("on_upload", None, n, n),
-                "answered",
-            )
-        )
-        cases.append(
-            Case(
-                f"example {name}",
-                lambda client, n=number: client.call_page("load_example", n),
-                any_of,
-            )
-        )
-    return cases
+    uploads = [("on_upload", None, number, number) for number in few]
+    first = [(*image, number, 0.5) for number in numbers]
+    second = [(*image, 0.3, number) for number in numbers]
+    return [
+        *cases("error", REFUSED_PATH, "detect", *((file,) for file in files)),
+        *cases("error", "confidence must be a number", "detect_upload", *first),
+        *cases("error", "iou_threshold must be a number", "detect_upload", *second),
+        *cases("error silent answered", "", "call_page", *calls),
+        *cases("answered", "", "call_page", *uploads),
+    ]
 
 
 def invalid_requests() -> list[Case]:
     """Violations of the protocol. Gradio answers unknown names with a 500 without a message."""
-
-    def post(path, content, kinds, pattern=""):
-        return Case(
-            f"{path.decode()} {content[:50]!r}",
-            lambda client: client.call(path, content),
-            kinds,
-            pattern,
-        )
-
-    api, cases = b"/gradio_api/", []
     bodies = [
         b"",
         b"{",
@@ -508,72 +429,42 @@ def invalid_requests() -> list[Case]:
         b'{"data": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
         b'{"data": "' + b"x" * 1_000 + b'"}',
     ]
-    for path in (b"call/detect", b"queue/join", b"run/detect", b"api/detect"):
-        cases += [post(api + path, body, "refused") for body in bodies]
-        huge = [
-            b'{"data": [' + b"[]," * 5_000_000 + b"[]]}",
-            b'{"data": ["' + b"x" * 10_000_000 + b'"]}',
-        ]
-        cases += [post(api + path, body, "refused", "larger than 0.25 MB") for body in huge]
-    for data in (
+    huge = [
+        b'{"data": [' + b"[]," * 5_000_000 + b"[]]}",
+        b'{"data": ["' + b"x" * 10_000_000 + b'"]}',
+    ]
+    data = [
         b"[]",
         b"[1, 2, 3, 4]",
         b"[" * 300 + b"]" * 300,
         b'["' + b"x" * (MAX_REQUEST_BYTES - 50) + b'"]',
-    ):
-        cases.append(post(api + b"call/detect", b'{"data": %s}' % data, "error silent"))
-    for name in (
-        b"nothing",
-        b"..%2f..",
-        b"__class__",
-        b"on_upload/",
-        b"%00",
-        b"a" * 3_000,
-        b"detect;id",
-        b"predict",
-    ):
-        cases += [
-            post(api + route + name, b'{"data": []}', "refused silent")
-            for route in (b"call/", b"call/v2/", b"run/")
-        ]
-    for index in (b"-1", b"99", b"1e9", b'"x"', b"null", b"99999999999999999999", b"[1]"):
-        body = b'{"data": [], "session_hash": "a", "fn_index": %s}' % index
-        cases.append(post(api + b"queue/join", body, "refused silent"))
-    body = json.dumps({"data": [file_data("/etc/passwd"), 0.3, 0.5]}).encode()
-    bypassing_the_queue = b"run/detect", b"api/detect", b"run/on_upload"
-    cases += [post(api + route, body, "refused") for route in bypassing_the_queue]
-    for session in ("../..", "\0", "x" * 9_000, "<script>", "None"):
-        send = lambda client, s=session: client.call_page("on_upload", None, 1, 1, session=s)  # noqa: E731
-        cases.append(Case(f"session {session[:20]!r}", send, "answered"))
-    for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "HACK"):
-        for path in (b"/gradio_api/call/detect", b"/gradio_api/upload"):
-            cases.append(
-                Case(
-                    f"{method} {path}",
-                    lambda client, m=method, p=path: client.send(m, p),
-                    "refused",
-                )
-            )
-    for path in (
-        b"component_server",
-        b"cancel",
-        b"stream/x",
-        b"stream/x/close",
-        b"vibe-edit",
-        b"vibe-code",
-        b"reset",
-        b"process_recording",
-        b"upload",
-        b"custom_component/x/client/y/z",
-        b"run-history",
-    ):
-        for body in (
-            b"{}",
-            b"[",
-            b'{"data": [], "fn_name": "__init__", "component_id": 1, "session_hash": "a"}',
-        ):
-            cases.append(post(api + path, body, "refused"))
-    return cases
+    ]
+    names = [b"nothing", b"..%2f..", b"__class__", b"on_upload/", b"%00", b"a" * 3_000]
+    names += [b"detect;id", b"predict"]
+    indices = [b"-1", b"99", b"1e9", b'"x"', b"null", b"99999999999999999999", b"[1]"]
+    by_index = b'{"data": [], "session_hash": "a", "fn_index": %s}'
+    forged = json.dumps({"data": [file_data("/etc/passwd"), 0.3, 0.5]}).encode()
+    internal = [b"component_server", b"cancel", b"stream/x", b"stream/x/close", b"vibe-edit"]
+    internal += [b"vibe-code", b"reset", b"process_recording", b"upload", b"run-history"]
+    internal += [b"custom_component/x/client/y/z"]
+    function = b'{"data": [], "fn_name": "__init__", "component_id": 1, "session_hash": "a"}'
+    sessions = ["../..", "\0", "x" * 9_000, "<script>", "None"]
+    methods = ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "HACK"]
+    product = itertools.product
+    functions = [b"call/detect", b"queue/join", b"run/detect", b"api/detect"]
+    named = [route + name for route in (b"call/", b"call/v2/", b"run/") for name in names]
+    bypassing_the_queue = [b"run/detect", b"api/detect", b"run/on_upload"]
+    return [
+        *cases("refused", "", "call", *product(functions, bodies)),
+        *cases("refused", "larger than 0.25 MB", "call", *product(functions, huge)),
+        *cases("error silent", "", "call", *((b"call/detect", b'{"data": %s}' % d) for d in data)),
+        *cases("refused silent", "", "call", *product(named, [b'{"data": []}'])),
+        *cases("refused silent", "", "call", *((b"queue/join", by_index % i) for i in indices)),
+        *cases("refused", "", "call", *product(bypassing_the_queue, [forged])),
+        *cases("answered", "", "call_in_session", *((session,) for session in sessions)),
+        *cases("refused", "", "send", *product(methods, (API + b"call/detect", API + b"upload"))),
+        *cases("refused", "", "call", *product(internal, [b"{}", b"[", function])),
+    ]
 
 
 def routes(folder: Path) -> list[Case]:
@@ -643,10 +534,7 @@ def routes(folder: Path) -> list[Case]:
         b"/..%2fapp.py",
         b"/weights/config.json",
     ]
-    return [
-        Case(path.decode()[:90], lambda client, p=path: client.send("GET", p), "refused")
-        for path in paths
-    ]
+    return cases("refused", "", "send", *(("GET", path) for path in paths))
 
 
 def all_cases(folder: Path) -> list[Case]:

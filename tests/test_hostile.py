@@ -89,9 +89,9 @@ def test_attacks_are_refused(server, folder):
     warm(client)
     before = resident(process)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        answers = list(pool.map(lambda case: case.send(client), cases))
+        answers = list(pool.map(lambda case: case.run(client), cases))
     wrong = [
-        f"{case.name}: {answer.kind}, {answer.seconds:.1f} s, {answer.text[:300]}"
+        f"{case.method} {case.arguments!r:.99}: {answer.kind}, {answer.seconds:.1f} s, {answer.text[:300]}"
         for case, answer in zip(cases, answers, strict=True)
         if answer.kind not in case.expected.split()
         or not re.search(case.pattern, answer.text)
