@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,21 +112,12 @@ def test_arrays_and_pil_images_are_accepted():
     assert np.array_equal(
         load_image(grey_quarters()), np.repeat(grey_quarters()[..., None], 3, axis=2)
     )
-    for other in (
-        quarters() / 255,
-        (grey_quarters() / 255).astype(np.float32),
-        quarters().astype(np.int64),
-    ):
-        with pytest.raises(ValueError, match=rf"array of {other.dtype}, not uint8"):
+    wrong = [quarters() / 255, quarters().astype(np.int64), torch.zeros(3, 8, 8)]
+    shapes = ((3, 40, 50), (40, 50, 1), (2, 40, 50, 3), (40,))
+    for other in (*wrong, *(np.zeros(shape, np.uint8) for shape in shapes)):
+        stated = re.escape(f"{other.dtype} {list(other.shape)}, not a uint8")
+        with pytest.raises(ValueError, match=stated + ".*Channels come last"):
             load_image(other)
-    for shape in ((3, 40, 50), (40, 50, 1), (2, 40, 50, 3), (40,)):
-        with pytest.raises(
-            ValueError,
-            match=rf"shape {list(shape)}".replace("[", r"\[") + ", not .*Channels come last",
-        ):
-            load_image(np.zeros(shape, np.uint8))
-    with pytest.raises(ValueError, match="is a tensor.*permute"):
-        load_image(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="can't be read as an image"):
         load_image(None)
 

@@ -12,67 +12,62 @@ from torch.nn.functional import interpolate
 PAD = 114  # grey value of the letterbox's bars
 
 Image.init()
+# Without EPS, which runs a program:
 FORMATS = tuple(
     {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"} & Image.OPEN.keys()
-)  # EPS runs a program
+)
 IMAGE_SUFFIXES = tuple(
     suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS
 )
 # What PIL raises for files and objects that are not images:
-UNREADABLE = (
-    OSError,
-    Image.DecompressionBombError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    AttributeError,
-)
+UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError)
+UNREADABLE += (AttributeError,)
 
 
 def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
     """Load an image as uint8 [H, W, 3] RGB: upright (EXIF), first frame, transparency on white.
 
-    source: a path (FORMATS), a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Grey values of more than 8 bits
-        are scaled to 0..255 from 0..1, 255, 4095 or 65535, the smallest of these ranges that they fit in.
-    min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 scale; its long side keeps at least min_size pixels.
+    source: a path (FORMATS), a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Grey
+        values of more than 8 bits are scaled to 0..255 from 0..1, 255, 4095 or 65535, the smallest
+        of these ranges that they fit in.
+    min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 scale, to a long side of at least
+        min_size pixels.
     max_pixels: larger images are refused before they are decoded. Default: PIL's own limit.
-    Raises ValueError with the file's name if it is not an image, is truncated or too large, or if an array has another type
-    or shape; FileNotFoundError.
+    Raises FileNotFoundError, and ValueError with the file's name if it is not an image, is
+    truncated or too large, or if an array has another type or shape.
     """
-    if isinstance(source, Tensor):
-        raise ValueError(
-            "The image is a tensor. Convert it to a uint8 array [H, W, 3]: image.permute(1, 2, 0).numpy()."
-        )
-    if isinstance(source, np.ndarray):
-        if source.ndim != 2 and (source.ndim != 3 or source.shape[2] not in (3, 4)):
-            raise ValueError(
-                f"The image is an array of shape {list(source.shape)}, not [H, W], [H, W, 3] or [H, W, 4]. Channels come last: "
-                "image.transpose(1, 2, 0). Of a batch, give one image; of one channel, image[..., 0]."
-            )
-        if source.dtype != np.uint8:
-            raise ValueError(
-                f"The image is an array of {source.dtype}, not uint8. "
-                'If its values are 0..1, convert them with (255 * image).astype("uint8").'
-            )
-        source = Image.fromarray(source)
+    if isinstance(source, np.ndarray | Tensor):
+        source = Image.fromarray(_check_array(source))
     name = source if isinstance(source, str | os.PathLike) else "The image"
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        if max_pixels and image.width * image.height > max_pixels:
-            raise ValueError(
-                f"{image.width:,} x {image.height:,} pixels, more than {max_pixels / 1e6:.0f} million"
-            )
+        width, height = image.size
+        if max_pixels and width * height > max_pixels:
+            limit = f"{max_pixels / 1e6:.0f} million"
+            raise ValueError(f"{width:,} x {height:,} pixels, more than {limit}")
         if min_size:
-            image.draft("RGB", _scaled_size(image.width, image.height, min_size))
+            image.draft("RGB", _scaled_size(width, height, min_size))
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)  # a copy
         return np.asarray(_convert_to_rgb(image))
     except FileNotFoundError:
         raise
     except UNREADABLE as error:
-        raise ValueError(
-            f"{name} can't be read as an image ({error}). Use a JPEG or PNG file."
-        ) from None
+        message = f"{name} can't be read as an image ({error}). Use a JPEG or PNG file."
+        raise ValueError(message) from None
+
+
+def _check_array(array: np.ndarray | Tensor) -> np.ndarray:
+    """Return an array that PIL takes. Raises ValueError for other types and shapes."""
+    shape = list(array.shape)
+    fits = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+    if fits and isinstance(array, np.ndarray) and array.dtype == np.uint8:
+        return array
+    raise ValueError(
+        f"The image is {type(array).__name__} {array.dtype} {shape}, not a uint8 numpy array "
+        "[H, W], [H, W, 3] or [H, W, 4]. Channels come last: tensor.permute(1, 2, 0).numpy() or "
+        'array.transpose(1, 2, 0). Values 0..1 become uint8 by (255 * array).astype("uint8").'
+    )
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -89,7 +84,7 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def get_image_size(source: str | os.PathLike | np.ndarray) -> tuple[int, int]:
-    """Return (width, height) as `load_image` would give it, without decoding the pixels of other formats than TIFF."""
+    """Return (width, height) as `load_image` would give it; of files, only TIFFs are decoded."""
     if isinstance(source, np.ndarray):
         return source.shape[1], source.shape[0]
     with Image.open(source, formats=FORMATS) as image:
@@ -105,7 +100,7 @@ def _scaled_size(width: int, height: int, long_side: int) -> tuple[int, int]:
 
 
 def resize_long_side(image: np.ndarray, long_side: int) -> np.ndarray:
-    """Resize uint8 [H, W, 3] or float32 [H, W] to `long_side` pixels on its long side, keeping the aspect ratio.
+    """Resize uint8 [H, W, 3] or float32 [H, W] to `long_side` pixels on its long side.
 
     Bilinear with antialiasing: downscaling takes torch a third of the time of OpenCV's INTER_AREA.
     """
@@ -118,20 +113,20 @@ def resize_long_side(image: np.ndarray, long_side: int) -> np.ndarray:
 
 
 def letterbox_placement(width: int, height: int, size: int) -> np.ndarray:
-    """Return what `letterbox` does to coordinates: float32 (scale x, scale y, left, top); x -> x * scale x + left."""
+    """Return what `letterbox` does to coordinates: x -> x * scale x + left, y likewise.
+
+    float32 (scale x, scale y, left, top).
+    """
     inner_width, inner_height = _scaled_size(width, height, size)
-    return np.float32(
-        [
-            inner_width / width,
-            inner_height / height,
-            (size - inner_width) // 2,
-            (size - inner_height) // 2,
-        ]
-    )
+    left, top = (size - inner_width) // 2, (size - inner_height) // 2
+    return np.float32([inner_width / width, inner_height / height, left, top])
 
 
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Resize with the aspect ratio kept and pad with grey 114: uint8 [H, W, 3] -> uint8 [size, size, 3], placement."""
+    """Resize with the aspect ratio kept and pad with grey 114.
+
+    uint8 [H, W, 3] -> uint8 [size, size, 3], and the placement.
+    """
     placement = letterbox_placement(image.shape[1], image.shape[0], size)
     inner = resize_long_side(image, size)
     left, top = placement[2:].astype(int)
