@@ -13,7 +13,6 @@ from src.data.coco import COCOReader
 from src.data.datamodule import DetectionDataModule
 from src.data.datasets import open_dataset, read_splits, train_val_splits
 from src.data.voc import VOCReader
-from src.training.fit import evaluate, fit
 from tests.test_voc import obj, write_tree
 
 DATA_YAML = "path: .\ntrain: images/train\nval: images/val\nnames: [dog, 'no']\n"
@@ -132,12 +131,6 @@ def test_yolo_images_without_objects_and_polygons(tmp_path):
     )  # the box around the polygon
 
 
-def test_yolo_own_class_order(tmp_path):
-    write_yolo(tmp_path, {"images/train/a.jpg": LINE, "images/val/b.jpg": LINE})
-    config, (train,), _ = splits_of(tmp_path, classes=("no", "dog"))
-    assert config.classes == ("no", "dog") and train.labels.tolist() == [1]
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -212,6 +205,7 @@ def test_invalid_data_yaml(tmp_path, data, message):
 def test_unused_classes_of_a_data_set_are_no_mistake(tmp_path):
     write_yolo(tmp_path, {"images/train/a.jpg": LINE, "images/val/b.jpg": LINE})
     assert splits_of(tmp_path)[0].classes == ("dog", "no")
+    assert splits_of(tmp_path, classes=("no", "dog"))[1][0].labels.tolist() == [1]
     with pytest.raises(ValueError, match="has no objects of no, but of 'dog' 1"):
         splits_of(tmp_path, classes=("no",))
     (tmp_path / "labels/train/a.txt").unlink()
@@ -322,37 +316,20 @@ def test_coco_random_validation_split(tmp_path, capsys):
         splits_of(tmp_path, val_fraction=1.0)
 
 
-def test_roboflows_root_category_is_left_out(tmp_path):
-    categories = [
-        {"id": 0, "name": "animals", "supercategory": "none"},
-        *({**category, "supercategory": "animals"} for category in CATEGORIES),
-    ]
-    write_coco(
-        tmp_path / "train/_annotations.coco.json",
-        coco_data() | {"categories": categories},
-        tmp_path / "train",
-    )
-    assert COCOReader(tmp_path).classes == ("dog", "no")
-    own = [{**category, "supercategory": "none"} for category in CATEGORIES]
-    write_coco(
-        tmp_path / "train/_annotations.coco.json",
-        coco_data() | {"categories": own},
-        tmp_path / "train",
-    )
-    assert COCOReader(tmp_path).classes == ("dog", "no")
-
-
-def test_a_class_with_the_name_of_roboflows_root_category_is_kept(tmp_path):
-    categories = [
-        {"id": 0, "name": "dog", "supercategory": "none"},
-        {"id": 1, "name": "dog", "supercategory": "dog"},
-    ]
-    write_coco(
-        tmp_path / "train/_annotations.coco.json",
-        coco_data() | {"categories": categories},
-        tmp_path / "train",
-    )
-    assert COCOReader(tmp_path).classes == ("dog",)
+@pytest.mark.parametrize(
+    ("categories", "classes"),
+    [
+        ("animals<none dog<animals no<animals", ("dog", "no")),
+        ("dog<none no<none", ("dog", "no")),
+        ("dog<none dog<dog", ("dog",)),
+    ],
+)
+def test_roboflows_root_category_is_left_out(tmp_path, categories, classes):
+    """Categories as "name<supercategory"."""
+    pairs = [text.split("<") for text in categories.split()]
+    entries = [{"id": i, "name": a, "supercategory": b} for i, (a, b) in enumerate(pairs)]
+    write_coco(tmp_path / "train.json", coco_data() | {"categories": entries}, tmp_path)
+    assert COCOReader(tmp_path).classes == classes
 
 
 @pytest.mark.parametrize(
@@ -445,15 +422,17 @@ def test_detection_of_the_format(tmp_path):
             DetectionDataModule(Config(data_root=str(tmp_path / "none"), dataset=dataset)).setup()
 
 
-def test_voc_tree_without_lists_and_with_png(tmp_path):
+def test_voc_tree_without_lists_and_with_other_suffixes(tmp_path):
     root = write_tree(tmp_path, "2012", {"all": {str(number): obj() for number in range(5)}})
     folder = root / "VOCdevkit/VOC2012"
     (folder / "ImageSets/Main/all.txt").unlink()
     (folder / "JPEGImages/0.jpg").unlink()
     save_image(folder / "JPEGImages/0.png")
+    (folder / "JPEGImages/1.jpg").rename(folder / "JPEGImages/1.JPG")
     config, train, val = splits_of(root, classes=("cat",))
     assert config.train_splits == ("2012/*",) and (len(train), len(val)) == (4, 1)
-    assert sum(record.image.endswith("0.png") for record in train + val) == 1
+    names = sorted(Path(record.image).name for record in train + val)
+    assert names == ["0.png", "1.JPG", "2.jpg", "3.jpg", "4.jpg"]
     assert not check(root, ("cat",))
     assert open_dataset(Config(data_root=str(root)))[1].classes == VOC_CLASSES
 
@@ -464,55 +443,4 @@ def test_check_of_yolo_and_coco(tmp_path, capsys):
     assert len(check(tmp_path / "a")) == 1 and not check(tmp_path / "b")
     assert (
         "  " + str(tmp_path / "a/labels/val/b.txt: line 1 has class 9") in capsys.readouterr().out
-    )
-
-
-def write_dataset(root: Path, dataset: str) -> Config:
-    """Write five images of one box each, without validation split, and return the config."""
-    if dataset == "voc":
-        write_tree(root, "2012", {"train": {str(number): obj("dog") for number in range(5)}})
-        return Config(
-            data_root=str(root), classes=("dog",), train_splits=("2012/train",), val_splits=()
-        )
-    if dataset == "yolo":
-        write_yolo(
-            root,
-            {f"images/{number}.jpg": LINE for number in range(5)},
-            "train: images\nnames: [dog, no]\n",
-        )
-    else:
-        data = coco_data(num_images=5)
-        data["annotations"] = [
-            coco_data(image_id=i, category_id=3)["annotations"][0] for i in range(1, 6)
-        ]
-        write_coco(root / "coco.json", data, root)
-    return Config(data_root=str(root))
-
-
-@pytest.mark.parametrize("dataset", ["voc", "yolo", "coco"])
-def test_one_epoch_on_each_format(tmp_path, dataset):
-    config = write_dataset(tmp_path / "data", dataset).replace(
-        image_size=64,
-        width=0.0625,
-        epochs=1,
-        batch_size=2,
-        max_lr=1e-3,
-        close_mosaic_epochs=0,
-        num_workers=0,
-        cache_gb=0,
-        precision="32-true",
-        run_dir=str(tmp_path / "run"),
-    )
-    data = DetectionDataModule(config)
-    module = fit(config, data)
-    for record in data.train_records + data.val_records:
-        np.testing.assert_allclose(record.boxes, [[10, 20, 50, 60]], atol=1e-4)
-        assert record.labels.tolist() == [0]
-    saved = Config.load(tmp_path / "run" / "config.json")
-    classes = ("dog",) if dataset == "voc" else ("dog", "no")
-    assert saved.dataset == dataset
-    assert saved.classes == tuple(module.model.classes) == classes
-    assert evaluate(module, data).ground_truth.shape[0] == len(data.val_records) == 1
-    assert (
-        fit(config, ckpt_path="last").config.classes == fit(saved, ckpt_path="auto").config.classes
     )

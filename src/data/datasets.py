@@ -16,8 +16,8 @@ import numpy as np
 from src.config import VOC_CLASSES, Config
 from src.data.coco import COCOReader
 from src.data.records import BAD_FILES, OTHER_CLASSES, ImageRecord, count_names, make_records
-from src.data.voc import VOCReader, has_tree
-from src.data.yolo import YOLOReader, find_yaml
+from src.data.voc import VOCReader
+from src.data.yolo import YOLOReader
 
 READERS = {reader.format: reader for reader in (VOCReader, YOLOReader, COCOReader)}
 Reader = VOCReader | YOLOReader | COCOReader
@@ -31,9 +31,9 @@ def open_dataset(config: Config) -> tuple[Reader | None, Config]:
     """
     if config.dataset == "shapes":
         return None, config
-    reader = READERS[config.dataset](config.data_root)
-    if config.dataset == "voc" and not has_tree(config.data_root):
-        reader = recognize(reader)
+    names = READERS if config.dataset == "voc" else [config.dataset]
+    readers = (READERS[name](config.data_root) for name in names)
+    reader = next((reader for reader in readers if reader.splits), VOCReader(config.data_root))
     train, val = train_val_splits(reader.splits)
     if reader.format == "voc" and not any(split.endswith("/*") for split in train):
         return reader, config
@@ -46,14 +46,6 @@ def open_dataset(config: Config) -> tuple[Reader | None, Config]:
         else config.train_splits,
         val_splits=val if config.val_splits == Config.val_splits else config.val_splits,
     )
-
-
-def recognize(voc: VOCReader) -> Reader:
-    """Return the reader of a folder without VOCdevkit: YOLO's, COCO's, or else `voc`."""
-    if find_yaml(voc.root):
-        return YOLOReader(voc.root)
-    coco = COCOReader(voc.root)
-    return coco if coco.splits else voc
 
 
 def train_val_splits(splits: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

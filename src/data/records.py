@@ -27,9 +27,12 @@ class ImageRecord(NamedTuple):
 
 def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: list) -> ImageRecord:
     """Convert lists to an ImageRecord; they may be empty."""
-    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    labels = np.asarray(labels, dtype=np.int64)
-    return ImageRecord(image, boxes, labels, np.asarray(difficult, dtype=bool))
+    return ImageRecord(
+        image,
+        boxes=np.asarray(boxes, dtype=np.float32).reshape(-1, 4),
+        labels=np.asarray(labels, dtype=np.int64),
+        difficult=np.asarray(difficult, dtype=bool),
+    )
 
 
 def make_records(

@@ -112,11 +112,6 @@ def find_in_trees(root: Path, pattern: str) -> Iterator[Path]:
         yield from sorted(folder.glob(f"{depth}{pattern}"))
 
 
-def has_tree(root: str | Path) -> bool:
-    """Return whether there is a VOCdevkit with a folder VOC... up to three folders below `root`."""
-    return any(next(Path(root).glob(f"{depth}VOCdevkit/VOC*"), None) for depth in DEPTHS)
-
-
 def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
     """Download the published splits that are missing, through torchvision, with progress.
 

@@ -10,59 +10,55 @@ from src.serving.images import IMAGE_SUFFIXES
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
 
 
-def find_yaml(root: str | Path) -> Path | None:
-    """Return the data.yaml of a folder, or `root` itself if it is a YAML file, or None."""
-    paths = [Path(root), *(Path(root) / name for name in YAML_NAMES)]
-    return next(
-        (path for path in paths if path.is_file() and path.suffix in (".yaml", ".yml")), None
-    )
-
-
 class YOLOReader:
-    """Reader of a YOLO data set. Raises FileNotFoundError or ValueError for its data.yaml."""
+    """Reader of the data.yaml in a folder, or of a YAML file. Raises ValueError if it is not valid.
+
+    Without such a file, the reader has no splits.
+    """
 
     format = "yolo"
+    classes = ()
+    splits = ()
 
     def __init__(self, root: str | Path):
-        self.path = find_yaml(root) or Path(root) / YAML_NAMES[0]
+        paths = [Path(root), *(Path(root) / name for name in YAML_NAMES)]
+        for path in paths:
+            if path.suffix in (".yaml", ".yml") and path.is_file():
+                self._load(path)
+                break
+
+    def _load(self, path: Path) -> None:
         try:  # BaseLoader: all values are text, so the class "no" stays "no"
-            self.data = yaml.load(self.path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
-            names = self.data["names"]
+            data = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+            names = data["names"]
             pairs = enumerate(names) if isinstance(names, list) else names.items()
             self.names = {int(index): name.strip() for index, name in pairs}
-        except (
-            yaml.YAMLError,
-            LookupError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except Exception as error:  # of many types: a YAML file can contain anything
             text = " ".join(str(error).split())
             raise ValueError(
-                f"{self.path} is not a YAML file with `names`, a list of class names or a mapping "
-                f"from index to name ({type(error).__name__}: {text})."
+                f"{path} is not a YAML file with `names`, a list of class names or a mapping from "
+                f"index to name ({type(error).__name__}: {text})."
             ) from None
+        if data.get("nc", str(len(names))) != str(len(names)):
+            raise ValueError(
+                f"{path}: `nc` is {data['nc']}, but `names` has {len(names)} classes. "
+                "Correct one of them."
+            )
+        if "kpt_shape" in data:
+            raise ValueError(
+                f"{path} has `kpt_shape`: keypoint labels are not supported. Export the data set "
+                "for detection."
+            )
+        self.path = path
+        self.data = data
         self.classes = tuple(dict.fromkeys(self.names[index] for index in sorted(self.names)))
-        if self.data.get("nc", str(len(self.names))) != str(len(self.names)):
-            raise ValueError(
-                f"{self.path}: `nc` is {self.data['nc']}, but `names` has {len(self.names)} "
-                "classes. Correct one of them."
-            )
-        if "kpt_shape" in self.data:
-            raise ValueError(
-                f"{self.path} has `kpt_shape`: keypoint labels are not supported. Export the data "
-                "set for detection."
-            )
         empty = (None, "", [], "null", "~")
-        self.splits = [
-            name for name in ("train", "val", "test") if self.data.get(name) not in empty
-        ]
+        self.splits = [name for name in ("train", "val", "test") if data.get(name) not in empty]
 
     def list_images(self, split: str) -> list[tuple[Path, Path]]:
         """Return (image, label file) of each image of a split. Raises FileNotFoundError."""
-        entries = self.data[split] if split in self.splits else []
-        entries = entries if isinstance(entries, list) else [entries]
+        entry = self.data[split] if split in self.splits else []
+        entries = entry if isinstance(entry, list) else [entry]
         images = [image for entry in entries for image in self._find_images(str(entry))]
         return [(image, label_path(image)) for image in images]
 
