@@ -188,7 +188,7 @@ def visible_boxes(text: str) -> list[list[float]]:
 def read(folder: Path, stem: str, decode: bool = False) -> tuple[ImageRecord | None, dict]:
     """Return the record of an image, or None, and the cases of the policy."""
     item = folder / "JPEGImages" / f"{stem}.jpg", folder / "Annotations" / f"{stem}.xml"
-    records, cases = make_records(VOCReader(folder), "split", [item], CLASSES, decode)
+    records, cases = make_records(VOCReader(folder), "split", [item], CLASSES, check=decode)
     assert len(records) + len(cases[BAD_FILES]) == 1
     return (records[0] if records else None), cases
 

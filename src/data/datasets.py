@@ -10,8 +10,10 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from src.config import VOC_CLASSES, Config
 from src.data.coco import COCOReader
@@ -146,3 +148,26 @@ def split_records(
     chosen = set(np.random.default_rng(config.seed).permutation(len(records))[:count].tolist())
     train = [record for index, record in enumerate(records) if index not in chosen]
     return train, [record for index, record in enumerate(records) if index in chosen]
+
+
+def check(root: str | Path, classes: tuple[str, ...] = VOC_CLASSES) -> list[str]:
+    """Decode every image of a VOC, YOLO or COCO data set, and print each case of the policy.
+
+    classes: the default stands for those of data.yaml or of the COCO files, or VOC's.
+    Returns the images that can't be used. Raises FileNotFoundError or ValueError if a file of the
+    data set itself is not valid, or if a class has no object in the training splits.
+    """
+    reader, config = open_dataset(Config(data_root=root, classes=classes))
+    if not reader.splits:
+        raise FileNotFoundError(f"{root} has no VOCdevkit folder, no data.yaml and no COCO file.")
+    train_splits, _ = train_val_splits(reader.splits)
+    train_records, other_classes, bad_files = [], [], []
+    for split in reader.splits:
+        progress = tqdm(reader.list_images(split), unit="image", leave=False, disable=None)
+        records, cases = make_records(reader, split, progress, config.classes, check=True)
+        bad_files += cases[BAD_FILES]
+        if split in train_splits:
+            train_records += records
+            other_classes += cases[OTHER_CLASSES]
+    check_classes(train_records, other_classes, reader, config)
+    return bad_files

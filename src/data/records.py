@@ -36,7 +36,7 @@ def make_record(image: str | np.ndarray, boxes: list, labels: list, difficult: l
 
 
 def make_records(
-    reader, split: str, items, classes: tuple[str, ...], decode: bool = False
+    reader, split: str, items, classes: tuple[str, ...], check: bool = False
 ) -> tuple[list[ImageRecord], dict[str, list[str]]]:
     """Read the images of a split, apply the policy to them, and print one line that counts changes.
 
@@ -45,14 +45,15 @@ def make_records(
     - A stated size that differs from the image's is a warning.
     - Images that are missing or can't be read, or whose annotation can't, are left out.
 
-    items: (image, annotation) pairs of `reader.list_images`. decode: see `read_size`.
+    items: (image, annotation) pairs of `reader.list_images`.
+    check: decode each image completely, and print each case.
     Returns the records, and the cases by kind: texts, or the class names for OTHER_CLASSES.
     """
     records, cases = [], defaultdict(list)
     for image, source in items:
         where = image
         try:
-            size = read_size(image, decode)
+            size = read_size(image, decode=check)
             where = source
             objects, stated_size = reader.read(source, size)
         except Exception as error:  # decoders and parsers raise any type on damaged files
@@ -66,6 +67,9 @@ def make_records(
         records.append(make_record(str(image), *columns))
     num_objects = sum(len(record.labels) for record in records)
     print(f"{split}: {len(records):,} images, {num_objects:,} objects{summarize(cases)}")
+    if check:
+        lists = [cases[kind] for kind in cases if kind != OTHER_CLASSES]
+        print("".join(f"  {text}\n" for texts in lists for text in texts), end="")
     return records, cases
 
 
@@ -141,5 +145,5 @@ def is_hidden(path: Path, folder: Path) -> bool:
 
 def read_list(path: Path) -> list[str]:
     """Return the lines of a list of images, without empty ones."""
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    return [line.strip() for line in lines if line.strip()]
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    return [line.strip() for line in text.split("\n") if line.strip()]
