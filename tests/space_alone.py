@@ -2,8 +2,9 @@
 
     python tests/space_alone.py [width]     (or make space-test)
 
-Exports a Space with untrained weights of width 1 (or the given width), creates a virtual environment from its
-requirements.txt, starts app.py there, sends a sample to its endpoint, and prints the time and memory that it took.
+Exports a Space with untrained weights of width 1 (or the given width), creates a virtual
+environment from its requirements.txt, starts app.py there, sends a sample to its endpoint, and
+prints the time and memory that it took.
 Downloads about 3 GB. Removes everything that it creates.
 """
 
@@ -82,13 +83,15 @@ def main(width: float) -> None:
                 ).stdout.split()
                 peak = memory(server.pid)
         print(
-            f"Space: {size(space):,.0f} MB; first start {seconds[0]:.1f} s, second start {seconds[1]:.1f} s"
+            f"Space: {size(space):,.0f} MB; "
+            f"first start {seconds[0]:.1f} s, second start {seconds[1]:.1f} s"
         )
         print(f"peak memory {peak / 1e6:,.0f} MB")
         print(f"detection of {answer[0]} x {answer[1]} pixels: {answer[2]} s")
         if seconds[1] > MAX_SECONDS or peak > MAX_BYTES:
             raise SystemExit(
-                f"The start took more than {MAX_SECONDS} s, or the peak memory is above {MAX_BYTES / 1e6:,.0f} MB."
+                f"The start took more than {MAX_SECONDS} s, "
+                f"or the peak memory is above {MAX_BYTES / 1e6:,.0f} MB."
             )
 
 

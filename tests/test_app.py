@@ -8,8 +8,6 @@ from unittest import mock
 import httpx
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
 from PIL import Image
 
 from src.config import REPOSITORY
@@ -19,7 +17,7 @@ from src.serving.facts import credits_html, model_address, model_facts_html, rea
 from src.serving.gradcam import LAYERS, METHODS, explain
 from src.serving.images import resize_long_side
 from src.serving.predictor import Detections, Predictor
-from src.serving.session import analyze_image, detect, render_detections, render_heatmap
+from src.serving.session import analyze_image, render_detections, render_heatmap
 from tests.planted import CLASSES, blurred_noise, planted_model
 
 DEFAULTS = (next(iter(LAYERS)), next(iter(METHODS)))  # what the page shows first
@@ -84,7 +82,10 @@ def luminance(pixels) -> np.ndarray:
 
 @pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255), *class_colours(20)[::3]])
 def test_boxes_and_labels_are_visible_on_any_background(background):
-    """A line and its edge, or they and the background, have WCAG's contrast for graphics; labels have that for text."""
+    """A line and its edge, or they and the background, have WCAG's contrast for graphics.
+
+    Labels have that for text.
+    """
     image = np.full((800, 800, 3), background, np.uint8)
     for label, colour in enumerate(class_colours(20)):
         drawn = draw_detections(
@@ -129,11 +130,10 @@ def test_labels_never_overlap_each_other(count):
 
 def test_labels_cover_no_box_if_there_is_space():
     """Boxes at every edge of the image, two that touch, and two that overlap."""
-    boxes = np.array(
-        [[0, 0, 60, 60], [340, 0, 400, 60], [0, 340, 60, 400], [340, 340, 400, 400]]
-        + [[120, 150, 180, 210], [180, 150, 240, 210], [130, 290, 200, 340], [160, 300, 230, 350]],
-        float,
-    )
+    edges = [[0, 0, 60, 60], [340, 0, 400, 60], [0, 340, 60, 400], [340, 340, 400, 400]]
+    touching = [[120, 150, 180, 210], [180, 150, 240, 210]]
+    overlapping = [[130, 290, 200, 340], [160, 300, 230, 350]]
+    boxes = np.array([*edges, *touching, *overlapping], float)
     labels = placed_labels(boxes, (400, 400), 14)
     assert len(labels) == len(boxes)
     assert not any(overlap(label, box) for label in labels for box in boxes)
@@ -277,9 +277,13 @@ def test_the_page_links_to_the_model(predictor, address, monkeypatch, tmp_path):
 def test_samples_are_shown_with_their_authors(sample_files, predictor, tmp_path):
     folder = sample_files[0].parent
     text = credits_html(folder)
-    for part in ("first.jpg: Ada &lt;Lovelace&gt;, CC-BY-4.0", 'href="https://example.org/first"'):
+    for part in (
+        "first by Ada &lt;Lovelace&gt;",
+        'href="https://example.org/first"',
+        'href="https://creativecommons.org/licenses/by/4.0/"',
+        "Public Domain: second by Charles Babbage",
+    ):
         assert part in text
-    assert "second.jpg: Charles Babbage, Public Domain" in text and "(none" not in text
     page = build_app(predictor, folder)
     assert text in [getattr(block, "value", None) for block in page.blocks.values()]
     assert credits_html(tmp_path) == ""
@@ -297,52 +301,6 @@ def test_every_shipped_photograph_has_an_author_and_a_free_licence():
 def test_weights_are_loaded_from_a_folder(tmp_path):
     planted_model().save_pretrained(tmp_path)
     assert build_app(tmp_path).card == (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_endpoint_equals_the_predictor(predictor, image_path, address):
-    answer = Client(address, verbose=False).predict(
-        handle_file(image_path), 0.3, 0.5, api_name="/detect"
-    )
-    expected = predictor(image_path, 0.3, 0.5)
-    assert (answer["width"], answer["height"]) == (150, 90) and answer["seconds"] > 0
-    assert [row["class"] for row in answer["detections"]] == [
-        CLASSES[label] for label in expected.labels
-    ]
-    assert [row["box"] for row in answer["detections"]] == pytest.approx(
-        expected.boxes.round(1), abs=0.06
-    )
-    assert answer["detections"] == detect(predictor, image_path, 0.3, 0.5)["detections"]
-
-
-def test_unreadable_files_get_a_message(image_path, address, tmp_path):
-    client = Client(address, verbose=False)
-    bomb = io.BytesIO()
-    Image.new("1", (14_000, 14_000)).save(bomb, "PNG")
-    large = io.BytesIO()
-    Image.new("1", (9_000, 6_000)).save(large, "PNG")
-    invalid = {
-        "text.png": b"not an image",
-        "short.png": image_path.read_bytes()[:200],
-        "bomb.png": bomb.getvalue(),
-    }
-    for name, content in {**invalid, "large.png": large.getvalue()}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(AppError, match="This file can't be read as an image") as error:
-            client.predict(handle_file(tmp_path / name), api_name="/detect")
-        assert "tmp" not in str(error.value) and ("more than 50 million" in str(error.value)) == (
-            name == "large.png"
-        )
-    assert client.predict(handle_file(image_path), api_name="/detect")["width"] == 150
-
-
-def test_files_of_the_server_are_not_read(address, image_path):
-    """Only uploaded files are read: another path in a request is refused."""
-    with pytest.raises(AppError, match="handle_file"):
-        Client(address, verbose=False).predict(str(image_path), api_name="/detect")
-    request = {"data": [{"path": str(image_path), "meta": {"_type": "gradio.FileData"}}, 0.3, 0.5]}
-    event = httpx.post(f"{address}gradio_api/call/detect", json=request).json()["event_id"]
-    answer = httpx.get(f"{address}gradio_api/call/detect/{event}").text
-    assert "event: error" in answer and "detections" not in answer
 
 
 def test_fifty_requests_at_once_are_answered_in_order(address):

@@ -135,7 +135,7 @@ def test_the_page_describes_the_model(visitor):
         assert part in facts
     links = [link.get_attribute("href") for link in visitor.all("#model a")]
     assert links == ["https://huggingface.co/a/b", "https://example.org/code"]
-    assert "first.jpg: Ada <Lovelace>, CC-BY-4.0" in visitor.text("#credits")
+    assert "CC-BY-4.0: first by Ada <Lovelace>" in visitor.text("#credits")
 
 
 @pytest.mark.parametrize("width", [360, 390, 1280])
@@ -144,7 +144,10 @@ def test_the_page_fits_the_window(visitor, images, width):
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
     assert visitor.script("return document.documentElement.scrollWidth") <= width
-    code = "let r = document.getElementById(arguments[0]).getBoundingClientRect(); return [r.left, r.right, r.top]"
+    code = (
+        "let r = document.getElementById(arguments[0]).getBoundingClientRect();"
+        "return [r.left, r.right, r.top]"
+    )
     places = {
         name: visitor.script(code, name)
         for name in ("image", "detections", "heatmap", "table", "confidence", "target")

@@ -1,4 +1,4 @@
-"""Prediction from the command line and from Python; the preset for small data sets; the time estimate of training."""
+"""Prediction from the command line and from Python; the preset for small data sets; progress."""
 
 import json
 import sys
@@ -268,7 +268,7 @@ def test_pretrained_path_prefers_the_current_folder(tmp_path, monkeypatch):
 
 
 def run_clock(monkeypatch, config: Config, steps: int, seconds_per_step) -> list[str]:
-    """Return what Progress prints in two epochs of `steps` steps. The first step takes 1000 s more."""
+    """Return what Progress prints in two epochs of `steps` steps. The first takes 1000 s more."""
     progress, lines, clock = callbacks.Progress(), [], [0.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(progress, "write", lines.append)

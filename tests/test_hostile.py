@@ -1,4 +1,4 @@
-"""A public app under attack: an exported Space in its own process, and the more than 600 cases of hostile.py."""
+"""A public app under attack: a Space in its own process, and the 600 cases of hostile.py."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def resident(process) -> float:
 
 
 def settled(process, limit: float) -> float:
-    """Resident memory in MB after the server has finished abandoned requests; waits at most 30 s."""
+    """Resident memory in MB after the server has finished its requests, at most 30 s later."""
     for _ in range(60):
         if resident(process) < limit:
             break
@@ -67,16 +67,15 @@ def settled(process, limit: float) -> float:
 
 
 def warm(client: Client) -> None:
-    """Normal requests until memory stops growing: the maximum number of sessions, and the largest accepted image."""
-    image_bytes, largest = (
-        encoded("PNG"),
-        encoded("PNG", Image.new("1", (MAX_PIXELS // 5_000, 5_000))),
-    )
+    """Send normal requests until memory stops growing.
+
+    The maximum number of sessions, and the largest accepted image.
+    """
+    upload = client.upload("a.png", encoded("PNG"))
+    largest = encoded("PNG", Image.new("1", (MAX_PIXELS // 5_000, 5_000)))
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        send = lambda n: client.call_page(
-            "on_upload", client.upload("a.png", image_bytes), 0.3, 0.5
-        )
-        assert {answer.kind for answer in pool.map(send, range(64))} == {"answered"}
+        calls = [pool.submit(client.call_page, "on_upload", upload, 0.3, 0.5) for _ in range(64)]
+    assert {call.result().kind for call in calls} == {"answered"}
     for _ in range(2):
         assert client.detect(client.upload("a.png", largest)).kind == "answered"
 
@@ -91,7 +90,8 @@ def test_attacks_are_refused(server, folder):
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         answers = list(pool.map(lambda case: case.run(client), cases))
     wrong = [
-        f"{case.method} {case.arguments!r:.99}: {answer.kind}, {answer.seconds:.1f} s, {answer.text[:300]}"
+        f"{case.method} {case.arguments!r:.99}: "
+        f"{answer.kind}, {answer.seconds:.1f} s, {answer.text[:300]}"
         for case, answer in zip(cases, answers, strict=True)
         if answer.kind not in case.expected.split()
         or not re.search(case.pattern, answer.text)
@@ -125,10 +125,13 @@ def test_uploaded_files_are_served_as_downloads(server):
 
 
 def test_slow_clients_do_not_block_the_page(server):
-    """Thirty clients that upload slowly and thirty that never read their answer don't delay others."""
+    """Thirty clients upload slowly and thirty never read their answer; others don't wait."""
     client, _ = server
     host, port = client.address.hostname, client.address.port
-    head = f"HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 999999"
+    head = (
+        f"HTTP/1.1\r\nHost: {host}\r\nContent-Length: 999999\r\n"
+        "Content-Type: multipart/form-data; boundary=x"
+    )
     slow = [socket.create_connection((host, port)) for _ in range(60)]
     try:
         for number, connection in enumerate(slow):

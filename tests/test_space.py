@@ -1,4 +1,4 @@
-"""The exported Space: complete, ready for free accounts, independent of the project, and never written over other files."""
+"""The exported Space: complete, ready for free accounts, independent, never over other files."""
 
 import ast
 import json
@@ -39,7 +39,8 @@ sys.addaudithook(hook)
 import app
 from src.serving.predictor import Predictor
 detections = Predictor.load("weights")("samples/first.jpg", 0.2)
-json.dump([sorted(opened), sorted(sys.modules), detections.index.tolist()], open("report.json", "w"))
+report = [sorted(opened), sorted(sys.modules), detections.index.tolist()]
+json.dump(report, open("report.json", "w"))
 """
 
 
@@ -220,7 +221,7 @@ def test_it_starts_from_its_own_files_only(folder):
 
 
 def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(exported_space):
-    """Hugging Face's own package `spaces` reports the GPU function to its server, and makes torch claim a GPU."""
+    """The package `spaces` reports the GPU function to its server, and makes torch claim a GPU."""
     reports = []
 
     class DeviceServer(BaseHTTPRequestHandler):
@@ -243,12 +244,12 @@ def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(exported_space):
         ),
     ):
         answer = Client(space, verbose=False).predict(
-            handle_file(exported_space / "samples" / "first.jpg"), 0.2, api_name="/detect"
+            handle_file(exported_space / "samples" / "first.jpg"), 0.3, 0.6, api_name="/detect"
         )
         server.shutdown()
     assert reports == ["/startup-report"]
     predictor = Predictor(planted_model(), device="cpu")
-    expected = predictor(exported_space / "samples" / "first.jpg", 0.2)
+    expected = predictor(exported_space / "samples" / "first.jpg", 0.3, 0.6)
     assert answer["detections"] == detections_to_dicts(expected, CLASSES)
 
 

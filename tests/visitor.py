@@ -32,7 +32,7 @@ def served(folder: Path) -> Iterator[str]:
 def serving(
     folder: Path, python: str | Path = sys.executable, **variables: str
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """As `served`, with another Python and environment variables. Yields the address and the process."""
+    """As `served`, with another Python and environment variables. Yields address and process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -107,8 +107,8 @@ class Visitor:
         return images[0].get_attribute("src") if images else ""
 
     def size(self, elem_id: str) -> list:
-        code = f"let image = document.querySelector('#{elem_id} img'); return [image.naturalWidth, image.naturalHeight]"
-        return self.script(code)
+        code = f"let image = document.querySelector('#{elem_id} img');"
+        return self.script(code + "return [image.naturalWidth, image.naturalHeight]")
 
     def script(self, code: str, *arguments):
         return self.driver.execute_script(code, *arguments)
@@ -124,7 +124,8 @@ class Visitor:
                 pass
             time.sleep(0.1)
         raise TimeoutError(
-            f"Not within {TIMEOUT_S} s. The page shows {self.text('#summary')!r} and {self.text('#message')!r}."
+            f"Not within {TIMEOUT_S} s. "
+            f"The page shows {self.text('#summary')!r} and {self.text('#message')!r}."
         )
 
     def upload(self, path) -> None:
@@ -145,7 +146,8 @@ class Visitor:
         field = self.all(f"#{name} input[type=number]")[0]
         self.script(
             "let set = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set;"
-            "set.call(arguments[0], arguments[1]); arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
+            "set.call(arguments[0], arguments[1]);"
+            "arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"
             "arguments[0].dispatchEvent(new Event('change', {bubbles: true})); arguments[0].blur()",
             field,
             str(value),

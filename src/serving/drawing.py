@@ -204,3 +204,16 @@ def draw_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.6) -
     colours = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]  # BGR -> RGB
     weight = opacity * (0.25 + 0.75 * heatmap[..., None])
     return np.rint(grey * (1 - weight) + colours * weight).astype(np.uint8)
+
+
+def draw_explanation(
+    image: np.ndarray, explanation, classes: Sequence[str], opacity: float = 0.6
+) -> np.ndarray:
+    """Draw an Explanation on a copy of uint8 [H, W, 3] RGB: heatmap, and the explained boxes."""
+    return draw_detections(
+        draw_heatmap(image, explanation.heatmap, opacity),
+        explanation.detections,
+        classes,
+        labels=explanation.is_candidate,
+        rows=explanation.explained,
+    )

@@ -11,6 +11,10 @@ from src.serving.predictor import Predictor
 
 CARD = "model-card"  # address of the model card on the app's own server
 LICENSES = "LICENSES.txt"  # in a folder of images: author, licence and source of each
+LICENSE_TEXTS = {
+    "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
+    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+}
 FACTS = {  # metadata of the weights -> what a visitor reads
     "data": "Training data",
     "epochs": "Training epochs",
@@ -88,12 +92,17 @@ def read_licenses(folder: str | Path) -> dict[str, dict[str, str]]:
 
 
 def credits_html(samples: str | Path) -> str:
-    """Name author and licence of each example image, linked to its source."""
-    credits = [
-        _link(f"{name}: {facts.get('author')}, {facts.get('licence')}", facts.get("source", ""))
-        for name, facts in read_licenses(samples).items()
+    """Name the authors of the example images, by licence, with links to sources and licences."""
+    credits = {}
+    for name, facts in sorted(read_licenses(samples).items()):
+        author = f"{Path(name).stem} by {facts.get('author', 'unknown')}"
+        link = _link(author, facts.get("source", ""))
+        credits.setdefault(facts.get("licence", "unknown licence"), []).append(link)
+    lines = [
+        f"<p>{_link(licence, LICENSE_TEXTS.get(licence, ''))}: {', '.join(links)}</p>"
+        for licence, links in sorted(credits.items())
     ]
-    return f"Authors: {' &middot; '.join(credits)}" if credits else ""
+    return "".join(lines)
 
 
 def _link(text: str, address: str) -> str:

@@ -9,20 +9,25 @@ from starlette.exceptions import HTTPException
 
 MAX_UPLOAD_BYTES = 64 * 2**20  # per request with files
 MAX_REQUEST_BYTES = 256 * 2**10  # per other request; the page's own have a few thousand
-NOT_UPLOADED = "Only uploaded files are read, no URLs and no paths. In Python, upload with gradio_client.handle_file(path)."
+NOT_UPLOADED = (
+    "Only uploaded files are read, no URLs and no paths. "
+    "In Python, upload with gradio_client.handle_file(path)."
+)
 
 
 class BoundedRequests:
-    """ASGI middleware that limits the size of requests. Gradio parses JSON of any size, and blocks meanwhile."""
+    """ASGI middleware that limits the size of requests.
+
+    Gradio parses JSON of any size, and blocks meanwhile.
+    """
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        limit, received = (
-            MAX_UPLOAD_BYTES if scope.get("path", "").endswith("/upload") else MAX_REQUEST_BYTES,
-            0,
-        )
+        is_upload = scope.get("path", "").endswith("/upload")
+        limit = MAX_UPLOAD_BYTES if is_upload else MAX_REQUEST_BYTES
+        received = 0
 
         async def receive_bounded():
             nonlocal received
@@ -38,7 +43,8 @@ class BoundedRequests:
 class GuardedBlocks(gr.Blocks):
     """Blocks whose functions accept uploaded files only.
 
-    Gradio itself downloads from URLs, of any size, and accepts the path of a file that isn't marked as one.
+    Gradio itself downloads from URLs, of any size, and accepts the path of a file that isn't marked
+    as one.
     """
 
     def validate_inputs(self, block_fn, inputs):

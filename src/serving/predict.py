@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from src.serving.drawing import draw_detections, draw_heatmap
+from src.serving.drawing import draw_detections, draw_explanation
 from src.serving.images import IMAGE_SUFFIXES, load_image
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
 
@@ -104,8 +104,13 @@ def predict_images(
         drawn, result = detect(predictor, image, thresholds)
         Image.fromarray(drawn).save(folder / f"{stem}.jpg", quality=90)
         if heatmap:
-            explained = draw_explanation(predictor, image, thresholds)
-            Image.fromarray(explained).save(folder / f"{stem}_heatmap.jpg", quality=90)
+            from src.serving.gradcam import explain  # loads matplotlib, through grad-cam
+
+            explanation = explain(
+                predictor, image, confidence=thresholds[0], iou_threshold=thresholds[1]
+            )
+            drawn = draw_explanation(image, explanation, predictor.classes)
+            Image.fromarray(drawn).save(folder / f"{stem}_heatmap.jpg", quality=90)
         print(f"{number} of {len(files)}: {file.name}: {count_classes(result)}", flush=True)
         yield {"image": file.name, **result}
 
@@ -148,21 +153,6 @@ def detect(
     rows = detections_to_dicts(detections, predictor.classes)
     result = {"width": width, "height": height, "detections": rows}
     return draw_detections(image, detections, predictor.classes), result
-
-
-def draw_explanation(predictor: Predictor, image: np.ndarray, thresholds: tuple) -> np.ndarray:
-    """Return a copy of the image with its heatmap and the boxes that this explains."""
-    from src.serving.gradcam import explain  # loads matplotlib, through grad-cam
-
-    confidence, iou_threshold = thresholds
-    result = explain(predictor, image, confidence=confidence, iou_threshold=iou_threshold)
-    return draw_detections(
-        draw_heatmap(image, result.heatmap),
-        result.detections,
-        predictor.classes,
-        labels=result.is_candidate,
-        rows=result.explained,
-    )
 
 
 def detections_to_dicts(detections: Detections, classes: list[str]) -> list[dict]:

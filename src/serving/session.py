@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from src.serving.drawing import class_colours, draw_detections, draw_heatmap
+from src.serving.drawing import class_colours, draw_detections, draw_explanation
 from src.serving.gradcam import Explainer, Explanation
 from src.serving.images import load_image, resize_long_side
 from src.serving.predict import detections_to_dicts
@@ -152,11 +152,6 @@ def render_heatmap(
     target, layers, method: see `ImageSession.explain`. opacity: see `draw_heatmap`.
     """
     result = session.explain(target, layers, method, confidence, iou_threshold)
-    drawn = draw_detections(
-        draw_heatmap(session.view, result.heatmap, opacity),
-        session.scale_to_view(result.detections),
-        session.classes,
-        labels=result.is_candidate,
-        rows=result.explained,
-    )
+    on_view = replace(result, detections=session.scale_to_view(result.detections))
+    drawn = draw_explanation(session.view, on_view, session.classes, opacity)
     return drawn, html.escape(result.message) or BRIGHT_AREAS
