@@ -1,6 +1,5 @@
 """Loader processes with little shared memory, folders without write permission."""
 
-import errno
 import os
 import shutil
 import tempfile
@@ -13,7 +12,6 @@ from PIL import Image
 from src.config import Config
 from src.data import cache, datamodule
 from src.data.datamodule import DetectionDataModule
-from src.data.shapes import draw_shapes
 from src.training.processes import can_be_sent
 from tests.test_voc import obj
 
@@ -59,32 +57,9 @@ def test_loader_processes_fit_in_shared_memory(monkeypatch, capsys, megabytes, n
     assert (f"Using {num_workers}." in capsys.readouterr().out) == (num_workers < 8)
 
 
-@pytest.mark.parametrize("problem", ["no folder", "full disk"])
-def test_training_continues_without_a_cache(tmp_path, monkeypatch, capsys, problem):
-    """Writing to a mapped file on a full disk is a bus error, so the cache reserves its disk space first."""
-
-    def raise_no_space(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    if problem == "full disk":
-        monkeypatch.setattr(cache.os, "posix_fallocate", raise_no_space, raising=False)
-    monkeypatch.setattr(
-        cache, "FOLDER", tmp_path if problem == "full disk" else Path("/dev/null/cache")
-    )
-    assert (
-        cache.open_cache(
-            [record.image for record in draw_shapes(2, seed=0)], "training", 64, max_gb=1
-        )
-        is None
-    )
-    assert "Each epoch decodes them again" in capsys.readouterr().out and not list(
-        tmp_path.iterdir()
-    )
-
-
 def test_cache_reserves_disk_space(tmp_path):
     image_cache = cache.ImageCache(tmp_path / "images.u8", count=50, size=64)
-    image_cache.reserve()
+    image_cache.open()
     status = os.stat(image_cache.path)
     assert status.st_size == 50 * (64 * 64 * 3 + 16) <= status.st_blocks * 512
 

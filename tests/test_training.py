@@ -525,7 +525,7 @@ def test_frozen_backbone_epochs(tmp_path):
 
 
 def test_a_process_with_fewer_images_than_a_batch_has_one_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr("src.data.datamodule._world_and_rank", lambda: (2, 0))
+    monkeypatch.setattr("src.data.datamodule.world_and_rank", lambda: (2, 0))
     data = DetectionDataModule(tiny(tmp_path, shapes_train=6))
     data.setup()
     assert [len(batch["images"]) for batch in data.train_dataloader()] == [3]

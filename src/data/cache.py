@@ -1,95 +1,114 @@
 """Cache of resized images, shared by all loader processes through a memory-mapped file."""
 
-import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from src.config import atomic_write
+
 FOLDER = Path("data/cache")
 CONTENT = b"antialiased"  # how the images were resized; caches of other contents are not read
+DISK_MARGIN = 3e9  # bytes that stay free: three checkpoints at full width
 
 
 class ImageCache:
-    """`count` slots for images of at most size x size pixels. A slot is filled when its image is first read.
+    """`count` slots for images of at most size x size pixels, each filled on its first use.
 
-    The file takes its full disk space at once (16,551 images of VOC 07+12 at 416: 8.6 GB): if the disk filled up later,
-    the writing process would be killed by a bus error. The pages are shared, so each image is in memory once.
+    The file takes its full disk space at once (16,551 images of VOC 07+12 at 416: 8.6 GB). If the
+    disk filled up later, the writing process would be killed by a bus error. The pages are shared,
+    so each image is in memory once.
     """
 
     def __init__(self, path: Path, count: int, size: int):
-        self.path, self.count = path, count
+        self.path = path
+        self.count = count
         self.dtype = np.dtype([("shape", "<i4", 4), ("pixels", "u1", (size * size * 3,))])
-        self.slots = None  # each process opens the file itself
+        self.num_bytes = count * self.dtype.itemsize
+        self.file = None
+        self.slots = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "slots": None}
+        return {**self.__dict__, "file": None, "slots": None}  # each process opens the file itself
 
-    def reserve(self) -> None:
-        """Create the file at its full size. Raises OSError if it can't be written or the disk is full."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        size = self.count * self.dtype.itemsize
-        with open(self.path, "ab") as file:
-            if file.tell() < size:
-                try:
-                    if hasattr(os, "posix_fallocate"):
-                        os.posix_fallocate(file.fileno(), 0, size)
-                    else:  # macOS: the space is only checked
-                        if shutil.disk_usage(self.path.parent).free < size - file.tell():
-                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                        os.truncate(self.path, size)
-                except OSError:
-                    self.path.unlink()
-                    raise
+    def open(self) -> None:
+        """Reserve the file's disk space and map it. Raises OSError if that is impossible."""
+        self.path.touch()
+        self.file = self.path.open("r+b")
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.file.fileno(), 0, self.num_bytes)
+        else:  # macOS: `open_cache` has checked the free space
+            self.file.truncate(self.num_bytes)
+        self.slots = np.memmap(self.file, self.dtype, "r+", shape=(self.count,))
 
-    def fetch(self, index: int, read: Callable[[], tuple[np.ndarray, tuple[int, int]]]) -> tuple:
-        """Return image `index`, uint8 [h, w, 3], and its original (width, height). `read` returns both on first use."""
+    def fetch(self, index: int, read: Callable, *arguments) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return image `index`, uint8 [h, w, 3], and its original (width, height).
+
+        On first use, both come from `read(*arguments)`.
+        """
         if self.slots is None:
-            self.reserve()
-            self.slots = np.memmap(self.path, dtype=self.dtype, mode="r+", shape=(self.count,))
+            self.open()
         slot = self.slots[index]
-        height, width, *original_size = (int(v) for v in slot["shape"])
+        height, width, *original_size = slot["shape"].tolist()
         if height:
-            return slot["pixels"][: height * width * 3].reshape(height, width, 3), tuple(
-                original_size
-            )
-        image, original_size = read()
-        with open(self.path, "r+b") as file:  # half the time of writing through the memory map
-            file.seek(index * self.dtype.itemsize + self.dtype.fields["pixels"][1])
-            file.write(np.ascontiguousarray(image))
+            image = slot["pixels"][: height * width * 3].reshape(height, width, 3)
+            return image, tuple(original_size)
+        image, original_size = read(*arguments)
+        start = index * self.dtype.itemsize + self.dtype.fields["pixels"][1]
+        # half the time of writing through the memory map
+        os.pwrite(self.file.fileno(), np.ascontiguousarray(image), start)
         slot["shape"] = (*image.shape[:2], *original_size)  # last: other processes may be reading
         return image, original_size
 
 
-def open_cache(
-    images: list[str | np.ndarray], name: str, size: int, max_gb: float
-) -> ImageCache | None:
-    """Return a cache for these images at this size, or None with a printed reason if it can't be created.
+def open_cache(images: list, name: str, size: int, max_gb: float) -> ImageCache | None:
+    """Return a cache for image files at this size, or None if it isn't needed or impossible.
 
-    The file name contains a digest of CONTENT and the images (path, file size and time, or pixels), so changed images get a
-    new file.
+    It isn't needed for arrays, which are in memory already. If it is impossible, a line says why.
+    The file name contains a digest of the images, so changed images get a new file.
     """
-    if not max_gb:
+    files = [image for image in images if not isinstance(image, np.ndarray)]
+    if not files or not max_gb:
         return None
-    digest = hashlib.blake2b(CONTENT, digest_size=8)
-    for image in images:
-        if isinstance(image, np.ndarray):
-            digest.update(image)
-        else:
-            status = os.stat(image)
-            digest.update(os.fsencode(image) + f" {status.st_size} {status.st_mtime_ns}".encode())
-    cache = ImageCache(FOLDER / f"{name}-{size}-{digest.hexdigest()}.u8", len(images), size)
-    required_gb = cache.count * cache.dtype.itemsize / 1e9
+    cache = ImageCache(FOLDER / f"{name}-{size}-{digest_files(files)}.u8", len(files), size)
     try:
-        if required_gb > max_gb:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        delete_stale_caches()
+        free = shutil.disk_usage(FOLDER).free
+        if cache.num_bytes > max_gb * 1e9:
             raise OSError(f"Config.cache_gb allows {max_gb:g} GB")
-        cache.reserve()
+        if not cache.path.exists() and free < cache.num_bytes + DISK_MARGIN:
+            raise OSError(f"the disk has {free / 1e9:.1f} GB free, and checkpoints need some")
+        cache.open()
+        listing = os.fsencode("\n".join(files))
+        atomic_write(cache.path.with_suffix(".txt"), lambda file: file.write(listing))
     except OSError as error:
-        print(
-            f"No cache for {len(images):,} {name} images, {required_gb:.1f} GB ({error}). Each epoch decodes them again."
-        )
+        with suppress(OSError):
+            cache.path.unlink()
+        needed = f"{cache.num_bytes / 1e9:.1f} GB for {len(files):,} {name} images"
+        print(f"No cache, {needed} ({error}). Each epoch decodes them again.")
         return None
     return cache
+
+
+def delete_stale_caches() -> None:
+    """Delete the caches of images that have changed or don't exist any more."""
+    for listing in FOLDER.glob("*.txt"):
+        files = os.fsdecode(listing.read_bytes()).split("\n")
+        exist = all(map(os.path.exists, files))
+        if not (exist and digest_files(files) in listing.name):
+            listing.with_suffix(".u8").unlink(missing_ok=True)
+            listing.unlink()
+
+
+def digest_files(files: list[str]) -> str:
+    """Return a digest of the paths, sizes and times of files."""
+    digest = hashlib.blake2b(CONTENT, digest_size=8)
+    for file in files:
+        status = os.stat(file)
+        digest.update(os.fsencode(file) + f" {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 
 import cv2
@@ -13,77 +14,102 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from src.config import VOC_CLASSES, Config
-from src.data.cache import ImageCache, open_cache
+from src.data.cache import open_cache
 from src.data.datasets import open_dataset, read_splits
-from src.data.mosaic import MosaicDataset, to_sample
+from src.data.mosaic import MosaicDataset, RecordDataset, to_sample
 from src.data.records import ImageRecord
 from src.data.shapes import draw_shapes
 from src.data.voc import download_voc
 from src.serving.images import get_image_size, letterbox, letterbox_placement, load_image
 
-SHARED_MEMORY = (
-    "/dev/shm"  # loader processes pass their batches through it; Docker's default size is 64 MB
-)
+# Loader processes pass their batches through it. Docker's default size is 64 MB.
+SHARED_MEMORY = "/dev/shm"
 
 
-class ValDataset(Dataset):
-    """Validation samples: each record letterboxed, without augmentation, with its `difficult` flags."""
+class ValDataset(RecordDataset):
+    """Validation samples: each record letterboxed, not augmented, with its `difficult` flags."""
 
-    def __init__(self, records: list[ImageRecord], config: Config, cache: ImageCache | None = None):
-        self.records, self.config, self.cache = records, config, cache
-
-    def __len__(self) -> int:
-        return len(self.records)
+    def read(self, image: str | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return an image letterboxed to `image_size` pixels, and its original (width, height)."""
+        square, _ = letterbox(load_image(image), self.config.image_size)
+        return square, get_image_size(image)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        record, size = self.records[index], self.config.image_size
-
-        def read():
-            return letterbox(load_image(record.image), size)[0], get_image_size(record.image)
-
-        square, (width, height) = self.cache.fetch(index, read) if self.cache else read()
+        image, (width, height) = self.load(index)
+        record = self.records[index]
+        size = self.config.image_size
         placement = letterbox_placement(width, height, size)
-        boxes = record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)
+        boxes = record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)  # [n, 4]
         boxes = np.clip(boxes, 0, size).astype(np.float32)
-        return *to_sample(np.array(square), boxes, record.labels), torch.from_numpy(
-            record.difficult
-        )
+        sample = to_sample(np.array(image), boxes, record.labels)
+        return *sample, torch.from_numpy(record.difficult)
 
 
-def collate(samples: list[tuple]) -> dict[str, Tensor]:
+def collate(samples: list[tuple]) -> dict[str, Tensor | list[int]]:
     """Join samples of one image size into a batch.
 
     "images": uint8 [B, 3, S, S], channels last in memory. "targets": float32 [N, 6] = image index,
     class, cx, cy, w, h in 0..1, sorted by image. "counts": list of B ints, the objects per image,
     on the CPU so that a GPU doesn't wait. "difficult": bool [N], of validation samples only.
     """
-    images = torch.stack([sample[0].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
+    images = torch.stack([sample[0].permute(1, 2, 0) for sample in samples])  # [B, S, S, 3]
+    boxes = torch.cat([sample[1] for sample in samples])  # [N, 4]
+    labels = torch.cat([sample[2] for sample in samples])  # [N]
     counts = [len(sample[2]) for sample in samples]
-    image_index = torch.repeat_interleave(torch.tensor(counts))
-    boxes, labels = (torch.cat([sample[part] for sample in samples]) for part in (1, 2))
-    targets = torch.cat((image_index[:, None].float(), labels[:, None].float(), boxes), dim=1)
-    batch = {"images": images, "targets": targets, "counts": counts}
+    image_index = torch.repeat_interleave(torch.tensor(counts))  # [N]
+    targets = torch.cat([image_index[:, None], labels[:, None], boxes], dim=1)  # [N, 6]
+    batch = {"images": images.permute(0, 3, 1, 2), "targets": targets, "counts": counts}
     if len(samples[0]) == 4:
         batch["difficult"] = torch.cat([sample[3] for sample in samples])
     return batch
 
 
 class SampleIdSampler(DistributedSampler):
-    """Sample ids of `MosaicDataset`: each image once per epoch, shuffled by (seed, epoch), split among the processes."""
+    """Sample ids of `MosaicDataset`: each image once per epoch, split among the processes.
+
+    The order depends only on (seed, epoch).
+    """
 
     def __init__(self, dataset: Dataset, seed: int):
-        super().__init__(dataset, *_world_and_rank(), shuffle=True, seed=seed)
+        super().__init__(dataset, *world_and_rank(), shuffle=True, seed=seed)
 
     def __iter__(self):
         return (self.epoch * len(self.dataset) + index for index in super().__iter__())
 
 
-def _world_and_rank() -> tuple[int, int]:
+def world_and_rank() -> tuple[int, int]:
+    """Return the number of processes that train together, and this process's number."""
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
 
+def make_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, collate_fn: Callable, **options
+) -> DataLoader:
+    """Build a loader whose processes stay alive between epochs. options: of `DataLoader`."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        worker_init_fn=single_thread_worker,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        **options,
+    )
+
+
+def single_thread_worker(_: int) -> None:
+    """Limit OpenCV to one thread in each loader process: they would compete for the cores."""
+    cv2.setNumThreads(0)
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use, or all where Python can't read that."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class DetectionDataModule(pl.LightningDataModule):
-    """Training and validation split of a data set, and their loaders. `prepare_data` downloads VOC if needed.
+    """Training and validation split of a data set, and their loaders.
 
     config: `config` with the format, splits and classes of the data set, see `open_dataset`.
     """
@@ -98,15 +124,16 @@ class DetectionDataModule(pl.LightningDataModule):
     def check_matches(self, config: Config) -> Config:
         """Return `config` with the format, splits and classes of the data set.
 
-        Raises ValueError if it differs in a data setting from the config that this module was created with.
+        Raises ValueError if a data setting differs from the config that this module was made with.
         """
         names = config.names(data=True)
         for name in names:
-            own, given = getattr(self.given, name), getattr(config, name)
+            own = getattr(self.given, name)
+            given = getattr(config, name)
             if given not in (own, getattr(self.config, name)):
                 raise ValueError(
-                    f"The data module was created with Config.{name} = {own!r}, but the config has {given!r}. "
-                    "Create a new one with DetectionDataModule(config)."
+                    f"The data module was created with Config.{name} = {own!r}, but the config "
+                    f"has {given!r}. Create a new one with DetectionDataModule(config)."
                 )
         return config.replace(**{name: getattr(self.config, name) for name in names})
 
@@ -126,51 +153,33 @@ class DetectionDataModule(pl.LightningDataModule):
         else:
             self.train_records, self.val_records = read_splits(self.reader, config)
             self.reader = None  # frees the content of COCO files
-        train_cache = open_cache(
-            [record.image for record in self.train_records],
-            "training",
-            config.canvas_size,
-            config.cache_gb,
-        )
-        self.train_data = MosaicDataset(self.train_records, config, train_cache)
-        val_cache = open_cache(
-            [record.image for record in self.val_records],
-            "validation",
-            config.image_size,
-            config.cache_gb,
-        )
-        self.val_data = ValDataset(self.val_records, config, val_cache)
+        images = [record.image for record in self.train_records]
+        cache = open_cache(images, "training", config.canvas_size, config.cache_gb)
+        self.train_data = MosaicDataset(self.train_records, config, cache)
+        images = [record.image for record in self.val_records]
+        cache = open_cache(images, "validation", config.image_size, config.cache_gb)
+        self.val_data = ValDataset(self.val_records, config, cache)
 
     def train_dataloader(self) -> DataLoader:
-        """Return the training loader. It drops an incomplete last batch, except if that is the only one."""
+        """Return the training loader, without an incomplete last batch unless there is only one."""
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        return self._loader(
-            self.train_data, sampler, drop_last=len(sampler) >= self.config.batch_size
-        )
+        drop_last = len(sampler) >= self.config.batch_size
+        return self._loader(self.train_data, sampler=sampler, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation loader: each image exactly once, split among the processes."""
-        world, rank = _world_and_rank()
-        return self._loader(self.val_data, range(rank, len(self.val_data), world))
+        world, rank = world_and_rank()
+        return self._loader(self.val_data, sampler=range(rank, len(self.val_data), world))
 
-    def _loader(self, dataset: Dataset, sampler, **options) -> DataLoader:
-        return DataLoader(
-            dataset,
-            self.config.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            worker_init_fn=single_thread_worker,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+    def _loader(self, dataset: Dataset, **options) -> DataLoader:
+        return make_loader(dataset, self.config.batch_size, self.num_workers, collate, **options)
 
     @cached_property
     def num_workers(self) -> int:
-        """Number of loader processes: as in Config.num_workers, but no more than shared memory has space for.
+        """Number of loader processes: Config.num_workers, or fewer if shared memory is small.
 
-        A full SHARED_MEMORY kills them by a bus error. It holds two finished batches per process, and two more.
+        A full SHARED_MEMORY kills them by a bus error. It holds two finished batches per process,
+        and two more.
         """
         requested = self.config.num_workers
         if requested < 0:
@@ -182,17 +191,7 @@ class DetectionDataModule(pl.LightningDataModule):
         possible = max(0, free // (2 * batch) - 1)
         if possible < requested:
             print(
-                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for {requested} loader processes. "
-                f"Using {possible}. In Docker, `docker run --shm-size=2g` provides more."
+                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for {requested} loader "
+                f"processes. Using {possible}. In Docker, `docker run --shm-size=2g` provides more."
             )
         return min(requested, possible)
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use, or of all cores where Python can't read that."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def single_thread_worker(_: int) -> None:
-    """Limit OpenCV to one thread in each loader process, so that they don't compete for the cores."""
-    cv2.setNumThreads(0)

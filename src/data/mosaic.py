@@ -4,6 +4,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
@@ -14,178 +15,191 @@ from src.data.records import ImageRecord
 from src.serving.images import PAD, get_image_size, load_image, resize_long_side
 
 MIN_SIDE = 2  # pixels; a box that is cut to less is dropped
-Sample = tuple[
-    Tensor, Tensor, Tensor
-]  # uint8 [3, S, S]; boxes float32 [n, 4] cxcywh in 0..1; labels int64 [n]
+Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the canvas
+Sample = tuple[Tensor, Tensor, Tensor]  # see `to_sample`
 
 
-def augmentations() -> A.Compose:
-    """Return the augmentations of a finished canvas: horizontal flip, brightness, contrast and colour."""
-    return A.Compose(
-        [
-            A.HorizontalFlip(p=0.5),
-            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
-            A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=40, val_shift_limit=20, p=0.5),
-            A.ToGray(p=0.05),
-        ],
-        bbox_params=A.BboxParams(
-            format="pascal_voc", label_fields=["labels"], check_each_transform=False
-        ),
+def augmentations(min_visibility: float = 0.0) -> A.Compose:
+    """Return the augmentations of a finished canvas: horizontal flip, brightness, contrast, color.
+
+    min_visibility: of a box's area. Transforms that cut boxes, such as crops, drop boxes below it.
+    """
+    steps = [
+        A.HorizontalFlip(p=0.5),
+        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
+        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=40, val_shift_limit=20, p=0.5),
+        A.ToGray(p=0.05),
+    ]
+    boxes = A.BboxParams(
+        format="pascal_voc",
+        label_fields=["labels"],
+        min_visibility=min_visibility,
+        check_each_transform=False,
     )
+    return A.Compose(steps, bbox_params=boxes)
 
 
 def paste(
-    canvas: np.ndarray, region: tuple[int, int, int, int], image: np.ndarray, scale, top_left
-) -> tuple:
-    """Draw `image`, scaled by `scale` (x, y), at `top_left` (x, y) into `region` (left, top, right, bottom) of the canvas.
+    canvas: np.ndarray, region: Region, image: np.ndarray, scale: np.ndarray, top_left: np.ndarray
+) -> None:
+    """Draw a scaled image into a region of the canvas; what is outside the region is cut off.
 
-    Only the visible part is resized, with its edges rounded to pixels of the image and of the canvas.
-    Returns the rounded transform of coordinates: scale (x, y) and shift (x, y), x -> x * scale + shift.
+    A point (x, y) of the image, uint8 [h, w, 3], moves to (x, y) * scale + top_left on the canvas.
     """
-    low, high = np.array(region[:2]), np.array(region[2:])
-    size = np.array(image.shape[1::-1])
-    first = np.clip(np.rint(top_left), low, high - 1).astype(int)
-    last = np.clip(np.rint(top_left + size * scale), first + 1, high).astype(int)
-    crop_first = np.where(
-        first > low, 0, np.clip(np.rint((first - top_left) / scale), 0, size - 1)
-    ).astype(int)
-    crop_last = np.where(
-        last < high, size, np.clip(np.rint((last - top_left) / scale), crop_first + 1, size)
-    ).astype(int)
-    crop = image[crop_first[1] : crop_last[1], crop_first[0] : crop_last[0]]
-    canvas[first[1] : last[1], first[0] : last[0]] = cv2.resize(
-        crop, (last - first).tolist(), interpolation=cv2.INTER_LINEAR
-    )
-    scale = (last - first) / (crop_last - crop_first)
-    return scale, first - crop_first * scale
+    left, top, right, bottom = region
+    scale_x, scale_y = scale
+    # OpenCV counts from the centers of pixels, we from their corners: half a pixel less.
+    shift_x, shift_y = top_left - (left, top) + 0.5 * scale - 0.5
+    matrix = np.array([[scale_x, 0, shift_x], [0, scale_y, shift_y]])
+    size = (right - left, bottom - top)
+    canvas[top:bottom, left:right] = cv2.warpAffine(image, matrix, size, borderValue=(PAD,) * 3)
 
 
-def transform_boxes(boxes: np.ndarray, scale, shift, region: tuple, min_visibility: float) -> tuple:
-    """Transform boxes [n, 4] xyxy by `scale` (x, y) and `shift` (x, y), and clip them to `region`.
+def transform_boxes(
+    boxes: np.ndarray,
+    scale: np.ndarray,
+    top_left: np.ndarray,
+    region: Region,
+    min_visibility: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move boxes [n, 4] xyxy like the pixels in `paste`, and clip them to the region.
 
-    Returns float32 [n, 4], and bool [n]: True if at least `min_visibility` of the box's area is inside.
+    Returns float32 [n, 4], and bool [n]: whether at least `min_visibility` of the area is inside.
     """
-    moved = boxes * np.tile(scale, 2) + np.tile(shift, 2)
-    clipped = np.clip(moved, region[:2] * 2, region[2:] * 2)
-    visible_wh, full_wh = clipped[:, 2:] - clipped[:, :2], moved[:, 2:] - moved[:, :2]
-    keep = (visible_wh >= MIN_SIDE).all(axis=1) & (
-        visible_wh.prod(axis=1) >= min_visibility * full_wh.prod(axis=1)
-    )
-    return clipped.astype(np.float32), keep
+    moved = boxes * np.tile(scale, 2) + np.tile(top_left, 2)  # [n, 4]
+    clipped = np.clip(moved, region[:2] * 2, region[2:] * 2)  # [n, 4]
+    full_size = moved[:, 2:] - moved[:, :2]  # [n, 2]
+    visible_size = clipped[:, 2:] - clipped[:, :2]  # [n, 2]
+    is_visible = visible_size.prod(axis=1) >= min_visibility * full_size.prod(axis=1)
+    is_large = (visible_size >= MIN_SIDE).all(axis=1)
+    return clipped.astype(np.float32), is_visible & is_large
 
 
-class MosaicDataset(Dataset):
-    """Training samples: `dataset[sample_id]` with sample_id = epoch * len(dataset) + index.
-
-    A sample depends only on (seed, sample_id), not on the loader processes, so a resumed run gets the same samples.
-    A fraction `config.mosaic_prob` of the samples joins four images around a random point; the others show one image.
-    Each image is scaled by `config.mosaic_scale` or `image_scale`, with a small change of its aspect ratio.
-    """
+class RecordDataset(Dataset):
+    """Records whose resized images are cached. Subclasses define `read` and `__getitem__`."""
 
     def __init__(self, records: list[ImageRecord], config: Config, cache: ImageCache | None = None):
-        self.records, self.config, self.cache = records, config, cache
-        self.augment = augmentations()
+        self.records = records
+        self.config = config
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.records)
 
+    def load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return what `read` returns for image `index`, from the cache if there is one."""
+        image = self.records[index].image
+        return self.cache.fetch(index, self.read, image) if self.cache else self.read(image)
+
+
+class MosaicDataset(RecordDataset):
+    """Training samples: `dataset[sample_id]` with sample_id = epoch * len(dataset) + index.
+
+    A sample depends only on (seed, sample_id), so a resumed run gets the same samples.
+    A fraction `config.mosaic_prob` of the samples joins four images; the others show one image.
+    """
+
+    def __init__(self, records: list[ImageRecord], config: Config, cache: ImageCache | None = None):
+        super().__init__(records, config, cache)
+        self.augment = augmentations(config.min_visibility)
+
     def is_mosaic(self, sample_id: int) -> bool:
         """Return whether this sample is a four-image mosaic."""
-        return self._seeded_choice(sample_id)[1]
+        return self._begin(sample_id)[1]
 
-    def _seeded_choice(self, sample_id: int) -> tuple[np.random.Generator, bool]:
-        """Return the sample's random generator, and whether it is a mosaic: the generator's first number."""
+    def _begin(self, sample_id: int) -> tuple[Generator, bool]:
+        """Return the sample's random generator, and whether it is a mosaic: its first number."""
         random = np.random.default_rng((self.config.seed, sample_id))
-        chosen = random.random() < self.config.mosaic_prob
-        return random, chosen and sample_id // len(self) < self.config.close_mosaic_epoch
+        is_chosen = random.random() < self.config.mosaic_prob
+        epoch = sample_id // len(self)
+        return random, is_chosen and epoch < self.config.close_mosaic_epoch
 
     def __getitem__(self, sample_id: int) -> Sample:
-        random, is_mosaic = self._seeded_choice(sample_id)
-        compose = self._mosaic if is_mosaic else self._single
-        canvas, boxes, labels = compose(sample_id % len(self), random)
+        random, is_mosaic = self._begin(sample_id)
+        index = sample_id % len(self)
+        if is_mosaic:
+            canvas, boxes, labels = self._mosaic(index, random)
+        else:
+            canvas, boxes, labels = self._single(index, random)
         self.augment.set_random_seed(int(random.integers(2**31)))
-        out = self.augment(image=canvas, bboxes=boxes, labels=labels)
-        return to_sample(
-            out["image"], np.float32(out["bboxes"]).reshape(-1, 4), np.int64(out["labels"])
-        )
+        augmented = self.augment(image=canvas, bboxes=boxes, labels=labels)
+        boxes = np.float32(augmented["bboxes"]).reshape(-1, 4)
+        return to_sample(augmented["image"], boxes, np.int64(augmented["labels"]))
 
-    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image `index` resized to `canvas_size` pixels on its long side, uint8, and its boxes in these pixels."""
-        record, size = self.records[index], self.config.canvas_size
+    def _mosaic(self, index: int, random: Generator) -> tuple:
+        """Join four images around a random point: canvas, boxes, labels.
 
-        def read():
-            return resize_long_side(load_image(record.image, size), size), get_image_size(
-                record.image
-            )
-
-        image, original_size = self.cache.fetch(index, read) if self.cache else read()
-        return image, record.boxes * np.array(
-            (image.shape[1] / original_size[0], image.shape[0] / original_size[1]) * 2
-        )
-
-    @staticmethod
-    def _random_scale(
-        random: np.random.Generator, scales: tuple[float, float]
-    ) -> tuple[float, float]:
-        """Sample the scale in x and in y: log-uniform within `scales`, with a small change of the aspect ratio."""
-        scale = np.exp(random.uniform(*np.log(scales)))
-        aspect = np.exp(random.uniform(-0.2, 0.2))
-        return scale * aspect, scale / aspect
-
-    def _mosaic(self, index: int, random: np.random.Generator) -> tuple:
-        """Join four images around a random point: canvas, boxes, labels. YOLOv4 (Bochkovskiy et al. 2020), section 3.3.
-
-        An image larger than its region shows a random crop. A smaller one touches the common point.
+        YOLOv4 (Bochkovskiy et al. 2020, https://arxiv.org/abs/2004.10934), section 3.3.
         """
         size = self.config.canvas_size
-        x, y = (int(v) for v in random.uniform(0.25, 0.75, 2) * size)
-        regions = (0, 0, x, y), (x, 0, size, y), (0, y, x, size), (x, y, size, size)
-        canvas = np.full((size, size, 3), PAD, dtype=np.uint8)
-        placed = []
-        indices = index, *random.integers(len(self), size=3)
-        for corner, (image_index, region) in enumerate(zip(indices, regions, strict=True)):
-            scale = self._random_scale(random, self.config.mosaic_scale)
-            image, boxes = self.image(image_index)
-            free = np.subtract(region[2:], region[:2]) - image.shape[1::-1] * np.float64(scale)
-            towards_centre = np.maximum(free, 0) * ((corner in (0, 2)), (corner in (0, 1)))
-            top_left = region[:2] + np.where(free > 0, towards_centre, free * random.random(2))
-            placed.append(
-                self._place(
-                    canvas, region, image, boxes, self.records[image_index].labels, scale, top_left
-                )
-            )
-        return (
-            canvas,
-            np.concatenate([boxes for boxes, _ in placed]),
-            np.concatenate([labels for _, labels in placed]),
-        )
+        x, y = (random.uniform(0.25, 0.75, 2) * size).astype(int).tolist()
+        quadrants = [  # (region, its corner at the common point as fractions of width and height)
+            ((0, 0, x, y), (1, 1)),
+            ((x, 0, size, y), (0, 1)),
+            ((0, y, x, size), (1, 0)),
+            ((x, y, size, size), (0, 0)),
+        ]
+        indices = [index, *random.integers(len(self), size=3)]
+        canvas = np.empty((size, size, 3), np.uint8)
+        placed = [
+            self._place(canvas, region, image_index, self.config.mosaic_scale, random, corner)
+            for image_index, (region, corner) in zip(indices, quadrants, strict=True)
+        ]
+        boxes, labels = zip(*placed, strict=True)
+        return canvas, np.concatenate(boxes), np.concatenate(labels)
 
-    def _single(self, index: int, random: np.random.Generator) -> tuple:
+    def _single(self, index: int, random: Generator) -> tuple:
         """Place one image at a random position: canvas, boxes, labels."""
         size = self.config.canvas_size
-        canvas = np.full((size, size, 3), PAD, dtype=np.uint8)
-        scale = self._random_scale(random, self.config.image_scale)
-        image, boxes = self.image(index)
-        free = size - image.shape[1::-1] * np.float64(scale)
-        top_left = free * random.random(2)
-        return canvas, *self._place(
-            canvas, (0, 0, size, size), image, boxes, self.records[index].labels, scale, top_left
-        )
+        canvas = np.empty((size, size, 3), np.uint8)
+        scales = self.config.image_scale
+        return canvas, *self._place(canvas, (0, 0, size, size), index, scales, random)
 
     def _place(
-        self, canvas, region, image, boxes, labels, scale, top_left
+        self,
+        canvas: np.ndarray,
+        region: Region,
+        index: int,
+        scales: tuple[float, float],
+        random: Generator,
+        corner: tuple[int, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw an image into a region of the canvas and return its visible boxes and their labels."""
-        scale, shift = paste(canvas, region, image, scale, top_left)
-        boxes, keep = transform_boxes(boxes, scale, shift, region, self.config.min_visibility)
-        return boxes[keep], labels[keep]
+        """Draw image `index` into a region and return its visible boxes and their labels.
+
+        Its scale is log-uniform in `scales`, with a small change of the aspect ratio. An image
+        larger than the region shows a random crop. A smaller one is at a random position, or
+        touches the `corner` of the region.
+        """
+        image, boxes = self.image(index)
+        scale = np.exp(random.uniform(*np.log(scales)))
+        aspect = np.exp(random.uniform(-0.2, 0.2))
+        scale = np.array([scale * aspect, scale / aspect])
+        free = np.subtract(region[2:], region[:2]) - image.shape[1::-1] * scale
+        position = random.random(2)  # fraction of the free space to the left and above
+        if corner:
+            position = np.where(free > 0, corner, position)
+        top_left = region[:2] + free * position
+        paste(canvas, region, image, scale, top_left)
+        boxes, keep = transform_boxes(boxes, scale, top_left, region, self.config.min_visibility)
+        return boxes[keep], self.records[index].labels[keep]
+
+    def read(self, image: str | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return an image with a long side of `canvas_size`, and its original (width, height)."""
+        size = self.config.canvas_size
+        return resize_long_side(load_image(image, size), size), get_image_size(image)
+
+    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return image `index`, resized, and its boxes in its pixels."""
+        image, original_size = self.load(index)
+        scale = np.divide(image.shape[1::-1], original_size)
+        return image, self.records[index].boxes * np.tile(scale, 2)
 
 
 def to_sample(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> Sample:
-    """Convert uint8 [S, S, 3] and boxes xyxy in pixels to a Sample for `collate`."""
-    boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh") / image.shape[0]
-    return (
-        torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1),
-        boxes,
-        torch.from_numpy(labels),
-    )
+    """Convert uint8 [S, S, 3] and boxes xyxy in pixels to a sample for `collate`.
+
+    Returns uint8 [3, S, S], boxes float32 [n, 4] cxcywh in 0..1 and labels int64 [n].
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)  # [3, S, S]
+    boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh") / image.shape[0]  # [n, 4]
+    return pixels, boxes, torch.from_numpy(labels)

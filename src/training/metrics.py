@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
+from src.data.datamodule import world_and_rank
 from src.model.boxes import cxcywh_to_xyxy, decode_above, nms
 from src.serving.predictor import CONFIDENCE
 from src.training.loss import assign_targets
@@ -100,7 +100,7 @@ class DetectionAccumulator(Metric):
         self, logits: list[Tensor], targets: Tensor, difficult: Tensor, anchors: Tensor
     ) -> None:
         """logits of one batch, its targets [N, 6] and difficult bool [N]."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        world, rank = world_and_rank()
         first = int(self.images)
         for number, (boxes, scores) in enumerate(decode_above(logits, anchors, MIN_SCORE)):
             kept, labels = nms(boxes, scores, MIN_SCORE, NMS_IOU, max_detections=MAX_DETECTIONS)

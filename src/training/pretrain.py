@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from src.config import Settings
-from src.data.datamodule import SampleIdSampler, single_thread_worker
+from src.data.datamodule import SampleIdSampler, make_loader
 from src.data.imagefolder import (
     ClassificationDataset,
     collate_classification,
@@ -102,15 +102,9 @@ class PretrainDataModule(pl.LightningDataModule):
         return self._loader(self.val_data)
 
     def _loader(self, dataset: ClassificationDataset, **options) -> DataLoader:
-        return DataLoader(
-            dataset,
-            self.config.batch_size,
-            num_workers=self.config.num_workers,
-            collate_fn=collate_classification,
-            worker_init_fn=single_thread_worker,
-            persistent_workers=self.config.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
+        config = self.config
+        return make_loader(
+            dataset, config.batch_size, config.num_workers, collate_classification, **options
         )
 
 
