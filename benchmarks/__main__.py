@@ -17,6 +17,7 @@ PARTS = {  # rows of one table; each is a ratio to a baseline that is timed in t
     "inference": "prediction, Grad-CAM and ONNX",
 }
 COMMANDS = {  # each has options of its own
+    "heatmaps": "insertion and deletion of every heatmap offered, on VOC or the synthetic data set",
     "gpu": "smoke test, images per second and memory of one GPU",
     "ultralytics": "time of a training step and of a prediction, beside ultralytics' YOLOv3",
     "ablations": "what each part of the training recipe is worth on VOC",

@@ -1,4 +1,4 @@
-"""Heatmaps: equal to plain autograd, one per object; the model is not changed."""
+"""Heatmaps: equal to plain autograd, one per object, measured by insertion and deletion."""
 
 import copy
 from pathlib import Path
@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
-from src.serving.gradcam import MAX_EXPLAINED, METHODS, Explainer, explain
+from src.serving.gradcam import LAYERS, MAX_EXPLAINED, METHODS, Explainer, explain
 from src.serving.images import load_image
-from src.serving.predictor import Predictor
+from src.serving.predictor import Candidates, Detections, Predictor
+from src.training.faithfulness import FRACTIONS, insertion_deletion
 from tests.planted import blurred_noise, planted_model
 
 ROOT = Path(__file__).parents[1]
+IMAGE = blurred_noise()
 
 
 @pytest.fixture(scope="module")
@@ -21,234 +24,191 @@ def predictor():
 
 
 @pytest.fixture(scope="module")
-def image():
-    return blurred_noise()
+def explainers():
+    """Explainers of the sample photographs with the shipped weights."""
+    trained = Predictor.load(ROOT / "weights", device="cpu")
+    return {path.stem: Explainer(trained, path) for path in ROOT.glob("weights/samples/*.jpg")}
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """The shipped weights."""
-    return Predictor.load(ROOT / "weights", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def photographs():
-    return [load_image(path) for path in sorted(ROOT.glob("weights/samples/*.jpg"))]
-
-
-def slow_map(predictor, image, detections, row, method):
-    """One detection's heatmap on its own scale by autograd through the whole network: [S, S], not normalized."""
-    model = copy.deepcopy(predictor.model)
-    hooked = {}
-    grids = [predictor.image_size // stride for stride in (32, 16, 8)]
-    scale = int(
-        np.searchsorted(
-            np.cumsum([3 * grid * grid for grid in grids]), detections.index[row], side="right"
+def slow_map(predictor, index, label, stages, method):
+    """Compute the heatmap [96, 96] of one prediction by autograd through the whole network."""
+    model, features, heatmap = copy.deepcopy(predictor.model), {}, 0
+    for stage in stages:
+        model.backbone.stages[stage - 1].register_forward_hook(
+            lambda _, __, output, stage=stage: features.update({stage: output})
         )
-    )
-    model.heads[scale].neck.register_forward_hook(lambda _, __, out: hooked.update(activation=out))
-    logits = torch.cat(
-        [level.flatten(1, 3) for level in model(predictor.preprocess(image)[0])], dim=1
-    )
-    prediction = logits[0, detections.index[row]]
-    score = prediction[0] + prediction[5 + detections.labels[row]]
-    activation = hooked["activation"]
-    gradient = torch.autograd.grad(score, activation)[0]
-    weights = gradient.mean(dim=(2, 3), keepdim=True) if method == "gradcam" else gradient
-    heatmap = (weights * activation).sum(dim=1, keepdim=True).relu()
-    heatmap = heatmap - heatmap.min()
-    return (
-        torch.nn.functional.interpolate(heatmap, size=(96, 96), mode="bilinear")[0, 0]
-        .detach()
-        .numpy()
-    )
+    logits = model(predictor.preprocess(IMAGE)[0])
+    prediction = torch.cat([level.flatten(1, 3) for level in logits], dim=1)[0, index]
+    score = (prediction[0].sigmoid() * prediction[5 + label].sigmoid()).log()
+    for feature in features.values():
+        gradient = torch.autograd.grad(score, feature, retain_graph=True)[0]
+        weights = {
+            "layercam": gradient.relu(),
+            "hirescam": gradient,
+            "gradcam": gradient.mean(dim=(2, 3), keepdim=True),
+        }
+        layer = (weights[method] * feature).sum(dim=1, keepdim=True).relu()
+        heatmap += interpolate(layer / layer.max(), size=(96, 96), mode="bilinear")
+    return (heatmap / heatmap.max())[0, 0].detach().numpy()
 
 
-@pytest.mark.parametrize("method", ["gradcam", "hirescam"])
-def test_heatmaps_equal_plain_autograd(method, predictor, image):
-    detections = predictor(image, 0.2)
-    assert len({*np.digitize(detections.index, [27])}) == 2  # from two scales
-    for row in (0, 1, len(detections) - 1):
-        expected = slow_map(predictor, image, detections, row, method)
-        result = explain(predictor, image, target=row, method=method, confidence=0.2)
+@pytest.mark.parametrize("method", ["layercam", "hirescam", "gradcam"])
+@pytest.mark.parametrize(("layers", "stages"), [("all", (3, 4, 5)), ("3", (3,)), ("5", (5,))])
+def test_heatmaps_equal_plain_autograd(layers, stages, method, predictor):
+    found = predictor(IMAGE, 0.2)
+    assert len({*np.digitize(found.index, [27])}) == 2  # from two scales
+    for row in (0, 1, len(found) - 1):
+        expected = slow_map(predictor, found.index[row], found.labels[row], stages, method)
+        result = explain(predictor, IMAGE, row, layers, method, confidence=0.2)
         assert result.explained.tolist() == [row]
-        assert result.heatmap == pytest.approx(expected / max(expected.max(), 1e-7), abs=0.02)
+        assert result.heatmap == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layer", ["own", "all", 0, 1])
-def test_every_method_on_every_layer(method, layer, predictor, image):
-    result = explain(predictor, image, layer=layer, method=method, confidence=0.2)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_every_method_on_every_layer(method, layers, predictor):
+    result = explain(predictor, IMAGE, "all", layers, method, confidence=0.45)
     assert result.heatmap.shape == (96, 96) and result.heatmap.dtype == np.float32
-    assert result.heatmap.min() >= 0 and len(result.explained) <= len(result.detections)
-    assert result.heatmap.max() == pytest.approx(0 if "No part" in result.message else 1, abs=1e-5)
+    assert result.heatmap.min() >= 0 and result.heatmap.max() == pytest.approx(1)
+    assert result.explained.tolist() == [*range(len(result.detections))] and not result.message
 
 
-def test_target_selects_rows(predictor, image):
-    detections = predictor(image, 0.3)
-    assert explain(predictor, image, confidence=0.3).explained.tolist() == [*range(len(detections))]
+def test_target_selects_rows(predictor):
+    detections = predictor(IMAGE, 0.3)
     for label, name in enumerate(predictor.classes):
-        result = explain(predictor, image, target=name, confidence=0.3)
-        assert (
-            result.explained.tolist() == np.flatnonzero(detections.labels == label).tolist() != []
-        )
-    assert np.array_equal(result.detections.index, detections.index)
-    assert np.array_equal(result.detections.boxes, detections.boxes)
+        result = explain(predictor, IMAGE, name, confidence=0.3)
+        assert [*result.explained] == [*np.flatnonzero(detections.labels == label)] != []
+        assert np.array_equal(result.detections.index, detections.index)
+        assert np.array_equal(result.detections.boxes, detections.boxes)
 
 
-def test_several_detections_give_the_maximum_of_their_heatmaps(predictor, image):
+def test_several_detections_give_the_maximum_of_their_heatmaps(predictor):
     """Only detections above the thresholds count."""
-    together = explain(predictor, image, confidence=0.45)
-    assert 1 < len(together.detections) < len(predictor(image, 0.2))
-    alone = [
-        explain(predictor, image, int(row), confidence=0.45).heatmap for row in together.explained
-    ]
-    assert together.heatmap == pytest.approx(np.max(alone, axis=0), abs=1e-4)
+    together = explain(predictor, IMAGE, confidence=0.45)
+    assert 1 < len(together.explained) < len(predictor(IMAGE, 0.2))
+    alone = [explain(predictor, IMAGE, row, confidence=0.45) for row in together.explained]
+    expected = np.max([result.heatmap for result in alone], axis=0)
+    assert together.heatmap == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_best_of_many_detections_are_explained(predictor, image):
-    result = explain(predictor, image, confidence=0.02, iou_threshold=0.95)
-    assert len(result.detections) > MAX_EXPLAINED and result.explained.tolist() == [
-        *range(MAX_EXPLAINED)
-    ]
+def test_the_best_of_many_detections_are_explained(predictor):
+    result = explain(predictor, IMAGE, confidence=0.02, iou_threshold=0.95)
+    assert len(result.detections) > MAX_EXPLAINED
+    assert result.explained.tolist() == [*range(MAX_EXPLAINED)]
     assert f"best {MAX_EXPLAINED} of {len(result.detections)}" in result.message
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("target", "cow"),
-        ("target", 99),
-        ("target", -1),
-        ("layer", 3),
-        ("layer", "x"),
-        ("method", 0),
-    ],
+    [("target", "cow"), ("target", 99), ("target", -1), ("layers", "2"), ("method", 0)],
 )
-def test_unknown_arguments_are_named(name, value, predictor, image):
+def test_unknown_arguments_are_named(name, value, predictor):
     with pytest.raises(ValueError, match=f"Unknown {name} .*{value}"):
-        explain(predictor, image, confidence=0.2, **{name: value})
+        explain(predictor, IMAGE, confidence=0.2, **{name: value})
 
 
-def test_a_scale_that_does_not_contribute_gives_a_message(predictor, image):
-    result = explain(predictor, image, layer=2, confidence=0.2)
-    assert (
-        "Stride 8 does not contribute" in result.message
-        and not result.heatmap.any()
-        and not len(result.explained)
-    )
-
-
-def test_without_detections_the_top_candidate_is_explained(predictor, image):
-    result = explain(predictor, image, confidence=0.99)
-    best = predictor.candidates(image).top_candidate()
-    assert result.is_candidate and "No detection above 99%" in result.message
+@pytest.mark.parametrize(("target", "label"), [("all", None), (0, None), ("star", 2)])
+def test_without_detections_the_top_candidate_is_explained(target, label, predictor):
+    result = explain(predictor, IMAGE, target, confidence=0.99)
+    best = predictor.candidates(IMAGE).top_candidate(label)
+    missing = "detection" if label is None else target
+    assert result.is_candidate and f"No {missing} above 99%" in result.message
     assert predictor.classes[best.labels[0]] in result.message
-    assert (
-        result.detections.index.tolist() == best.index.tolist() and result.explained.tolist() == [0]
-    )
-    assert "No star above 45%" in explain(predictor, image, "star", confidence=0.45).message
+    assert result.detections.index == best.index and [*result.explained] == [0]
 
 
-def test_the_model_is_not_changed(image):
-    model = planted_model()
-    predictor = Predictor(model, device="cpu")
-    frozen = next(model.parameters()).requires_grad_(False)
-    model.heads[1].train()
-    for number, parameter in enumerate(model.parameters()):
-        parameter.grad = torch.full_like(parameter, number) if number % 2 else None
-    before = copy.deepcopy(model.state_dict())
-    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    modes = [module.training for module in model.modules()]
+def test_one_forward_pass_and_the_model_is_not_changed():
+    """A heatmap more costs a backward pass; `python -m benchmarks inference` measures the ratio."""
+    predictor, calls = Predictor(planted_model(), device="cpu"), []
+    networks = predictor.model, predictor.fused
+    before = copy.deepcopy(networks)
+    for network in networks:
+        network.backbone.stem.register_forward_hook(lambda *_: calls.append("first layer"))
+        network.heads[2].predict.register_forward_hook(lambda *_: calls.append("last layer"))
+    explainer = Explainer(predictor, IMAGE)
     for method in METHODS:
-        explain(predictor, image, layer="all", method=method, confidence=0.2)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert modes == [module.training for module in model.modules()]
-    assert [p.requires_grad for p in model.parameters()].count(
-        False
-    ) == 1 and not frozen.requires_grad
-    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        assert (parameter.grad is None) == (gradient is None)
-        assert gradient is None or torch.equal(parameter.grad, gradient)
+        explainer.explain(method=method, confidence=0.3)
+    assert calls == ["first layer", "last layer"]
+    for network, old in zip(networks, before, strict=True):
+        assert all(map(torch.equal, network.state_dict().values(), old.state_dict().values()))
+        assert all(parameter.grad is None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, predictor, image):
-    half = Predictor(planted_model().to(dtype), device="cpu")
-    row = explain(half, image, 0, confidence=0.2)
-    same = np.flatnonzero(predictor(image, 0.2).index == row.detections.index[0])[0]
-    exact = explain(predictor, image, int(same), confidence=0.2)
-    assert np.corrcoef(row.heatmap.ravel(), exact.heatmap.ravel())[0, 1] > 0.95
+def test_half_precision(dtype, predictor):
+    half = explain(Predictor(planted_model().to(dtype), device="cpu"), IMAGE, 0, confidence=0.2)
+    row = predictor(IMAGE, 0.2).index.tolist().index(half.detections.index[0])
+    exact = explain(predictor, IMAGE, row, confidence=0.2)
+    assert np.corrcoef(half.heatmap.ravel(), exact.heatmap.ravel())[0, 1] > 0.95
 
 
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (300, 40), (31, 97), (6000, 6000)])
 def test_any_size(size, predictor):
-    width, height = size
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    result = explain(predictor, image, confidence=0.2)
-    assert (
-        result.heatmap.shape == (height, width)
-        and result.heatmap.min() >= 0
-        and result.heatmap.max() <= 1 + 1e-6
-    )
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    heatmap = explain(predictor, noise, 0, confidence=0.2).heatmap
+    assert heatmap.shape == size and heatmap.min() >= 0 and heatmap.max() == pytest.approx(1)
 
 
-def test_letterbox_bars_are_cropped(predictor, image):
-    """An image with its own grey bars, letterboxed to the same square, has the same heatmap inside the bars."""
-    wide = image[16:80]
+def test_letterbox_bars_are_cropped(predictor):
+    """An image with its own grey bars has the same heatmap as without, inside the bars."""
     barred = np.full((96, 96, 3), 114, np.uint8)
-    barred[16:80] = wide
-    expected, heatmap = (
-        explain(predictor, each, 0, confidence=0.2).heatmap for each in (barred, wide)
-    )
-    assert heatmap.shape == (64, 96)
-    assert heatmap == pytest.approx(expected[16:80] / expected[16:80].max(), abs=1e-4)
+    barred[16:80] = IMAGE[16:80]
+    expected = explain(predictor, barred, 0, confidence=0.2).heatmap[16:80]
+    heatmap = explain(predictor, IMAGE[16:80], 0, confidence=0.2).heatmap
+    assert heatmap == pytest.approx(expected / expected.max(), abs=1e-4)
 
 
-def pointing_game(predictor, images, **options):
-    """Over all detections above 0.5: share of heatmaps that peak in their own box, and mean share of their mass in it."""
-    hits, shares = [], []
-    for image in images:
-        explainer = Explainer(predictor, image)
-        for row, box in enumerate(explainer.candidates.detections(0.5).boxes):
-            heatmap = explainer.explain(row, confidence=0.5, **options).heatmap
+@pytest.mark.parametrize(("method", "differ"), [("layercam", True), ("eigencam", False)])
+def test_two_objects_have_different_heatmaps_except_by_eigencam(method, differ, explainers):
+    explainer = max(explainers.values(), key=lambda each: len(each.candidates.detections(0.5)))
+    maps = [explainer.explain(row, "5", method, confidence=0.5).heatmap for row in (0, 1)]
+    assert (np.abs(maps[0] - maps[1]).max() > 0.5) == differ
+
+
+def test_most_heatmaps_peak_in_their_own_box(explainers):
+    """A check of coordinates and targets alone: any blob at the centre of a box would pass.
+
+    Whether a heatmap marks the evidence is measured by `python -m benchmarks heatmaps`.
+    """
+    hits = []
+    for explainer in explainers.values():
+        for row, (x1, y1, x2, y2) in enumerate(explainer.candidates.detections(0.5).boxes):
+            heatmap = explainer.explain(row, confidence=0.5).heatmap
             y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
-            hits.append(box[0] <= x + 0.5 <= box[2] and box[1] <= y + 0.5 <= box[3])
-            (x1, y1), (x2, y2) = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
-            shares.append(heatmap[y1:y2, x1:x2].sum() / heatmap.sum())
-    return np.mean(hits), np.mean(shares), len(hits)
+            hits.append(x1 <= x + 0.5 <= x2 and y1 <= y + 0.5 <= y2)
+    assert len(hits) >= 5 and np.mean(hits) >= 0.8, hits
 
 
-def test_each_heatmap_peaks_in_its_own_object(trained, photographs):
-    hits, mass, count = pointing_game(trained, photographs)
-    eigen_hits, eigen_mass, _ = pointing_game(trained, photographs, method="eigencam")
-    print(
-        f"{count} detections: hit {hits:.3f}, mass {mass:.3f}; EigenCAM {eigen_hits:.3f}, {eigen_mass:.3f}"
-    )
-    assert count >= 10 and hits >= 0.9 and mass > 0.6
-    assert eigen_hits < 0.6 and eigen_mass < 0.4  # the same heatmap for every object
+class WhitePixelDetector:
+    """Stand-in for a Predictor: the score of the square is 0.8 times how much of it is white.
+
+    Two other candidates have higher scores, for another class or at another box.
+    """
+
+    def candidates(self, image):
+        white = (image[40:60, 40:60] == 255).mean()
+        scores = torch.tensor([[0.8 * white, 0.9], [0.9, 0.0]])
+        boxes = torch.tensor([[40.0, 40, 60, 60], [40, 40, 49, 60]])
+        return Candidates(boxes, scores, torch.arange(2), (100, 100))
 
 
-def most_detections(predictor, images) -> Explainer:
-    """The explainer of the image with the most detections above 0.5, at least two."""
-    explainer = max(
-        (Explainer(predictor, image) for image in images),
-        key=lambda e: len(e.candidates.detections(0.5)),
-    )
-    assert len(explainer.candidates.detections(0.5)) > 1
-    return explainer
+def test_insertion_and_deletion_tell_evidence_from_background():
+    image = np.full((100, 100, 3), 80, np.uint8)
+    image[40:60, 40:60] = 255  # 4% of the pixels
+    square = Detections(np.float32([[40, 40, 60, 60]]), np.float32([0.8]), np.zeros(1, int), None)
+    evidence = (image[..., 0] == 255).astype(float)
+    shown = np.mean([min(fraction / 0.04, 1) for fraction in FRACTIONS])
+    for heatmap, expected in ((evidence, (shown, 1 - shown)), (1 - evidence, (0, 1))):
+        measured = insertion_deletion(WhitePixelDetector(), image, square, 0, heatmap)
+        assert measured == pytest.approx(expected)
 
 
-def test_two_objects_have_different_heatmaps(trained, photographs):
-    explainer = most_detections(trained, photographs)
-    first, second = (explainer.explain(row, confidence=0.5).heatmap for row in (0, 1))
-    assert np.abs(first - second).max() > 0.5
-
-
-def test_eigencam_has_the_same_heatmap_for_every_detection(trained, photographs):
-    explainer = most_detections(trained, photographs)
-    first, second = (
-        explainer.explain(row, layer=0, method="eigencam", confidence=0.5).heatmap for row in (0, 1)
-    )
-    assert np.array_equal(first, second)
+def test_the_default_marks_evidence(explainers):
+    """Against the same heatmap with high and low exchanged."""
+    explainer, image = explainers["cat"], load_image(ROOT / "weights/samples/cat.jpg")
+    result = explainer.explain(0)
+    measured = [
+        insertion_deletion(explainer.predictor, image, result.detections, 0, heatmap)
+        for heatmap in (result.heatmap, 1 - result.heatmap)
+    ]
+    assert np.greater(measured[0], measured[1]).tolist() == [True, False], measured

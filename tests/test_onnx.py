@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from src.model.network import ANCHORS, fuse_batch_norms
+from src.serving.gradcam import explain
 from src.serving.onnx_model import OnnxModel, export_onnx
 from src.serving.predictor import Predictor
 from tests.planted import CLASSES, blurred_noise, planted_model
@@ -89,6 +90,11 @@ def test_the_predictor_gives_the_same_detections(model, file):
         assert detections.index.tolist() == expected.index.tolist()
         np.testing.assert_allclose(detections.scores, expected.scores, atol=1e-3)
         np.testing.assert_allclose(detections.boxes, expected.boxes, atol=1e-3 * 150)
+
+
+def test_gradcam_needs_the_pytorch_weights(file):
+    with pytest.raises(ValueError, match=r"no gradients.*Load the PyTorch weights"):
+        explain(Predictor.load(file), blurred_noise())
 
 
 def test_errors_say_what_to_do(file, tmp_path):

@@ -1,263 +1,171 @@
-"""Grad-CAM heatmaps for detections, computed with pytorch-grad-cam."""
+"""Grad-CAM heatmaps for detections, by the formulas of pytorch-grad-cam."""
 
-import copy
 from dataclasses import dataclass
-from functools import partial
 
 import cv2
 import numpy as np
 import torch
-from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM
-from torch import Tensor, nn
+from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
 
-from src.model.network import STRIDES, YOLOv3
 from src.serving.images import load_image
 from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
 
 CAMS = {
-    "hirescam": HiResCAM,
-    "gradcam": GradCAM,
-    "gradcam++": GradCAMPlusPlus,
-    "eigencam": EigenCAM,
+    "layercam": LayerCAM,  # Jiang et al. 2021, https://doi.org/10.1109/TIP.2021.3089943
+    "hirescam": HiResCAM,  # Draelos & Carin 2020, https://arxiv.org/abs/2011.08891
+    "gradcam": GradCAM,  # Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391
+    "gradcam++": GradCAMPlusPlus,  # Chattopadhay et al. 2018, https://arxiv.org/abs/1710.11063
+    "eigencam": EigenCAM,  # Muhammad & Yeasin 2020, https://arxiv.org/abs/2008.00299
 }
 METHODS = {
+    "layercam": "LayerCAM",
     "hirescam": "HiResCAM",
     "gradcam": "Grad-CAM",
     "gradcam++": "Grad-CAM++",
     "eigencam": "EigenCAM",
 }
-METHOD_NAMES = METHODS
-LAYERS = {
-    "own": "The detection's own scale",
-    "all": "Mean of all scales",
-    0: "Stride 32 (large objects)",
-    1: "Stride 16 (medium objects)",
-    2: "Stride 8 (small objects)",
+LAYERS = {  # stages of the backbone
+    "all": "All levels",
+    "3": "Objects' parts (stride 8)",
+    "4": "Parts and objects (stride 16)",
+    "5": "Whole objects (stride 32)",
 }
-MAX_EXPLAINED = 24  # detections per heatmap; the best are taken
-BATCH_SIZE = 4  # detections per backward pass
-ONNX_MESSAGE = "Grad-CAM needs gradients, and an .onnx file has none. Load the PyTorch weights that it was exported from."
+ONNX_MESSAGE = "An .onnx file has no gradients for Grad-CAM. Load the PyTorch weights instead."
+MAX_EXPLAINED = 24  # detections per heatmap, the best; each costs a backward pass
 
 
 @dataclass(frozen=True)
 class Explanation:
     """A heatmap for one or more detections of an image."""
 
-    heatmap: (
-        np.ndarray
-    )  # float32 [H, W] in 0..1 on the image's pixels; its maximum is 1, or all are 0
+    heatmap: np.ndarray  # float32 [H, W] on the image's pixels; the maximum is 1, or all are 0
     detections: Detections  # of the image; if there are none, the top candidate
     explained: np.ndarray  # int64 [m] rows of `detections` that the heatmap shows
     message: str  # for the reader: no detection found, or the heatmap is empty; else ""
-    is_candidate: (
-        bool  # nothing was detected, `detections` is the top candidate below the threshold
-    )
+    is_candidate: bool  # nothing was detected, `detections` is a candidate below the threshold
 
 
 class Explainer:
     """Run one forward pass over one image, then compute any number of heatmaps from it.
 
-    `candidates` are those of `Predictor.candidates`. The predictor's model is not changed: a copy of its layers is run,
-    which shares the weights and computes no gradients for them.
+    image: whatever `load_image` takes. `candidates` are those of `Predictor.candidates`, `size` is
+    the image's (width, height). Raises ValueError if the predictor's model is an OnnxModel.
     """
 
     def __init__(self, predictor: Predictor, image):
-        """image: whatever `load_image` takes."""
+        if isinstance(predictor.model, OnnxModel):
+            raise ValueError(ONNX_MESSAGE)
         image = load_image(image)
         self.predictor = predictor
-        self.size = image.shape[1], image.shape[0]  # width, height
-        if isinstance(predictor.model, OnnxModel):
-            self.model, self.candidates = None, predictor.candidates(image)
-            return
-        self.model = _frozen_copy(predictor.fused)
-        self.inputs, self.placement = predictor.preprocess(image)
-        with torch.no_grad():
-            self.features = self.model.backbone(self.inputs)
-            self.necks, logits = self.model.forward_heads(self.features)
-            boxes, scores = predictor.decode(logits)
+        self.size = image.shape[1], image.shape[0]
+        inputs, self.placement = predictor.preprocess(image)
+        stem, stages = predictor.fused.backbone.stem, predictor.fused.backbone.stages
+        with torch.no_grad():  # gradients end at stage 3
+            stage3 = torch.nn.Sequential(stem, *stages[:3])(inputs).requires_grad_()
+        stage4 = stages[3](stage3)  # [1, C4, S/16, S/16]
+        stage5 = stages[4](stage4)  # [1, C5, S/32, S/32]
+        _, logits = predictor.fused.forward_heads((stage5, stage4, stage3))
+        self.features = {"3": stage3, "4": stage4, "5": stage5}
+        self.predictions = torch.cat([level[0].flatten(0, 2) for level in logits])  # [K, 5 + C]
+        boxes, scores = predictor.decode([level.detach() for level in logits])
         self.candidates = predictor.postprocess(
             boxes[0].cpu(), scores[0].cpu(), self.placement, *self.size
         )
-        self.scale_ends = np.cumsum(
-            [level[0, ..., 0].numel() for level in logits]
-        )  # end of each scale in the K predictions
 
     def explain(
         self,
         target: str | int = "all",
-        layer: str | int = "own",
-        method: str = "hirescam",
+        layers: str = "all",
+        method: str = "layercam",
         confidence: float = CONFIDENCE,
         iou_threshold: float = IOU_THRESHOLD,
     ) -> Explanation:
-        """Compute a heatmap; see the function `explain` for the arguments."""
-        if self.model is None:
-            raise ValueError(ONNX_MESSAGE)
-        if method not in METHODS:
-            raise ValueError(f"Unknown method {method!r}. Choose one of {', '.join(METHODS)}.")
-        if layer not in ("own", "all", *range(len(STRIDES))):
-            raise ValueError(
-                f'Unknown layer {layer!r}. Choose "own", "all" or a scale from 0 to {len(STRIDES) - 1}.'
-            )
-        detections, rows, message = self._select(target, confidence, iou_threshold)
-        is_candidate = bool(message)
-        if len(rows) > MAX_EXPLAINED:
-            message = f"The heatmap shows the best {MAX_EXPLAINED} of {len(rows)} detections."
-        rows, heatmap = rows[:MAX_EXPLAINED], np.zeros(self.inputs.shape[2:], np.float32)
-        scales = np.searchsorted(self.scale_ends, detections.index, side="right")
-        if isinstance(layer, int):
-            rows = rows[scales[rows] >= layer]
-            if not len(rows):
-                message = f"Stride {STRIDES[layer]} does not contribute: the detections come from coarser scales."
-        for scale in sorted({*scales[rows].tolist()}):
-            target_scales = {"own": [scale], "all": [*range(scale + 1)]}.get(layer, [layer])
-            group = rows[scales[rows] == scale]
-            for batch in np.split(group, range(BATCH_SIZE, len(group), BATCH_SIZE)):
-                cam = self._heatmap(
-                    detections.index[batch], detections.labels[batch], scale, target_scales, method
-                )
-                heatmap = np.maximum(heatmap, cam)
-        if len(rows) and not (message or heatmap.any()):
-            message = "No part of the image raises the score, by this method on this layer."
-        return Explanation(self._crop_to_image(heatmap), detections, rows, message, is_candidate)
+        """Compute where in the image the evidence for `target` is.
+
+        target: "all" detections, the name of a class, or the row of one detection (0 is the best).
+            Each detection has its own heatmap in 0..1; the maximum over them is returned.
+        layers: a key of LAYERS. method: a key of METHODS; "eigencam" doesn't depend on the target.
+        confidence, iou_threshold: thresholds of the detections.
+        Raises ValueError with the choices if target, layers or method is unknown.
+        """
+        for name, value, choices in (("layers", layers, LAYERS), ("method", method, METHODS)):
+            if value not in choices:
+                raise ValueError(f"Unknown {name} {value!r}. Choose one of {', '.join(choices)}.")
+        detections, rows, missing = self._select(target, confidence, iou_threshold)
+        explained = rows[:MAX_EXPLAINED]
+        maps = [
+            self._heatmap(detections.index[row], detections.labels[row], layers, method)
+            for row in (explained[:1] if method == "eigencam" else explained)
+        ]
+        heatmap = scale(cv2.resize(np.max(maps, axis=0), self.size))
+        best_of = f"The heatmap shows the best {MAX_EXPLAINED} of {len(rows)} detections."
+        more = best_of if len(rows) > MAX_EXPLAINED else ""
+        empty = "" if heatmap.any() else "Nothing raises the score, by this method on this layer."
+        message = missing or more or empty
+        return Explanation(heatmap, detections, explained, message, is_candidate=bool(missing))
 
     def _select(
         self, target: str | int, confidence: float, iou_threshold: float
     ) -> tuple[Detections, np.ndarray, str]:
-        """Return the detections, the rows `target` selects and no message; if there are none, the top candidate and why."""
-        classes, detections = (
-            self.predictor.classes,
-            self.candidates.detections(confidence, iou_threshold),
-        )
-        label, rows = None, np.arange(len(detections))
-        if target in classes:
-            label = classes.index(target)
+        """Return detections, the rows to explain, and ""; if none, the top candidate and why."""
+        classes = self.predictor.classes
+        detections = self.candidates.detections(confidence, iou_threshold)
+        rows = np.arange(len(detections))
+        label = classes.index(target) if target in classes else None
+        if label is not None:
             rows = rows[detections.labels == label]
-        elif isinstance(target, str) and target != "all":
+        elif isinstance(target, int | np.integer) and 0 <= target < max(len(rows), 1):
+            rows = rows[target : target + 1]
+        elif target != "all":
             raise ValueError(
-                f'Unknown target {target!r}. Choose "all", the row of a detection, or one of {classes}.'
+                f'Unknown target {target!r}. Choose "all", one of {classes}, '
+                f"or one of the {len(rows)} detections, counted from 0."
             )
-        elif target != "all" and len(detections):
-            if not 0 <= target < len(detections):
-                raise ValueError(
-                    f"Unknown target {target}. There are {len(detections)} detections, numbered from 0."
-                )
-            rows = rows[[target]]
         if len(rows):
             return detections, rows, ""
         top = self.candidates.top_candidate(label)
-        missing = "No detection" if label is None else f"No {target}"
-        candidate = f"The top candidate is {classes[top.labels[0]]} at {100 * top.scores[0]:.1f}%."
-        return top, np.zeros(1, np.int64), f"{missing} above {100 * confidence:.0f}%. {candidate}"
-
-    def _heatmap(
-        self,
-        index: np.ndarray,
-        labels: np.ndarray,
-        scale: int,
-        target_scales: list[int],
-        method: str,
-    ) -> np.ndarray:
-        """Return the maximum [S, S] over the heatmaps (0..1) of the predictions index [m], all from one scale.
-
-        The target layers are the necks of `target_scales`. A prediction sees 3 x 3 cells of its own scale's neck.
-        """
-        start = self.scale_ends[scale - 1] if scale else 0
-        scores = [
-            partial(_score, index=i, label=c)
-            for i, c in zip((index - start).tolist(), labels.tolist(), strict=True)
-        ]
-        scores = (
-            scores[:1] if method == "eigencam" else scores
-        )  # its heatmap is the same for every prediction
-        first = target_scales[0]
-        part = slice(first, scale + 1)
-        heads = _Heads(self.model.heads[part], self.features[part], self.necks[first], len(scores))
-        target_layers = [
-            heads.first_neck,
-            *(self.model.heads[target].neck for target in target_scales[1:]),
-        ]
-        cam = CAMS[method](
-            heads, target_layers, reshape_transform=Tensor.float
-        )  # numpy has no bfloat16
-        try:
-            return cam(self.inputs, scores).max(axis=0)
-        finally:
-            cam.activations_and_grads.release()
-
-    def _crop_to_image(self, heatmap: np.ndarray) -> np.ndarray:
-        """[S, S] on the letterboxed square -> [H, W] on the image without the bars, scaled to a maximum of 1."""
-        (width, height), (scale_x, scale_y, left, top) = self.size, self.placement
-        right, bottom = round(left + width * scale_x), round(top + height * scale_y)
-        heatmap = cv2.resize(
-            heatmap[int(top) : bottom, int(left) : right], self.size, interpolation=cv2.INTER_LINEAR
+        missing = (
+            f"No {'detection' if label is None else target} above {100 * confidence:.0f}%. "
+            f"The top candidate is {classes[top.labels[0]]} at {100 * top.scores[0]:.1f}%."
         )
-        return heatmap / max(heatmap.max(), 1e-7)
+        return top, np.array([0]), missing
+
+    def _heatmap(self, index: int, label: int, layers: str, method: str) -> np.ndarray:
+        """Return one prediction's heatmap [h, w] in 0..1, on the letterbox without its bars.
+
+        It explains the log of the score, objectness times class probability: if the network is
+        confident, the score itself has almost no gradient.
+        """
+        logits = self.predictions[index, [0, 5 + label]].float()  # objectness and class
+        log_score = torch.nn.functional.logsigmoid(logits).sum()
+        features = [self.features[stage] for stage in self.features if layers in ("all", stage)]
+        gradients = torch.autograd.grad(log_score, features, retain_graph=True)
+        cam = CAMS[method](self.predictor.fused, target_layers=[])
+        maps = []
+        for tensors in zip(features, gradients, strict=True):
+            feature, gradient = (tensor.float().numpy(force=True) for tensor in tensors)
+            maps += [*cam.get_cam_image(None, None, None, feature, gradient, False)]  # [G, G]
+        heatmap = combine(maps, self.predictor.image_size)  # [S, S]
+        left, top = self.placement[2:].astype(int)
+        width, height = np.rint(self.placement[:2] * self.size).astype(int)
+        return scale(heatmap[top : top + height, left : left + width])
 
 
-def explain(
-    predictor: Predictor,
-    image,
-    target: str | int = "all",
-    layer: str | int = "own",
-    method: str = "hirescam",
-    confidence: float = CONFIDENCE,
-    iou_threshold: float = IOU_THRESHOLD,
-) -> Explanation:
-    """Compute where in an image (whatever `load_image` takes) the evidence for `target` is.
+def combine(maps: list[np.ndarray], size: int) -> np.ndarray:
+    """Combine the maps M [G, G] of several layers into one heatmap [S, S], where S = size.
 
-    target: "all" detections, the name of a class, or the row of one detection (0 is the best). Each detection has its
-        own heatmap in 0..1; the maximum over them is returned.
-    layer: "own", the neck of the scale that made the detection; "all", the mean over the scales that contribute to it;
-        or one scale 0, 1, 2 (stride 32, 16, 8), for the detections it contributes to.
-    method: "hirescam" multiplies activations by gradients cell by cell (Draelos & Carin 2020,
-        https://arxiv.org/abs/2011.08891). "gradcam" (Selvaraju et al. 2017) and "gradcam++" average the gradients over
-        the map, which suits a score of the whole image. A detection is the score of one cell, so they also highlight
-        other objects of its class. "eigencam" doesn't depend on the target. Measured with 252 detections in 100
-        validation images of the synthetic data set, at 256 pixels:
-
-                                hirescam  gradcam  gradcam++  eigencam
-            peak in own box          94%      74%        56%       28%
-            mass in own box          80%      43%        18%       18%
-
-    confidence, iou_threshold: thresholds of the detections.
-    Raises ValueError with the choices if target, layer or method is unknown, and if the model is an OnnxModel.
+    It is the sum over the layers of upsample(max(M, 0) / its maximum), bilinear. The library also
+    subtracts each map's minimum; here 0 keeps its meaning, no evidence.
     """
-    return Explainer(predictor, image).explain(target, layer, method, confidence, iou_threshold)
+    return sum(cv2.resize(scale(np.maximum(layer, 0)), (size, size)) for layer in maps)
 
 
-def _frozen_copy(model: YOLOv3) -> YOLOv3:
-    """Copy the layers, share the weights: in evaluation mode, and without gradients for parameters."""
-    shared = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
+def scale(heatmap: np.ndarray) -> np.ndarray:
+    """Divide a heatmap without negative values by its maximum; zeros stay zeros."""
+    return heatmap / max(heatmap.max(), np.finfo(np.float32).tiny)
 
 
-class _Heads(nn.Module):
-    """The heads from the first target layer to the predictions, as the classifier that pytorch-grad-cam expects.
-
-    forward(images, used by the library only for their size) -> predictions of the last head [copies, 3 * G * G, 5 + C],
-    in the order of boxes.decode. It starts from `copies` of the first head's neck, a target layer as `first_neck`.
-    """
-
-    def __init__(
-        self, heads: nn.ModuleList, features: tuple[Tensor, ...], neck: Tensor, copies: int
-    ):
-        super().__init__()
-        self.heads, self.first_neck = heads, nn.Identity()
-        self.features = [level.expand(copies, -1, -1, -1) for level in features]
-        self.neck = neck.expand(copies, -1, -1, -1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        neck = self.first_neck(self.neck.requires_grad_())
-        for head, features in zip(self.heads[1:], self.features[1:], strict=True):
-            neck = head.forward_neck(features, neck)
-        return self.heads[-1].forward_logits(neck).flatten(1, 3)
-
-
-def _score(output: Tensor, index: int, label: int) -> Tensor:
-    """The score to explain, objectness logit plus class logit of one prediction: output [3 * G * G, 5 + C] -> scalar.
-
-    Logits, because the product of the probabilities has almost no gradient if the network is confident.
-    """
-    return output[index, 0].float() + output[index, 5 + label].float()
+def explain(predictor: Predictor, image, *arguments, **options) -> Explanation:
+    """Explain the detections in an image; arguments as for `Explainer.explain`."""
+    return Explainer(predictor, image).explain(*arguments, **options)
