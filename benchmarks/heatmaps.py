@@ -28,11 +28,13 @@ HEADER += ["deletion", *HEADER[2:]]
 
 def load() -> tuple[Predictor, list]:
     """Return the predictor, and the images of its validation splits in random order."""
-    folder = "weights" if "VOC_ROOT" in os.environ else "runs/shapes"
-    model = load_detector(folder, "best") if folder == "runs/shapes" else None
-    predictor = Predictor(model) if model else Predictor.load(folder)
-    config = Config.load(f"{folder}/run.json").replace(data_root=Config().data_root, cache_gb=0)
-    data = DetectionDataModule(config)
+    if "VOC_ROOT" in os.environ:
+        predictor = Predictor.load("weights")
+        config = Config.load("weights/run.json").replace(data_root=os.environ["VOC_ROOT"])
+    else:
+        detector = load_detector("runs/shapes")
+        predictor, config = Predictor(detector.model), detector.config
+    data = DetectionDataModule(config.replace(cache_gb=0))
     data.setup()
     order = np.random.default_rng(0).permutation(len(data.val_records))
     return predictor, [data.val_records[i].image for i in order]
