@@ -16,13 +16,13 @@ from src.serving.gradcam import MAX_EXPLAINED, explain
 from src.serving.onnx_model import export_onnx
 from src.serving.predictor import Predictor
 
-IMAGE_SIZE, BATCH = 416, 8
+IMAGE_SIZE, IMAGES = 416, 8
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def rows() -> Iterator[Row]:
     """Yield all rows: width 1 and 416 pixels on all cores; ONNX with the shipped weights."""
-    images = [np.ascontiguousarray(record.image[:375]) for record in draw_shapes(BATCH, 500)]
+    images = [np.ascontiguousarray(record.image[:375]) for record in draw_shapes(IMAGES, 500)]
     predictor = _responsive_predictor(images)
     image = images[0]
     inputs, _ = predictor.preprocess(image)
@@ -36,12 +36,6 @@ def rows() -> Iterator[Row]:
     name = "Predictor, one 500 x 375 image"
     yield Row(name, milliseconds(ours), baseline, ours / forward, 1.1, True)
     yield from _gradcam(predictor, image, forward_pass)
-    single, batch = seconds(
-        lambda: [predictor(i) for i in images], lambda: predictor.batch(images), rounds=2
-    )
-    baseline = f"one image at a time, {BATCH / single:.2f} images/s"
-    rate = f"{BATCH / batch:.2f} images/s"
-    yield Row(f"Predictor, batches of {BATCH}", rate, baseline, single / batch)
     yield _onnx(image)
 
 

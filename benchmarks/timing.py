@@ -59,7 +59,7 @@ def markdown(lines: list[tuple[str, ...]]) -> str:
 def seconds(*jobs: Callable[[], object], rounds: int = 5) -> list[float]:
     """Measure the best time of each job. They take turns, so other load affects all of them.
 
-    In its turn a job runs at least once and for at least MIN_TURN_S seconds; the mean of these runs counts.
+    In its turn a job runs at least once and for at least MIN_TURN_S seconds; the mean counts.
     """
     for job in jobs:
         job()

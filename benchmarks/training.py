@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.baselines import dense_loss, dense_targets
-from benchmarks.synthetic_inputs import background_logits, random_objects
+from benchmarks.synthetic_inputs import random_logits, random_objects
 from benchmarks.timing import Row, milliseconds, now, seconds, threads
 from src.config import Config
 from src.model.network import ANCHORS
@@ -35,7 +35,7 @@ def _targets_and_loss() -> Iterator[Row]:
     """Measure targets and loss against a loop over boxes that fills grids, and masks on them."""
     targets, anchors = random_objects(BATCH, 6), torch.tensor(ANCHORS)
     counts = targets[:, 0].long().bincount(minlength=BATCH).tolist()
-    logits, loss = background_logits(BATCH), YOLOLoss(Config())
+    logits, loss = random_logits(BATCH), YOLOLoss(Config())
 
     def grids() -> list[Tensor]:
         images = [
@@ -94,7 +94,7 @@ class NetworkClock(pl.Callback):
         self.steps.append(now() - self.start)
 
     def means(self, warmup: int) -> tuple[float, float]:
-        """Return the mean seconds per step, and of the network in it, without the first `warmup` steps."""
+        """Return the mean seconds per step and of its network, without the first `warmup` steps."""
         return mean(self.steps[warmup:]), mean(self.network[warmup:])
 
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import ablations, baselines, evaluation, gpu, loader, ultralytics
 from benchmarks.__main__ import COMMANDS, PARTS
-from benchmarks.synthetic_inputs import background_logits, write_jpegs
+from benchmarks.synthetic_inputs import random_logits, write_jpegs
 from benchmarks.timing import Row, seconds, table
 from src.config import SHAPE_CLASSES, Config
 from src.data.cache import ImageCache
@@ -37,7 +37,7 @@ def test_help_names_every_benchmark():
 
 def test_dense_targets_and_loss_equal_ours():
     """On targets of which no two are assigned to the same cell and anchor."""
-    targets, logits = random_targets(8, 4), background_logits(4, image_size=96, classes=4)
+    targets, logits = random_targets(8, 4), random_logits(4, image_size=96, classes=4)
     assigned = assign_targets(targets, GRIDS, ANCHOR, 4)
     targets = targets[torch.stack([scale.valid for scale in assigned]).all(dim=0)]
     images = [
