@@ -64,7 +64,7 @@ def test_cell_accuracies_equal_the_loop():
 
 
 def random_results(seed: int, images: int = 12):
-    """Predictions and ground truth as DetectionAccumulator returns them: correct, duplicate and wrong detections."""
+    """Correct, duplicate and wrong detections with ground truth, as of DetectionAccumulator."""
     random = np.random.default_rng(seed)
     ground_truth, predictions = [], []
     for image in range(images):
@@ -94,7 +94,7 @@ def iou(a, b):
 
 
 def loop_curve(predictions, ground_truth, label, course):
-    """The VOC devkit's evaluation (or the course's), one detection at a time -> [(precision, recall)]."""
+    """Evaluate as VOC's devkit or the course, one by one -> [(precision, recall)]."""
     objects = [t for t in ground_truth if t[1] == label]
     total = sum(1 for o in objects if course or not o[2])
     taken, true, false, curve = set(), 0, 0, []

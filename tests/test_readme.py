@@ -39,7 +39,7 @@ def test_there_are_snippets():
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_train_small(snippet, tmp_path, monkeypatch):
-    """Each snippet as it is, but with a network, images and epochs of a size for a test. Then the commands that follow it."""
+    """Run each snippet with a small network, images and epochs; then the commands below it."""
     fit, seen = training.fit, []
 
     def small(config: Config, *arguments):

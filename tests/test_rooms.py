@@ -1,4 +1,4 @@
-"""Which package of src may import which. A Space is a copy of `model` and `serving`, so these import no other."""
+"""Which package of src may import which. A Space is a copy of `model` and `serving` alone."""
 
 import ast
 import subprocess
@@ -25,7 +25,7 @@ EXTRA = {
     "guard.py": GRADIO,
     "onnx_model.py": ONNX,
 }
-FILES = sorted(ROOT.glob("src/*/*.py")) + [ROOT / "src/config.py"]
+FILES = [*sorted(ROOT.glob("src/*/*.py")), ROOT / "src/config.py"]
 SERVED = sorted([*ROOT.glob("src/model/*.py"), *ROOT.glob("src/serving/*.py")])
 
 
@@ -64,7 +64,7 @@ def test_a_space_imports_only_its_requirements(path):
 
 
 def test_loaded_modules():
-    """Prediction loads neither the app nor figures. The app loads matplotlib (through grad-cam), but no training code."""
+    """Prediction loads neither the app nor figures. The app loads no training code."""
     code = (
         "import sys, src.serving.predictor, src.serving.drawing; print(*sys.modules); "
         "import src.serving.app; print(*sys.modules)"

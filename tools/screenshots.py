@@ -30,7 +30,8 @@ def main() -> None:
     space, sample = arguments.space, arguments.sample
     if not (space / "app.py").exists():
         parser.error(
-            f"{space} is not an exported Space: it has no app.py. `app_with_gradCAM.ipynb` writes one to space/."
+            f"{space} is not an exported Space: it has no app.py. "
+            "`app_with_gradCAM.ipynb` writes one to space/."
         )
     if not 1 <= sample <= (count := len(list((space / "samples").glob("*.jpg")))):
         parser.error(f"--sample {sample}: {space}/samples has {count} images.")

@@ -20,7 +20,8 @@ def decode_boxes(
 ) -> Tensor:
     """Apply the paper's box equations (YOLOv3, section 2.1) in float32.
 
-    offsets [..., 4]: the network's x, y, w, h. column, row [...]: the cell. anchor [..., 2]: width and height in 0..1 of
+    offsets [..., 4]: the network's x, y, w, h. column, row [...]: the cell. anchor [..., 2]: width
+    and height in 0..1 of
     the image. grid: cells per side, an int or a tensor [...].
     Returns boxes [..., 4] cxcywh in 0..1 of the image.
     """
@@ -32,7 +33,10 @@ def decode_boxes(
 
 
 def cell_boxes(level: Tensor, anchors: Tensor) -> Tensor:
-    """Decode the boxes of one scale: level [B, 3, G, G, 5 + C], anchors [3, 2] -> [B, 3, G, G, 4] xyxy in 0..1."""
+    """Decode the boxes of one scale -> [B, 3, G, G, 4] xyxy in 0..1.
+
+    level [B, 3, G, G, 5 + C], anchors [3, 2].
+    """
     cells = torch.arange(level.shape[2], device=level.device)
     boxes = decode_boxes(
         level[..., 1:5], cells, cells[:, None], anchors[:, None, None], level.shape[2]
@@ -44,7 +48,8 @@ def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
     """Decode every prediction, largest stride first, each scale in the order anchor, row, column.
 
     logits: three [B, 3, G, G, 5 + C]. anchors [3, 3, 2] in 0..1 of the image.
-    Returns boxes [B, K, 4] xyxy in 0..1 (not clipped) and scores [B, K, C]: objectness times class probability.
+    Returns boxes [B, K, 4] xyxy in 0..1 (not clipped) and scores [B, K, C]: objectness times
+    class probability.
     """
     boxes, scores = [], []
     for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
@@ -57,7 +62,7 @@ def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
 def decode_above(
     logits: list[Tensor], anchors: Tensor, confidence: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """Decode only the cells whose objectness is above `confidence`: no other cell can have a higher score.
+    """Decode only the cells whose objectness is above `confidence`: no other can score higher.
 
     Returns boxes [k, 4] xyxy in 0..1 and scores [k, C] per image, in the order of `decode`.
     """
@@ -90,8 +95,9 @@ def nms(
 ) -> tuple[Tensor, Tensor]:
     """Apply non-maximum suppression per class to the predictions of one image.
 
-    boxes [K, 4] xyxy, scores [K, C]. A prediction has one label, its best class, and is dropped unless that score is
-    above `confidence`. Of two predictions with the same label and an IoU above `iou_threshold`, the better is kept.
+    boxes [K, 4] xyxy, scores [K, C]. A prediction has one label, its best class, and is dropped
+    unless that score is above `confidence`. Of two predictions with the same label and an IoU above
+    `iou_threshold`, the better is kept.
     The best PRE_NMS_TOPK are compared, and at most `max_detections` returned, best first.
     Returns (index into K [n], label [n]).
     """
