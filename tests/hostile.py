@@ -212,10 +212,10 @@ def large_images() -> list[Case]:
     frames = [Image.new("L", (64, 64), shade) for shade in range(256)]
     bombs = {
         "claims.png": bytes(claims),
-        "bomb.png": encoded("PNG", Image.new("1", (30_000, 30_000))),
+        "bomb.png": encoded("PNG", Image.new("1", (14_000, 14_000))),
         "bomb.gif": encoded("GIF", Image.new("L", (9_000, 9_000))),
         "bomb.jpg": encoded("JPEG", Image.new("L", (8_000, 8_000))),
-        "bomb.tif": encoded("TIFF", Image.new("1", (30_000, 30_000)), compression="group4"),
+        "bomb.tif": encoded("TIFF", Image.new("1", (14_000, 14_000)), compression="group4"),
     }
     fine = {
         "long.png": encoded("PNG", Image.new("RGB", (20_000, 3))),

@@ -47,7 +47,9 @@ def server(folder):
         "MALLOC_MMAP_THRESHOLD_": str(2**20),
     }  # returns freed memory to the system
     with serving(folder, SECRET=SECRET, **malloc) as (address, process):
-        yield Client(address), process
+        client = Client(address)
+        warm(client)
+        yield client, process
 
 
 def resident(process) -> float:
@@ -85,7 +87,6 @@ def test_attacks_are_refused(server, folder):
     cases = all_cases(folder)
     assert len(cases) >= 600
     random.Random(2).shuffle(cases)
-    warm(client)
     before = resident(process)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         answers = list(pool.map(lambda case: case.run(client), cases))
