@@ -48,14 +48,15 @@ def atomic_write(
     os.replace(part, path)
 
 
-def setting(default, *, data: bool = False, resumable: bool = False):
-    """Declare a field of `Config`.
+def setting(default, **metadata):
+    """Declare a field of `Settings`.
 
-    default: a value, or a function that returns it. data: it determines the batches, so a data
-    module made with another value is refused. resumable: it may differ when a run is resumed.
+    default: a value, or a function that returns it.
+    metadata: data=True if the field determines the batches: a data module made with another value
+    is refused; resumable=True if it may differ when a run is resumed; help for a command line.
     """
     kind = "default_factory" if callable(default) else "default"
-    return dataclasses.field(**{kind: default}, metadata={"data": data, "resumable": resumable})
+    return dataclasses.field(**{kind: default}, metadata=metadata)
 
 
 class Settings:

@@ -44,3 +44,19 @@ def exported_space(tmp_path_factory, sample_files) -> Path:
         {"Code": "https://example.org/code"},
         hub_model="a/b",
     )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> tuple:
+    """The folder and the detector of a finished run. The path has a space and other letters."""
+    from src.training.fit import fit  # seconds, which other tests need not wait for
+    from tests.runs import tiny
+
+    folder = tmp_path_factory.mktemp("runs") / "Lauf é 猫"
+    return folder, fit(tiny(folder))
+
+
+@pytest.fixture(scope="session")
+def trained_run(trained) -> Path:
+    """The folder of a finished run; copy it before you change anything in it."""
+    return trained[0]

@@ -1,6 +1,7 @@
-"""A simulated GPU: its tensors compute on the CPU, but must not meet the CPU's, and reading them is recorded as a wait.
+"""A simulated GPU: its tensors compute on the CPU, but must not meet the CPU's.
 
-PyTorch sees the device "meta", because autograd runs its backward pass without a driver.
+Reading them is recorded as a wait. PyTorch sees the device "meta", because autograd runs its
+backward pass without a driver.
 """
 
 import sys
@@ -59,7 +60,7 @@ class GPUTensor(torch.Tensor):
 
 
 def first_caller() -> str:
-    """The innermost function of src or Lightning on the stack, such as "callbacks.on_train_batch_end"."""
+    """The innermost function of src or Lightning, such as "callbacks.on_train_batch_end"."""
     frame = sys._getframe(1)
     while frame and not frame.f_code.co_filename.startswith(PACKAGES):
         frame = frame.f_back
@@ -67,7 +68,7 @@ def first_caller() -> str:
 
 
 class Dispatch(TorchDispatchMode):
-    """Run each operation on the CPU, refuse mixed devices, and count in `waits` what a GPU would wait for, by caller."""
+    """Run each operation on the CPU, refuse mixed devices, and count in `waits` who waits."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +143,7 @@ class SimulatedAccelerator(CPUAccelerator):
 
 @contextmanager
 def simulate_gpu():
-    """Yield the `waits` of the code within, by caller. `make_trainer` builds trainers for the simulated GPU, in float32."""
+    """Yield the `waits` of the code within, by caller. Trainers use the GPU, in float32."""
     make, dispatch = pl.Trainer, Dispatch()
 
     def make_trainer(**options) -> pl.Trainer:
@@ -150,6 +151,7 @@ def simulate_gpu():
         return make(
             **options
             | {"strategy": strategy, "accelerator": "auto", "devices": 1, "precision": "32-true"}
+            | {"inference_mode": False}  # whose tensors a wrapper can't be made of
         )
 
     with ExitStack() as stack:

@@ -20,9 +20,9 @@ from src.serving.predict import predict
 from src.serving.predictor import Detections, Predictor
 from src.training import callbacks
 from src.training.fit import fit
-from src.training.module import build_model, sample_image_size
+from src.training.module import build_model
 from tests.planted import CLASSES, blurred_noise, planted_model
-from tests.test_training import tiny
+from tests.runs import tiny
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_pretrained_path_prefers_the_current_folder(tmp_path, monkeypatch):
     ]
 
 
-def run_clock(monkeypatch, config: Config, steps: int, seconds_per_step) -> list[str]:
+def run_clock(monkeypatch, config: Config, steps: int, seconds: float) -> list[str]:
     """Return what Progress prints in two epochs of `steps` steps. The first takes 1000 s more."""
     progress, lines, clock = callbacks.Progress(), [], [0.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
@@ -278,49 +278,29 @@ def run_clock(monkeypatch, config: Config, steps: int, seconds_per_step) -> list
     for trainer.current_epoch in range(2):
         for batch in range(steps):
             progress.on_train_batch_start(trainer, SimpleNamespace(config=config), None, batch)
-            clock[0] += seconds_per_step(trainer.global_step) + 1000 * (trainer.global_step == 0)
+            clock[0] += seconds + 1000 * (trainer.global_step == 0)
             trainer.global_step += 1
     return lines
 
 
 def test_time_estimate(monkeypatch):
     config = Config(epochs=40)
-    assert run_clock(monkeypatch, config, 100, lambda step: 3) == [
+    assert run_clock(monkeypatch, config, 100, 3) == [
         "Estimated time: 5.0 minutes per epoch, 3.3 hours for the remaining 40, plus validation."
     ]
-    estimate, warning = run_clock(monkeypatch, config, 1000, lambda step: 30)
+    estimate, warning = run_clock(monkeypatch, config, 1000, 30)
     assert (
         estimate
         == "Estimated time: 8.3 hours per epoch, 13.9 days for the remaining 40, plus validation."
     )
     assert warning.startswith("Warning: that is more than a day.") and 'PRESETS["small"]' in warning
-    (estimate,) = run_clock(monkeypatch, config, 3, lambda step: 30)
+    (estimate,) = run_clock(monkeypatch, config, 3, 30)
     assert estimate.startswith(
         "Estimated time: 1.5 minutes per epoch, 60.0 minutes for the remaining 40"
     )
     assert (
-        run_clock(monkeypatch, config, 2, lambda step: 30) == []
+        run_clock(monkeypatch, config, 2, 30) == []
     )  # an epoch has no step between its first and its last
-
-
-def test_time_estimate_of_multi_resolution_training(monkeypatch):
-    """The first steps have only one or two of the image sizes."""
-    config = Config(epochs=40, multiscale_sizes=(64, 448))
-
-    def seconds(step: int) -> float:
-        return sample_image_size(config, step, 0) ** 2 / 1e5
-
-    steps = 2000
-    epoch = sum(map(seconds, range(steps)))
-    (line,) = run_clock(monkeypatch, config, steps, seconds)
-    assert (
-        callbacks.remaining_size_factor(config, 0, 0) > 0
-        and callbacks.remaining_size_factor(config, 500, 39) == 1
-    )
-    assert (
-        float(line.split()[2]) == pytest.approx(epoch / 60, rel=0.1)
-        and line.split()[3] == "minutes"
-    )
 
 
 def test_started_and_resumed_training_print_one_estimate(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a GPU would do, on the CPU: float16 with a gradient scaler, tensors on two devices, steps that never wait."""
+"""What a GPU would do, on the CPU: float16 with a gradient scaler, two devices, no waiting."""
 
 import warnings
 import weakref
@@ -15,27 +15,25 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from benchmarks.memory import kept_bytes
-from src.config import Config
 from src.data.datamodule import DetectionDataModule
-from src.model.network import ANCHORS, YOLOv3
+from src.model.network import ANCHORS
 from src.serving.predictor import Predictor
 from src.training.callbacks import EMA, StopIfNotFinite
-from src.training.fit import fit
+from src.training.devices import make_trainer
+from src.training.fit import evaluate, fit
 from src.training.loss import YOLOLoss
 from src.training.lr_finder import find_lr
-from src.training.memory import out_of_memory_message, suggest_batch, training_gb
 from src.training.metrics import CellAccuracy
 from src.training.module import YOLOv3Module, build_model
-from src.training.trainer import make_trainer
+from tests.runs import epoch_rows, equal, tiny
 from tests.simulated_gpu import GPU, simulate_gpu
-from tests.test_training import fail_in, metrics_rows, tiny
+from tests.test_training import fail_in
 
 MULTISCALE = {"multiscale_sizes": (32, 64), "multiscale_interval": 1}
 
 
 def use_float16(monkeypatch, scale: float) -> None:
-    """Let the Trainer compute in float16 on the CPU, with a gradient scaler that starts at `scale`."""
+    """Let the Trainer compute in float16 on the CPU; the gradient scaler starts at `scale`."""
     make = pl.Trainer
 
     def make_half(**options) -> pl.Trainer:
@@ -47,12 +45,7 @@ def use_float16(monkeypatch, scale: float) -> None:
 
 def losses(folder) -> list[float]:
     """Training and validation loss of each epoch."""
-    return [
-        float(row[name])
-        for row in metrics_rows(folder)
-        for name in ("train/loss", "val/loss")
-        if row[name]
-    ]
+    return [float(row[name]) for row in epoch_rows(folder) for name in ("train/loss", "val/loss")]
 
 
 def scaler_state(folder) -> dict:
@@ -70,7 +63,7 @@ def test_float16_gives_the_loss_curve_of_float32(tmp_path, monkeypatch):
 
 
 def test_overflowing_steps_are_skipped(tmp_path, monkeypatch):
-    """The first steps overflow at a scale of 2**22: no warnings, no change of the weights, valid checkpoints."""
+    """The first steps overflow at a scale of 2**22: no warning, and the weights don't change."""
     config, overflows, start = tiny(tmp_path), [], {}
     use_float16(monkeypatch, 2.0**22)
     update = torch.amp.GradScaler.update
@@ -101,14 +94,14 @@ def test_overflowing_steps_are_skipped(tmp_path, monkeypatch):
 def test_resuming_restores_the_gradient_scaler(tmp_path, monkeypatch):
     use_float16(monkeypatch, 2.0**20)
     uninterrupted = fit(tiny(tmp_path / "uninterrupted"))
-    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+    with monkeypatch.context() as patch:
         fail_in(patch, epoch=1)
-        fit(tiny(tmp_path / "resumed"))
+        with pytest.raises(ConnectionError):
+            fit(tiny(tmp_path / "resumed"))
     assert scaler_state(tmp_path / "resumed")["scale"] < 2.0**20
     resumed = fit(tiny(tmp_path / "resumed"), ckpt_path="last")
     assert scaler_state(tmp_path / "resumed") == scaler_state(tmp_path / "uninterrupted")
-    for name, value in uninterrupted.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert equal(uninterrupted.state_dict(), resumed.state_dict())
 
 
 class TrainingWaits(pl.Callback):
@@ -125,7 +118,7 @@ class TrainingWaits(pl.Callback):
 
 
 def train_one_epoch(config, waits: Counter) -> tuple[YOLOv3Module, Counter, dict]:
-    """Train one epoch with fit's callbacks. Returns the module, the waits of its steps, and the logged metrics."""
+    """Train one epoch with fit's callbacks; return the module, the steps' waits and the metrics."""
     recorder, module = TrainingWaits(waits), YOLOv3Module(config)
     trainer = make_trainer(
         config, max_epochs=1, callbacks=[recorder, StopIfNotFinite(), EMA(config.ema_decay)]
@@ -139,7 +132,7 @@ def train_one_epoch(config, waits: Counter) -> tuple[YOLOv3Module, Counter, dict
 
 
 def test_training_steps_never_wait_for_the_gpu(tmp_path, monkeypatch):
-    """Except to check the loss, at the first and the last of 3 steps. All results equal the CPU's."""
+    """Except to check the loss, at the first and the last of 3 steps. Results equal the CPU's."""
     monkeypatch.setattr(
         "src.training.metrics.MIN_SCORE", 1e-5
     )  # an untrained network scores about 1e-4
@@ -187,7 +180,7 @@ def test_simulated_gpu_counts_waits_and_refuses_mixed_devices():
 
 
 def test_predictor_on_the_gpu(tmp_path):
-    model = build_model(tiny(tmp_path, width=0.0625)).eval()
+    model = build_model(tiny(tmp_path)).eval()
     image = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
     expected = Predictor(model, device="cpu")(image, confidence=0)
     with simulate_gpu():
@@ -198,8 +191,20 @@ def test_predictor_on_the_gpu(tmp_path):
     np.testing.assert_array_equal(detections.labels, expected.labels)
 
 
+def test_an_evaluation_leaves_the_network_on_the_gpu(tmp_path):
+    """A Predictor uses the detector's network before and after."""
+    detector = YOLOv3Module(tiny(tmp_path, shapes_val=2))
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    with simulate_gpu():
+        before = Predictor(detector.model, device=GPU)
+        scores = before.candidates(image).scores
+        evaluate(detector, DetectionDataModule(detector.config))
+        for predictor in (before, Predictor(detector.model, device=GPU)):
+            torch.testing.assert_close(predictor.candidates(image).scores, scores)
+
+
 def test_training_step_on_fake_cuda_tensors(tmp_path):
-    """FakeTensorMode raises if devices are mixed, or if a shape or a Python number depends on data."""
+    """FakeTensorMode raises if devices are mixed, or if a shape or a number depends on data."""
     config = tiny(tmp_path, width=0.0625)
     with FakeTensorMode(), torch.device("cuda"):
         model, metric = build_model(config), CellAccuracy()
@@ -215,9 +220,9 @@ def test_training_step_on_fake_cuda_tensors(tmp_path):
                 wait()
 
 
-def test_out_of_memory_names_what_fits_and_frees_the_memory(tmp_path, monkeypatch):
-    """The modules and tensors of the failed training are gone, although the error and the data module are still there."""
-    references, config = [], tiny(tmp_path, max_lr=0.0, width=0.0625)
+def test_out_of_memory_names_the_settings_and_frees_the_memory(tmp_path, monkeypatch):
+    """The failed training's tensors are gone, although the error and the data module exist."""
+    references, config = [], tiny(tmp_path, max_lr=0.0)
     data = DetectionDataModule(config)
     original = YOLOLoss.forward
 
@@ -228,49 +233,13 @@ def test_out_of_memory_names_what_fits_and_frees_the_memory(tmp_path, monkeypatc
         return original(self, logits, *inputs)
 
     monkeypatch.setattr(YOLOLoss, "forward", out_of_memory)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(16e9)))
-    message = (
-        r"has 16.0 GB.*for batch_size 4, .* Use Config\(batch_size=2, accumulate_grad_batches=2\)"
-    )
-    for function, run_config in (
-        (find_lr, config),
-        (fit, config),
-        (fit, config.replace(max_lr=1e-3)),
-    ):
+    message = r"batch_size 4\. Halve it and double accumulate_grad_batches .* image_size"
+    for function, max_lr in ((find_lr, 0.0), (fit, 0.0), (fit, 1e-3)):
         references.clear()
         with pytest.raises(torch.OutOfMemoryError, match=message) as error:
-            function(run_config, data)
-        assert (
-            error.value.__context__ is None
-            and len(references) == 6
-            and all(reference() is None for reference in references)
-        )
+            function(config.replace(max_lr=max_lr), data)
+        assert error.value.__context__ is None and len(references) == 6
+        assert all(reference() is None for reference in references)
     monkeypatch.undo()
-    halved = config.replace(batch_size=2, accumulate_grad_batches=2, max_lr=1e-3)
-    fit(halved)
-    assert sum(bool(row["val/mAP50"]) for row in metrics_rows(tmp_path)) == 3
-
-
-def test_memory_estimate():
-    """The activations are those that autograd keeps, within 5 %, and each suggestion fits."""
-    network = YOLOv3(20, width=0.25).train()
-    activations = kept_bytes(network, torch.rand(1, 3, 416, 416))
-    config = Config(width=0.25, precision="32-true")
-    assert training_gb(config, 1) - training_gb(config, 0) == pytest.approx(
-        activations / 1e9, rel=0.05
-    )
-    assert training_gb(config, 0) == pytest.approx(
-        20 * sum(weight.numel() for weight in network.parameters()) / 1e9, rel=0.05
-    )
-
-    config = Config(precision="16-mixed", batch_size=64, multiscale_sizes=(256, 448))
-    assert (
-        suggest_batch(config, 80) == (32, 2)
-        and suggest_batch(config, 15) == (32, 2)
-        and suggest_batch(config, 6) == (16, 4)
-    )
-    assert "image_size, multiscale_sizes or width" in out_of_memory_message(config, 6)
-    assert "A smaller batch is not enough" in out_of_memory_message(config, 1)
-    assert "A smaller batch is not enough" in out_of_memory_message(
-        config.replace(batch_size=1), 80
-    )
+    fit(config.replace(batch_size=2, accumulate_grad_batches=2, max_lr=1e-3, epochs=1))
+    assert len(epoch_rows(tmp_path)) == 1

@@ -12,27 +12,7 @@ from PIL import Image
 from src.config import Config
 from src.data import cache, datamodule
 from src.data.datamodule import DetectionDataModule
-from src.training.processes import can_be_sent
 from tests.test_voc import obj
-
-
-class TwoArguments(Exception):
-    """Can be pickled, but not unpickled."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
-
-
-@pytest.mark.parametrize(
-    ("error", "sent"),
-    [
-        (ValueError("short"), True),
-        (ValueError("x" * 70_000), False),
-        (TwoArguments("a", "b"), False),
-    ],
-)
-def test_only_errors_that_arrive_are_sent_to_the_notebook(error, sent):
-    assert can_be_sent(error) == sent
 
 
 def test_loader_processes_share_the_available_cores(monkeypatch):

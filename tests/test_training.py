@@ -1,7 +1,6 @@
 """Training: the files it writes, resuming, and the errors it raises."""
 
 import copy
-import csv
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -20,50 +19,17 @@ from src.model.pretrained import transfer_weights
 from src.serving.images import to_network_input
 from src.training import callbacks, lr_finder, module
 from src.training.callbacks import EMA
+from src.training.devices import make_trainer, resolve_precision
 from src.training.fit import evaluate, fit, load_detector
 from src.training.loss import assign_targets
-from src.training.lr_finder import find_lr, suggest_lr
+from src.training.lr_finder import find_lr
 from src.training.module import YOLOv3Module, build_model, sample_image_size
 from src.training.optimizer import OneCycleModule
-from src.training.report import course_targets, result_rows
-from src.training.trainer import make_trainer, resolve_precision
+from tests.runs import epoch_rows, equal, metrics_rows, tiny
 
 
-def tiny(folder, **changes) -> Config:
-    """A run of 4 steps per epoch that takes seconds."""
-    config = Config(
-        dataset="shapes",
-        classes=SHAPE_CLASSES,
-        shapes_train=16,
-        shapes_val=6,
-        image_size=64,
-        width=0.125,
-        epochs=3,
-        batch_size=4,
-        max_lr=1e-3,
-        close_mosaic_epochs=1,
-        num_workers=0,
-        cache_gb=0,
-        precision="32-true",
-        run_dir=str(folder),
-    )
-    return config.replace(**changes)
-
-
-def metrics_rows(folder) -> list[dict]:
-    with open(folder / "metrics.csv", newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder and the detector of one uninterrupted run."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, fit(tiny(folder))
-
-
-def test_run_writes_config_metrics_and_checkpoints(run):
-    folder, _ = run
+def test_run_writes_config_metrics_and_checkpoints(trained):
+    folder, _ = trained
     assert {"config.json", "metrics.csv", "best.ckpt", "last.ckpt"} <= {
         file.name for file in folder.iterdir()
     }
@@ -79,36 +45,21 @@ def test_run_writes_config_metrics_and_checkpoints(run):
         "val/accuracy/object@0.05",
         "val/accuracy/no_object@0.5",
     } <= names
-    assert sum(bool(row["val/mAP50"]) for row in metrics_rows(folder)) == 3
+    assert [row["epoch"] for row in epoch_rows(folder)] == ["0", "1", "2"]
 
 
-def test_best_checkpoint_is_of_the_epoch_with_the_highest_map(tmp_path):
+def test_best_checkpoint_is_of_the_epoch_with_the_highest_map(tmp_path, monkeypatch):
+    """The log is written once per epoch."""
+    writes = mock.Mock(wraps=callbacks.atomic_write)
+    monkeypatch.setattr(callbacks, "atomic_write", writes)
     with mock.patch("src.training.module.mean_average_precision", side_effect=[0.1, 0.3, 0.2]):
         fit(tiny(tmp_path))
+    assert writes.call_count == 3
     epochs = {
         name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["epoch"]
         for name in ("best", "last")
     }
     assert epochs == {"best": 1, "last": 2}
-
-
-def test_onecycle_changes_the_learning_rate_every_step(run):
-    folder, _ = run
-    config = tiny(folder)
-    detector = YOLOv3Module(config)
-    trainer = make_trainer(config, max_epochs=config.epochs, limit_val_batches=0)
-    rates = []
-    detector.on_train_batch_start = lambda *_: rates.append(
-        trainer.optimizers[0].param_groups[0]["lr"]
-    )
-    trainer.fit(detector, datamodule=DetectionDataModule(config))
-    assert len(rates) == len(set(rates)) == 12
-    peak = rates.index(max(rates))
-    assert (
-        max(rates) <= 1e-3
-        and rates[: peak + 1] == sorted(rates[: peak + 1])
-        and rates[peak:] == sorted(rates[peak:])[::-1]
-    )
 
 
 def onecycle_rates(warmup: float, total_steps: int) -> list[float]:
@@ -124,6 +75,13 @@ def onecycle_rates(warmup: float, total_steps: int) -> list[float]:
         if len(rates) < total_steps:
             scheduler.step()
     return rates
+
+
+def test_training_changes_the_learning_rate_every_step(trained):
+    """All 12 steps are of OneCycle; the log has the first and the eleventh."""
+    logged = [float(row["lr"]) for row in metrics_rows(trained[0]) if row["lr"]]
+    rates = onecycle_rates(0.1, 12)
+    assert logged == pytest.approx([rates[0], rates[10]]) and len(set(rates)) == 12
 
 
 @pytest.mark.parametrize("warmup, peak", [(0.1, 3), (0.25, 9), (0.5, 19)])
@@ -192,9 +150,9 @@ def test_onecycle_of_short_runs(total_steps):
     assert 0 < max(rates) <= 1e-3 and rates[-1] < 1e-5
 
 
-def test_accumulated_batches_make_one_step(run, tmp_path):
+def test_accumulated_batches_make_one_step(trained, tmp_path):
     """Batches of 2, two per step: the steps and learning rates of batches of 4."""
-    folder, _ = run
+    folder, _ = trained
     accumulated = fit(tiny(tmp_path, batch_size=2, accumulate_grad_batches=2))
     assert accumulated.trainer.global_step == 12 and accumulated.lr_schedulers().total_steps == 12
     steps = [
@@ -202,30 +160,21 @@ def test_accumulated_batches_make_one_step(run, tmp_path):
     ]
     assert steps[0] == steps[1]
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint["averaging_state"]["n_averaged"] == 12
-    result = find_lr(
-        tiny(tmp_path, batch_size=2, accumulate_grad_batches=2),
-        DetectionDataModule(tiny(tmp_path, batch_size=2)),
-        10,
-    )
-    assert result.rates == np.geomspace(1e-5, 0.1, 10)[: len(result.rates)].tolist()
+    assert checkpoint["callbacks"]["EMA"] == {"latest_update_step": 12}
 
 
-def test_checkpoints_contain_the_averaged_weights(run):
-    folder, detector = run
+def test_checkpoints_contain_the_averaged_weights(trained):
+    folder, detector = trained
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
-    assert checkpoint["callbacks"]["WeightAveraging"] == {
-        "latest_update_step": 12
-    }  # the key of older runs
     name = "model.backbone.stem.0.weight"
     assert not torch.equal(averaged[name], current[name])
     for model in (detector, load_detector(folder, "last")):
         assert torch.equal(model.state_dict()[name], averaged[name])
 
 
-def test_metadata_describes_training_data_and_results(run):
-    folder, detector = run
+def test_metadata_describes_training_data_and_results(trained):
+    folder, detector = trained
     metadata = load_detector(folder, "last").model.metadata
     assert metadata == detector.model.metadata
     evaluation = evaluate(load_detector(folder, "last"), DetectionDataModule(tiny(folder)))
@@ -240,8 +189,8 @@ def test_metadata_describes_training_data_and_results(run):
     ] == pytest.approx(expected)
 
 
-def test_weight_decay_applies_to_kernels_only(run):
-    _, detector = run
+def test_weight_decay_applies_to_kernels_only(trained):
+    _, detector = trained
     groups = detector.configure_optimizers()["optimizer"].param_groups
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
     assert {p.dim() for p in groups[0]["params"]} == {4} and {
@@ -259,36 +208,21 @@ def fail_in(monkeypatch, epoch: int):
     monkeypatch.setattr(callbacks.StopIfNotFinite, "on_train_batch_end", crash)
 
 
-def test_interrupted_run_gives_the_same_result(run, tmp_path, monkeypatch):
-    folder, uninterrupted = run
-    fail_in(monkeypatch, epoch=1)
-    with pytest.raises(ConnectionError):
-        fit(tiny(tmp_path))
-    monkeypatch.undo()
+def test_interrupted_run_gives_the_same_result(trained, tmp_path, monkeypatch):
+    folder, uninterrupted = trained
+    with monkeypatch.context() as patch:
+        fail_in(patch, epoch=1)
+        with pytest.raises(ConnectionError):
+            fit(tiny(tmp_path))
     resumed = fit(tiny(tmp_path), ckpt_path="last")
-    for (name, one), other in zip(
-        uninterrupted.state_dict().items(), resumed.state_dict().values(), strict=True
-    ):
-        assert torch.equal(one, other), name
-    assert [row["val/mAP50"] for row in metrics_rows(folder)] == [
-        row["val/mAP50"] for row in metrics_rows(tmp_path)
-    ]
-    assert [row["step"] for row in metrics_rows(folder)] == [
-        row["step"] for row in metrics_rows(tmp_path)
-    ]
-
-
-def test_resuming_needs_the_same_schedule(run):
-    folder, _ = run
-    with pytest.raises(
-        ValueError, match=r"Config.epochs is 5, but .*config.json was started with 3"
-    ):
-        fit(tiny(folder, epochs=5), ckpt_path="last")
+    assert equal(uninterrupted.state_dict(), resumed.state_dict())
+    assert metrics_rows(folder) == metrics_rows(tmp_path)
 
 
 @pytest.mark.parametrize(
     "change",
     [
+        {"epochs": 5},
         {"image_size": 96},
         {"mosaic_prob": 0.5},
         {"devices": 2},
@@ -296,24 +230,22 @@ def test_resuming_needs_the_same_schedule(run):
         {"ema_decay": 0.9},
     ],
 )
-def test_resuming_needs_the_same_data_and_loss(run, change):
-    folder, _ = run
-    before = (folder / "config.json").read_text()
-    with pytest.raises(ValueError, match=rf"Config.{next(iter(change))} is .*Set it back"):
-        fit(tiny(folder, **change), ckpt_path="last")
-    assert (folder / "config.json").read_text() == before
+def test_resuming_needs_the_same_settings(trained_run, change):
+    ((name, value),) = change.items()
+    before = (trained_run / "config.json").read_text()
+    message = rf"Config.{name} is {value}, but .*config.json was started with .*Set it back"
+    with pytest.raises(ValueError, match=message):
+        fit(tiny(trained_run, **change), ckpt_path="last")
+    assert (trained_run / "config.json").read_text() == before
 
 
-def test_resuming_needs_the_same_number_of_images(tmp_path, monkeypatch):
-    fail_in(monkeypatch, epoch=1)
-    with pytest.raises(ConnectionError):
-        fit(tiny(tmp_path))
-    monkeypatch.undo()
+def test_resuming_needs_the_same_number_of_images(trained_run, tmp_path):
+    """As if the data set had changed: settings are the same, the schedule isn't."""
     data = DetectionDataModule(tiny(tmp_path))
     data.setup()
     data.train_data.records = data.train_data.records + data.train_data.records[:4]
     with pytest.raises(ValueError, match=r"schedule has 12 steps, the data now give 15"):
-        fit(tiny(tmp_path), data, ckpt_path="last")
+        fit(tiny(tmp_path), data, ckpt_path=str(trained_run / "previous.ckpt"))
 
 
 def test_data_module_of_another_config_is_refused(tmp_path):
@@ -340,30 +272,13 @@ def test_first_half_of_a_short_run_has_mosaics_and_all_sizes(tmp_path):
         assert sizes == [{64, 96}] * close_mosaic_epoch + [{64}] * (epochs - close_mosaic_epoch)
 
 
-def test_course_targets_are_lower_at_reduced_width(tmp_path):
-    assert list(course_targets(tiny(tmp_path)).values()) == [0.75, 0.95, 0.70]
-    assert list(course_targets(tiny(tmp_path, width=1.0)).values()) == [0.80, 0.98, 0.78]
-    accuracies = {
-        "class": 0.76,
-        "no_object@0.05": 0.96,
-        "object@0.05": 0.72,
-        "no_object@0.5": 1.0,
-        "object@0.5": 0.1,
-    }
-    passed = [
-        [row["passed"] for row in result_rows(accuracies, tiny(tmp_path, width=width))]
-        for width in (0.5, 1.0)
-    ]
-    assert passed == [[True] * 3, [False] * 3]
-
-
 def test_resuming_without_a_checkpoint_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"last.ckpt is missing"):
         fit(tiny(tmp_path), ckpt_path="last")
 
 
-def test_checkpoint_of_other_classes_is_refused(run):
-    folder, _ = run
+def test_checkpoint_of_other_classes_is_refused(trained):
+    folder, _ = trained
     other = YOLOv3Module(tiny(folder, classes=("a", "b")))
     with pytest.raises(ValueError, match=r"Config.classes is \['a', 'b'\]"):
         other.on_load_checkpoint(torch.load(folder / "last.ckpt", weights_only=True))
@@ -387,31 +302,25 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypat
     )
 
 
-def test_lr_finder_has_no_side_effects(tmp_path):
-    config = tiny(tmp_path, max_lr=0.0)
-    data = DetectionDataModule(config)
+def test_range_test_has_the_effective_batch_of_all_devices_and_no_side_effects(tmp_path):
+    """Two batches per step, each at the rate of its step. No file is written."""
     step, rates = YOLOv3Module.training_step, []
 
     def record(self, *args):
         rates.append({group["lr"] for group in self.optimizers().param_groups})
         return step(self, *args)
 
-    with mock.patch.object(YOLOv3Module, "training_step", record):
-        result = find_lr(config, data, steps=30)
-    assert rates == [{rate} for rate in np.geomspace(1e-5, 0.1, 30)]
-    assert (
-        result.rates == np.geomspace(1e-5, 0.1, 30)[: len(result.losses)].tolist()
-        and len(result.losses) > 10
-    )
-    assert result.suggestion == result.rates[suggest_lr(np.array(result.losses))]
-    assert not list(tmp_path.iterdir())
-
-
-def test_range_test_has_the_effective_batch_of_all_devices(tmp_path):
-    two_devices, accumulated = {"devices": 2}, {"accumulate_grad_batches": 2}
-    configs = [tiny(tmp_path, batch_size=2, **change) for change in (two_devices, accumulated)]
-    results = [find_lr(config, DetectionDataModule(config), steps=30) for config in configs]
-    assert results[0] == results[1]
+    results = []
+    for change in ({"devices": 2}, {"accumulate_grad_batches": 2}):
+        config = tiny(tmp_path, max_lr=0.0, batch_size=2, **change)
+        patches = mock.patch.object(YOLOv3Module, "training_step", record)
+        with patches, mock.patch.object(lr_finder, "suggest_lr", return_value=1):
+            results.append(find_lr(config, DetectionDataModule(config), steps=6))
+    expected = np.geomspace(1e-5, 0.1, 6)
+    assert rates == 2 * [{rate} for rate in expected for _ in range(2)]
+    assert results[0] == results[1] and not list(tmp_path.iterdir())
+    assert results[0].rates == expected[: len(results[0].losses)].tolist()
+    assert results[0].suggestion == expected[1]
 
 
 def test_range_test_ends_at_divergence():
@@ -531,18 +440,8 @@ def test_a_process_with_fewer_images_than_a_batch_has_one_batch(tmp_path, monkey
     assert [len(batch["images"]) for batch in data.train_dataloader()] == [3]
 
 
-def test_without_clipping_the_weights_change(tmp_path):
-    config = tiny(tmp_path, gradient_clip_val=0, weight_decay=0)
-    detector, data = YOLOv3Module(config), DetectionDataModule(config)
-    before = detector.model.heads[0].predict.weight.clone()
-    make_trainer(config, max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(
-        detector, datamodule=data
-    )
-    assert not torch.equal(before, detector.model.heads[0].predict.weight)
-
-
-def test_evaluation_has_every_metric(run):
-    folder, _ = run
+def test_evaluation_has_every_metric(trained):
+    folder, _ = trained
     data = DetectionDataModule(tiny(folder))
     evaluation = evaluate(load_detector(folder), data)
     assert set(evaluation.accuracies) == {
@@ -563,8 +462,8 @@ def test_evaluation_has_every_metric(run):
     assert len(evaluation.per_class) == len(SHAPE_CLASSES)
 
 
-def test_evaluation_on_other_classes_is_refused(run):
-    folder, _ = run
+def test_evaluation_on_other_classes_is_refused(trained):
+    folder, _ = trained
     with pytest.raises(
         ValueError,
         match=r"The detector's classes are \('circle'.*DetectionDataModule\(detector.config\)",
@@ -574,8 +473,8 @@ def test_evaluation_on_other_classes_is_refused(run):
         )
 
 
-def test_training_starts_from_pretrained_weights(run, tmp_path):
-    folder, detector = run
+def test_training_starts_from_pretrained_weights(trained, tmp_path):
+    folder, detector = trained
     detector.model.save_pretrained(tmp_path)
     model = build_model(tiny(folder, pretrained_weights=str(tmp_path)))
     assert torch.equal(model.backbone.stem[0].weight, detector.model.backbone.stem[0].weight)

@@ -13,36 +13,27 @@ import nbformat
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import ProcessRaisedException
 
-from src.config import SHAPE_CLASSES, Config
+from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training import fit as fitting
-from src.training.checkpoints import LAST
+from src.training.devices import run_in_processes
 from src.training.fit import evaluate, fit, load_detector
-from src.training.memory import explain_out_of_memory
 from src.training.module import YOLOv3Module
-from src.training.processes import run_in_processes
+from src.training.run_folder import LAST
 from tests.forking import end_second_process
-from tests.test_interrupted import equal
-from tests.test_training import metrics_rows
+from tests.runs import epoch_rows, equal, metrics_rows, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = Config(
-    dataset="shapes",
-    classes=SHAPE_CLASSES,
+CONFIG = tiny(
+    Path("run"),
     shapes_train=8,
     shapes_val=5,
-    image_size=64,
     multiscale_sizes=(32, 64, 96),
     multiscale_interval=1,
-    width=0.125,
     epochs=2,
     batch_size=2,
-    max_lr=1e-3,
-    close_mosaic_epochs=1,
-    num_workers=0,
-    cache_gb=0,
-    precision="32-true",
     devices=2,
 )
 START = """\
@@ -54,23 +45,25 @@ from tests.test_two_processes import *
 fitting.YOLOv3Module = getattr(test_two_processes, sys.argv[2])
 config = CONFIG.replace(run_dir=sys.argv[1])
 """
-SCRIPT = START + "data = DetectionDataModule(config)\nfit(config, data)\n"
+SCRIPT = START + 'fit(config, DetectionDataModule(config), ckpt_path="auto")\n'
 CELLS = (  # in the order of the notebooks
     "import sys\nsys.argv = ['', {folder!r}, 'LoggedModule']\n" + START,
     "forks = []\nos.register_at_fork(before=lambda: forks.append(1))\n"
-    "torch.cuda.is_initialized, torch.cuda.empty_cache = lambda: True, lambda: None  # as if the GPU had been used\n"
+    "torch.cuda.is_initialized = lambda: True  # as if the GPU had been used\n"
+    "torch.cuda.empty_cache = lambda: None\n"
     "data = DetectionDataModule(config)",
     "from src.training.lr_finder import find_lr\nlr_test = find_lr(config, data, steps=20)\n"
     "import weakref\ntested = weakref.ref(data.trainer.lightning_module)",
     "detector = fit(config, data)",
-    "evaluation = evaluate(load_detector(config.run_dir, 'best'), data)\nfitted = evaluate(detector, data)\n"
+    "evaluation = evaluate(load_detector(config.run_dir, 'best'), data)\n"
+    "fitted = evaluate(detector, data)\n"
     "torch.save(detector.state_dict(), f'{{config.run_dir}}/returned.pt')\n"
     "print(json.dumps([len(forks), tested() is None, len(lr_test.losses), fitted.accuracies]))",
 )
 
 
 class LoggedModule(YOLOv3Module):
-    """Logs its process, image sizes and validations to the file "events", and all files that are renamed."""
+    """Logs its process, image sizes, validations and renamed files to the file "events"."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -133,7 +126,10 @@ def events(folder: Path, kind: str, rank: int) -> list[list[str]]:
 
 
 def start(*command, **options) -> subprocess.Popen:
-    """Start a process of this interpreter that finds `src`. ipykernel shows no output of processes during a pytest test."""
+    """Start a process of this interpreter that finds `src`.
+
+    ipykernel shows no output of processes during a pytest test, so that must not be visible to it.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("PYTEST_CURRENT_TEST", None)
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -161,136 +157,98 @@ def notebook(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
-    """The folder of the same run from a script."""
+    """The folder of the same run, interrupted in a notebook and resumed by a script.
+
+    Ctrl-C reaches the notebook's process alone. Before it, no other process can train there.
+    """
     folder = tmp_path_factory.mktemp("script")
+    run = folder / "run"
+    process = start("-c", "import sys\nsys.ps1 = '>>> '\n" + SCRIPT, run, "WaitingModule")
+    try:
+        while not (run / LAST).exists():
+            assert process.poll() is None, process.communicate()[0][-3000:]
+            time.sleep(0.05)
+        with pytest.raises(RuntimeError, match="Another process is training"):
+            fit(CONFIG.replace(run_dir=str(run)))
+        process.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate(timeout=30)[0]
+    finally:
+        process.kill()
+    assert_ended(int(pid) for rank in (0, 1) for (pid,) in events(run, "started", rank))
     (folder / "script.py").write_text(SCRIPT)
-    process = start(folder / "script.py", folder / "run", "LoggedModule")
+    process = start(folder / "script.py", run, "LoggedModule")
     printed = process.communicate()[0]
     assert process.returncode == 0, printed[-3000:]
-    return folder / "run"
+    return run
 
 
-def test_a_notebook_trains_on_two_gpus_after_it_has_used_one(notebook, script):
-    """The range test and the evaluation are in the notebook's process. It forks no other, and frees the range test's network.
+def assert_ended(pids) -> None:
+    """Assert that these two processes have ended."""
+    assert [Path(f"/proc/{pid}").exists() for pid in pids] == [False, False]
 
-    The weights are those that a script gives.
+
+def test_a_notebook_trains_on_two_gpus_after_it_has_used_one(notebook):
+    """The range test and the evaluation are in the notebook's process.
+
+    It forks no other, and frees the range test's network.
     """
     folder, printed = notebook
     forks, freed, lr_steps, accuracies = json.loads(printed[-1].splitlines()[-1])
     assert forks == 0 and freed and lr_steps > 0 and "learning rates: 100%" in printed[2]
     lines = printed[3].splitlines()
     assert [line.split()[0] for line in lines if line.startswith("   ")] == ["epoch", "1", "2"]
-    assert (
-        "training: 100%" in lines[-1]
-        and "Warning" not in printed[3]
-        and "distributed" not in printed[3]
-    )
+    assert "training: 100%" in lines[-1]
+    assert "Warning" not in printed[3] and "distributed" not in printed[3]
+    last = epoch_rows(folder)[-1]
+    assert float(last["val/accuracy/class"]) == pytest.approx(accuracies["class"], abs=1e-6)
+
+
+def test_an_interrupted_run_that_a_script_resumes_has_the_same_result(notebook, script):
+    folder, _ = notebook
     weights = torch.load(folder / "returned.pt", weights_only=True)
-    assert all(equal(weights, load_detector(run, "last").state_dict()) for run in (folder, script))
-    rows, script_rows = metrics_rows(folder), metrics_rows(script)
-    assert rows == script_rows and len(rows) == 4
-    assert float(rows[-2]["val/accuracy/class"]) == pytest.approx(accuracies["class"], abs=1e-6)
+    for run in (folder, script):
+        assert equal(weights, load_detector(run, "last").state_dict())
+    rows = metrics_rows(folder)
+    assert rows == metrics_rows(script) and len(rows) == 3  # one of the learning rate
+    assert load_detector(script, "last").model.metadata["epochs"] == "2 of 2"
 
 
 @pytest.mark.parametrize("run", ["notebook", "script"])
 def test_two_processes_give_the_results_of_one(notebook, script, run):
-    """Each validation image counts once, although one process has three and the other two. Only one process writes."""
+    """Each validation image counts once, although one process has three and the other two.
+
+    Only one process writes.
+    """
     folder = notebook[0] if run == "notebook" else script
     sizes = [events(folder, "size", rank) for rank in (0, 1)]
-    assert (
-        sizes[0] == sizes[1]
-        and [size[0] for size in sizes[0]] == list("0123")
-        and len(set(map(tuple, sizes[0]))) == 4
-    )
+    assert sizes[0] == sizes[1] and [step for step, _ in sizes[0]] == list("0123")
     data = DetectionDataModule(CONFIG.replace(devices=1))
-    detector = load_detector(folder, "last")
-    one_process = evaluate(detector, data)
+    one_process = evaluate(load_detector(folder, "last"), data)
     objects = sum(len(record.labels) for record in data.val_records)
     validated = [events(folder, "validated", rank) for rank in (0, 1)]
-    assert (
-        validated[0] == validated[1]
-        and [event[:2] for event in validated[0]] == [[str(objects), "5"]] * 2
-    )
-    last = [row for row in metrics_rows(folder) if row["val/mAP50"]][-1]
-    assert float(last["val/mAP50"]) == pytest.approx(detector.map50, abs=1e-6)
+    assert validated[0] == validated[1]
+    assert [event[:2] for event in validated[0]] == [[str(objects), "5"]] * 2
+    last = epoch_rows(folder)[-1]
+    map50 = one_process.precisions["VOC AP@.5, area"]
+    assert float(last["val/mAP50"]) == pytest.approx(map50, abs=1e-6)
     for name, value in one_process.accuracies.items():
         assert float(last[f"val/accuracy/{name}"]) == pytest.approx(value, abs=1e-6), name
     assert {"metrics.csv", "best.ckpt", LAST} <= {name for (name,) in events(folder, "wrote", 0)}
     assert not events(folder, "wrote", 1)
 
 
-@pytest.fixture
-def in_notebook(monkeypatch):
-    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-
-
-def test_interrupted_training_leaves_no_process_and_resumes(
-    tmp_path, notebook, monkeypatch, in_notebook
-):
-    """Only the notebook's process gets the signal. Before it, no other process can train in the folder."""
-    folder = tmp_path / "run"
-    process = start("-c", "import sys\nsys.ps1 = '>>> '\n" + SCRIPT, folder, "WaitingModule")
-    try:
-        while not (folder / LAST).exists():
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            time.sleep(0.05)
-        with pytest.raises(RuntimeError, match="Another process is training"):
-            fit(CONFIG.replace(run_dir=str(folder)))
-        process.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in process.communicate(timeout=30)[0]
-    finally:
-        process.kill()
-    pids = [int(pid) for rank in (0, 1) for (pid,) in events(folder, "started", rank)]
-    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    monkeypatch.setattr(fitting, "YOLOv3Module", LoggedModule)
-    resumed = fit(CONFIG.replace(run_dir=str(folder)), ckpt_path="auto")
-    assert [size[0] for size in events(folder, "size", 1)] == list("0123")
-    assert equal(resumed.state_dict(), torch.load(notebook[0] / "returned.pt", weights_only=True))
-    losses = [
-        [row["val/loss"] for row in metrics_rows(run) if row["val/loss"]]
-        for run in (folder, notebook[0])
-    ]
-    assert (
-        losses[0] == losses[1]
-        and len(losses[0]) == 2
-        and resumed.model.metadata["epochs"] == "2 of 2"
-    )
-
-
-def test_non_finite_loss_in_one_process_stops_both(tmp_path, monkeypatch, in_notebook):
+def test_non_finite_loss_in_one_process_stops_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)  # as in a notebook
     monkeypatch.setattr(fitting, "YOLOv3Module", NaNModule)
-    with pytest.raises(FloatingPointError, match="The loss is not finite at step 4"):
+    with pytest.raises(ProcessRaisedException, match="The loss is not finite at step 4"):
         fit(CONFIG.replace(run_dir=str(tmp_path)))
     checkpoint = torch.load(tmp_path / LAST, weights_only=True)
-    assert checkpoint["epoch"] == 0 and all(
-        value.isfinite().all() for value in checkpoint["state_dict"].values()
-    )
+    assert checkpoint["epoch"] == 0
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert_ended(pid for rank in (0, 1) for (pid,) in events(tmp_path, "started", rank))
 
 
-@pytest.mark.parametrize(
-    ("how", "error", "message"),
-    [
-        ("missing", FileNotFoundError, "some.jpg"),
-        (
-            "killed",
-            RuntimeError,
-            "process 1 terminated with signal SIGKILL. Often there is too little memory",
-        ),
-        (
-            "out of memory",
-            torch.OutOfMemoryError,
-            r"has 16.0 GB.* Use Config\(batch_size=1, accumulate_grad_batches=2\)",
-        ),
-    ],
-)
-def test_the_end_of_one_process_ends_both(tmp_path, monkeypatch, how, error, message):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(16e9)))
-
-    @explain_out_of_memory
-    def train(config, data):
-        run_in_processes(2, end_second_process, how, tmp_path)
-
-    with pytest.raises(error, match=message):
-        train(CONFIG)
-    pids = [file.read_text() for file in tmp_path.iterdir()]
-    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+def test_the_end_of_one_process_ends_both(tmp_path):
+    with pytest.raises(RuntimeError, match="process 1 terminated with signal SIGKILL.*too little"):
+        run_in_processes(2, end_second_process, tmp_path)
+    assert_ended(file.read_text() for file in tmp_path.iterdir())

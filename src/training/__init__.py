@@ -5,7 +5,6 @@ import warnings
 for _message in (  # beginnings of libraries' warnings that need no action
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning calls it
     r"Checkpoint directory .* exists and is not empty",  # a resumed run
-    r"The number of training batches \(\d+\) is smaller than the logging interval",  # a very small run
     r"`broadcast_buffers` is deprecated",  # its replacement is not in older versions
     r"The '\w+' does not have many workers",  # set by Config.num_workers
 ):

@@ -9,9 +9,8 @@ from tqdm import tqdm
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
-from src.training.memory import explain_out_of_memory
+from src.training.devices import explain_out_of_memory, make_trainer
 from src.training.module import YOLOv3Module
-from src.training.trainer import make_trainer
 
 SMOOTHING_RADIUS = 7  # steps before and after, of the running mean
 DIVERGENCE = 1.5  # the test ends at this multiple of the lowest loss

@@ -14,10 +14,10 @@ from src.model.boxes import cxcywh_to_xyxy, decode_above, nms
 from src.serving.predictor import CONFIDENCE
 from src.training.loss import assign_targets
 
-THRESHOLDS = (
-    0.05,
-    0.5,
-)  # of objectness, for object and no-object accuracy; the course uses the first
+# of objectness, for object and no-object accuracy
+COURSE_THRESHOLD = 0.05
+STRICT_THRESHOLD = 0.5
+THRESHOLDS = (COURSE_THRESHOLD, STRICT_THRESHOLD)
 MIN_SCORE = 0.01  # detections with a lower score do not enter average precision
 NMS_IOU = 0.45
 MAX_DETECTIONS = 100  # per image

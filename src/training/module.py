@@ -8,19 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from src.config import Config
+from src.config import DATASETS, Config
 from src.model.network import YOLOv3
 from src.model.pretrained import is_backbone, load_backbone, transfer_weights
 from src.serving.images import to_network_input
 from src.training.loss import YOLOLoss
 from src.training.metrics import (
+    COURSE_THRESHOLD,
     CellAccuracy,
     DetectionAccumulator,
     mean_average_precision,
     per_class_table,
 )
 from src.training.optimizer import OneCycleModule
-from src.training.report import COURSE_THRESHOLD, training_metadata
 
 
 def build_model(config: Config) -> YOLOv3:
@@ -58,6 +58,24 @@ def sample_image_size(config: Config, step: int, epoch: int) -> int:
         return config.image_size
     random = np.random.default_rng((config.seed, step // config.multiscale_interval))
     return int(random.choice(config.multiscale_sizes))
+
+
+def training_metadata(
+    accuracies: dict[str, float], map50: float, config: Config, epochs: str
+) -> dict:
+    """Describe weights: training data, epochs such as "3 of 40", and validation metrics."""
+    data = f"{DATASETS[config.dataset]} {', '.join(config.train_splits)}"
+    if config.dataset == "shapes":
+        data = f"{config.shapes_train:,} synthetic images of {len(config.classes)} shapes"
+    metrics = {
+        "mAP50": map50,
+        "class accuracy": accuracies["class"],
+        "no-object accuracy": accuracies[f"no_object@{COURSE_THRESHOLD}"],
+        "object accuracy": accuracies[f"object@{COURSE_THRESHOLD}"],
+        "objectness threshold": COURSE_THRESHOLD,
+    }
+    weights = "averaged over the steps (EMA)"
+    return {"data": data, "epochs": epochs, "weights": weights, "metrics": metrics}
 
 
 class YOLOv3Module(OneCycleModule):

@@ -1,7 +1,6 @@
 """AdamW under OneCycle, with gradient clipping that works with a fused optimizer."""
 
 import pytorch_lightning as pl
-import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
@@ -37,10 +36,6 @@ class OneCycleModule(pl.LightningModule):
             warmup = 1.001 / steps
         schedule = OneCycleLR(optimizer, config.max_lr, steps, pct_start=warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_batch_start(self, *_) -> None:
-        lr = torch.tensor(self.optimizers().param_groups[0]["lr"])  # on the CPU: no step waits
-        self.log("lr", lr, on_step=True, on_epoch=False)
 
     def configure_gradient_clipping(self, optimizer, *_, **__) -> None:
         """Clip by L2 norm. Lightning's own clipping refuses a fused optimizer.

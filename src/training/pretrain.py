@@ -1,10 +1,17 @@
 """Pretraining: Darknet-53 learns to classify before it learns to detect.
 
-python -m src.training.pretrain FOLDER --width 0.25        FOLDER: images in ImageNet's layout. The same command resumes.
+python -m src.training.pretrain FOLDER --width 0.25       the same command resumes
+
+FOLDER is in ImageNet's layout, train/CLASS/*.jpg and val/CLASS/*.jpg. In a shell, this brings the
+validation images of Tiny ImageNet (http://cs231n.stanford.edu/tiny-imagenet-200.zip) into it:
+
+cd tiny-imagenet-200/val
+while read -r f c _; do mkdir -p $c; mv images/$f $c/; done < val_annotations.txt; rmdir images
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,63 +20,59 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
+from torchvision.transforms import v2
 
-from src.config import Settings
+from src.config import Settings, setting
 from src.data.datamodule import SampleIdSampler, make_loader
-from src.data.imagefolder import (
-    ClassificationDataset,
-    collate_classification,
-    list_classes,
-    read_image_folder,
-)
 from src.model.network import YOLOv3
 from src.model.pretrained import save_backbone
 from src.serving.images import to_network_input
+from src.training.devices import make_trainer
 from src.training.fit import train
 from src.training.optimizer import OneCycleModule
-from src.training.trainer import make_trainer
 
 CARD = """# Darknet-53, width {width:g}, pretrained to classify
 
-The backbone of a YOLOv3: {parameters:.1f} million parameters in half precision, the exponential moving average (EMA) of the
-weights. Trained on {images:,} images of {classes:,} classes ({data}) for {epochs} epochs at {image_size} pixels, of which the
-last {final_epochs} at {final_size} pixels.
+The backbone of a YOLOv3 in half precision: the exponential moving average (EMA) of the weights.
+Trained on {images:,} images of {classes:,} classes ({data}) for {epochs} epochs at {image_size}
+pixels, the last of them at {final_size} pixels.
 
-| validation ({val_images:,} images, {final_size} pixels) | |
+| validation, {final_size} pixels | |
 | --- | --- |
 | top-1 accuracy | {top1:.1%} |
 | top-5 accuracy | {top5:.1%} |
 
-`Config(pretrained_weights="{folder}", width={width:g})` starts a detector from it.
+`Config(pretrained_weights="FOLDER", width={width:g})` starts a detector from this folder.
 """
 
 
 @dataclass(frozen=True)
 class PretrainConfig(Settings):
-    """Settings of a pretraining run, written as JSON into its folder. Fields of `Config` have the same meaning here."""
+    """Settings of a pretraining run, written as JSON into its folder."""
 
-    data_root: str = ""  # folder in ImageNet's layout
-    width: float = 0.25
-    image_size: int = 64  # pixels per side
-    final_size: int = 96  # pixels per side in the last epochs, and of the validation images
-    final_epochs: int = 3
-    min_crop: float = 0.35  # smallest random crop, as a fraction of the image's area
-    cache_gb: float = 12.0
-    num_workers: int = 1
-    epochs: int = 30
-    batch_size: int = 256
-    accumulate_grad_batches: int = 1
-    max_lr: float = 4e-3
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.05
-    gradient_clip_val: float = 10.0
-    ema_decay: float = 0.999
-    label_smoothing: float = 0.1
-    precision: str = "auto"
-    devices: int = 1
-    seed: int = 0
-    run_dir: str = "runs/pretrain"
+    data_root: str = setting("", resumable=True, help="folder in ImageNet's layout")
+    width: float = setting(0.25, help="width multiplier of the network")
+    image_size: int = setting(64, help="width and height of the training images in pixels")
+    final_size: int = setting(96, help="the same in the last epochs and in validation")
+    final_epochs: int = setting(3, help="number of last epochs at --final-size")
+    min_crop: float = setting(0.35, help="smallest random crop, as a fraction of the image's area")
+    num_workers: int = setting(1, resumable=True, help="loader processes per device")
+    epochs: int = setting(30, help="epochs of training")
+    batch_size: int = setting(256, help="images per batch and device")
+    accumulate_grad_batches: int = setting(1, help="batches per optimizer step")
+    max_lr: float = setting(4e-3, resumable=True, help="highest learning rate of OneCycle")
+    warmup_fraction: float = setting(0.1, help="fraction of the steps in which the rate rises")
+    weight_decay: float = setting(0.05, help="AdamW's weight decay of kernels")
+    gradient_clip_val: float = setting(10.0, help="largest L2 norm of the gradient; 0: any")
+    ema_decay: float = setting(0.999, help="decay per step of the averaged (EMA) weights")
+    label_smoothing: float = setting(0.1, help="smoothing of the labels in the loss")
+    precision: str = setting("auto", resumable=True, help="of Lightning, such as bf16-mixed")
+    devices: int = setting(1, help="number of GPUs")
+    seed: int = setting(0, help="of initial weights, order and crops")
+    run_dir: str = setting("runs/pretrain", resumable=True, help="folder for results")
 
     def __post_init__(self):
         if not self.max_lr > 0:
@@ -78,8 +81,35 @@ class PretrainConfig(Settings):
             )
 
     def size_at(self, epoch: int) -> int:
-        """Image size in an epoch, counted from 0."""
+        """Return the image size in an epoch, counted from 0."""
         return self.final_size if epoch >= self.epochs - self.final_epochs else self.image_size
+
+
+class RandomCrops(ImageFolder):
+    """Training samples (uint8 [3, S, S], label): random crops (Szegedy et al. 2015).
+
+    `dataset[sample_id]`, sample_id = epoch * len(dataset) + index. S is config.size_at(epoch). A
+    sample depends on (seed, sample_id) only, so a resumed run has the same.
+    """
+
+    def __init__(self, folder: Path, config: PretrainConfig):
+        super().__init__(folder)
+        self.config = config
+
+    def __getitem__(self, sample_id: int) -> tuple[Tensor, int]:
+        epoch, index = divmod(sample_id, len(self))
+        path, label = self.samples[index]
+        size, scale = self.config.size_at(epoch), (self.config.min_crop, 1)
+        transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale, antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+                v2.PILToTensor(),
+            ]
+        )
+        torch.manual_seed(hash((self.config.seed, sample_id)))
+        return transform(self.loader(path)), label
 
 
 class PretrainDataModule(pl.LightningDataModule):
@@ -88,31 +118,38 @@ class PretrainDataModule(pl.LightningDataModule):
     def __init__(self, config: PretrainConfig):
         super().__init__()
         self.config = config
-        self.classes, train_samples, val_samples = read_image_folder(config.data_root)
-        self.train_data = ClassificationDataset(train_samples, config, training=True)
-        self.val_data = ClassificationDataset(val_samples, config, training=False)
+        root, size = Path(config.data_root), config.final_size
+        center = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+        self.train_data = RandomCrops(root / "train", config)
+        self.val_data = ImageFolder(root / "val", center)
+        if self.train_data.classes != self.val_data.classes:
+            different = set(self.train_data.classes) ^ set(self.val_data.classes)
+            raise ValueError(
+                f"{root}: train and val have different classes, such as {sorted(different)[:3]}. "
+                "Both need a folder of images per class."
+            )
 
     def train_dataloader(self) -> DataLoader:
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        return self._loader(
-            self.train_data, sampler=sampler, drop_last=len(sampler) >= self.config.batch_size
-        )
+        drop_last = len(sampler) >= self.config.batch_size
+        return self._loader(self.train_data, sampler=sampler, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_data)
 
-    def _loader(self, dataset: ClassificationDataset, **options) -> DataLoader:
-        config = self.config
-        return make_loader(
-            dataset, config.batch_size, config.num_workers, collate_classification, **options
-        )
+    def _loader(self, dataset: ImageFolder, **options) -> DataLoader:
+        batch_size, num_workers = self.config.batch_size, self.config.num_workers
+        return make_loader(dataset, batch_size, num_workers, default_collate, **options)
 
 
 class Darknet53Classifier(OneCycleModule):
-    """Darknet-53 with average pooling and a linear layer (Redmon & Farhadi 2018, table 1): [B, 3, S, S] -> logits [B, C]."""
+    """Darknet-53 with average pooling and a linear layer: [B, 3, S, S] -> logits [B, C].
+
+    Redmon & Farhadi 2018, table 1.
+    """
 
     monitor = "val/top1"
-    progress_columns = {
+    progress_columns = {  # noqa: RUF012
         "loss": ("train/loss", 1, 3),
         "val loss": ("val/loss", 1, 3),
         "top-1 %": ("val/top1", 100, 1),
@@ -123,7 +160,7 @@ class Darknet53Classifier(OneCycleModule):
         super().__init__(config)
         torch.manual_seed(config.seed)
         self.backbone = YOLOv3(1, config.width).backbone
-        num_classes = len(list_classes(Path(config.data_root) / "train"))
+        num_classes = len(find_classes(Path(config.data_root) / "train")[0])
         self.linear = nn.Linear(self.backbone.stages[-1][0][0].out_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -131,17 +168,10 @@ class Darknet53Classifier(OneCycleModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images, labels = batch
-        loss = cross_entropy(
-            self(to_network_input(images)), labels, label_smoothing=self.config.label_smoothing
-        )
-        self.log(
-            "train/loss",
-            loss.detach(),
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(images),
-            sync_dist=True,
-        )
+        smoothing = self.config.label_smoothing
+        loss = cross_entropy(self(to_network_input(images)), labels, label_smoothing=smoothing)
+        options = {"on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log("train/loss", loss.detach(), batch_size=len(images), **options)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
@@ -159,49 +189,52 @@ class Darknet53Classifier(OneCycleModule):
 def pretrain(
     config: PretrainConfig, data: PretrainDataModule | None = None, ckpt_path: str | None = "auto"
 ) -> Path:
-    """Train the classifier, and return the folder of its backbone (weights, config.json, card), `run_dir`/backbone.
+    """Train the classifier, and return the folder of its backbone, `run_dir`/backbone.
 
-    ckpt_path: as for `fit`. Raises ValueError if `data_root` isn't in ImageNet's layout.
+    The folder has weights, config.json and a card. ckpt_path: as for `fit`.
+    Raises ValueError or FileNotFoundError if `data_root` isn't in ImageNet's layout.
     """
     data = data or PretrainDataModule(config)
     module = train(Darknet53Classifier, config, data, ckpt_path)
     module.backbone.half().float()  # as written
     trainer = make_trainer(config.replace(devices=1, precision="32-true"))
     values = trainer.validate(module, data.val_dataloader(), verbose=False)[0]
-    folder = Path(config.run_dir) / "backbone"
-    facts = dataclasses.asdict(config) | {
+    facts = {
         "data": Path(config.data_root).name,
         "images": len(data.train_data),
-        "val_images": len(data.val_data),
-        "classes": len(data.classes),
+        "classes": len(data.train_data.classes),
+        "epochs": config.epochs,
+        "image_size": config.image_size,
+        "final_size": config.final_size,
         "top1": values["val/top1"],
         "top5": values["val/top5"],
     }
-    names = ("data", "images", "classes", "epochs", "image_size", "final_size", "top1", "top5")
-    save_backbone(module.backbone, folder, config.width, {name: facts[name] for name in names})
-    parameters = sum(p.numel() for p in module.backbone.parameters()) / 1e6
-    (folder / "README.md").write_text(
-        CARD.format(**facts, parameters=parameters, folder=folder), encoding="utf-8"
-    )
+    folder = Path(config.run_dir) / "backbone"
+    save_backbone(module.backbone, folder, config.width, facts)
+    write_card(folder)
     return folder
 
 
+def write_card(folder: Path) -> None:
+    """Write README.md of a pretrained backbone, from its config.json."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = CARD.format(width=config["width"], **config["metadata"])
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    """The command above."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
         prog="python -m src.training.pretrain", description=__doc__.splitlines()[0]
     )
-    parser.add_argument(
-        "data_root", help="folder in ImageNet's layout: train/CLASS/**/*.jpg and val the same"
-    )
-    for field in dataclasses.fields(PretrainConfig)[1:]:
-        name = "--" + field.name.replace("_", "-")
-        parser.add_argument(
-            name, type=field.type, default=field.default, help=f"default {field.default}"
-        )
+    first, *options = dataclasses.fields(PretrainConfig)
+    parser.add_argument(first.name, help=first.metadata["help"])
+    for field in options:
+        name, text = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} (%(default)s)"
+        parser.add_argument(name, type=field.type, default=field.default, help=text)
     try:
         print("Backbone:", pretrain(PretrainConfig(**vars(parser.parse_args()))))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
 
 

@@ -1,0 +1,178 @@
+"""The folder of a run: its files, valid checkpoints, the config to resume with, and a lock."""
+
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_only
+
+from src.config import Config, atomic_write
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+METRICS, CONFIG = "metrics.csv", "config.json"
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Save the best epoch.
+
+    Lightning's forgets the best score when a run is resumed in a copied or renamed folder.
+    """
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Keep the score if the folder has its best.ckpt."""
+        if Path(self.dirpath, BEST).exists():
+            state_dict = {**state_dict, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write Lightning's checkpoints with `atomic_write`, and keep the two latest.
+
+    Lightning itself writes to the system's temporary folder and moves the file, which is not atomic
+    between disks.
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        """Write a checkpoint. Raises OSError if that fails, for example on a full disk."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_as = path.with_name(PREVIOUS) if path.name == LAST else None
+        try:
+            atomic_write(path, lambda file: torch.save(checkpoint, file), keep_as=keep_as)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+            raise OSError(
+                f"{path} can't be written: {error}. The disk may be full. The previous epoch's "
+                "checkpoint is intact. Free some space, then resume with "
+                'fit(config, data, ckpt_path="last").'
+            ) from error
+
+
+def find_corruption(path: Path) -> str:
+    """Describe what is wrong with a checkpoint in one line, "" if nothing.
+
+    torch.load ignores the checksums of the archive's members, and they don't cover its directory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            return f"the checksum of {damaged} is wrong"
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # reading a damaged archive can raise anything
+        return f"{error}".partition("\n")[0][:200] or type(error).__name__
+    return ""
+
+
+def latest_valid_checkpoint(folder: Path) -> Path | None:
+    """Return last.ckpt, or previous.ckpt with a message if last.ckpt is damaged.
+
+    Returns None if there is no checkpoint. Raises ValueError if all are damaged.
+    """
+    candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    for path in candidates:
+        problem = find_corruption(path)
+        if not problem:
+            return path
+        print(f"{path} is damaged: {problem}. Trying the checkpoint before it.")
+    if candidates:
+        raise ValueError(
+            f"Every checkpoint to resume from in {folder} is damaged. Start again without "
+            f'ckpt_path, or resume from the best one: fit(config, ckpt_path="{folder}/{BEST}").'
+        )
+    return None
+
+
+def find_checkpoint(folder: Path, ckpt_path: str | Path | None) -> Path | None:
+    """Return the path of a valid checkpoint.
+
+    ckpt_path: "last", "auto" (None if there is no checkpoint), a path, or None.
+    Raises FileNotFoundError if "last" or the path is missing, ValueError if it is damaged.
+    """
+    if not ckpt_path:
+        return None
+    if ckpt_path in ("last", "auto"):
+        path = latest_valid_checkpoint(folder)
+        if not path and ckpt_path == "last":
+            raise FileNotFoundError(
+                f"{folder / LAST} is missing, so there is no run to resume. Train first."
+            )
+        return path
+    path = Path(ckpt_path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing. Train first, or give the path of a checkpoint."
+        )
+    if problem := find_corruption(path):
+        raise ValueError(
+            f'{path} is damaged: {problem}. Use another checkpoint of the run, such as "last".'
+        )
+    return path
+
+
+def config_for_resume(config: Config, path: Path) -> Config:
+    """Return `config` with the learning rate of the run whose settings are at `path`.
+
+    Raises ValueError that names the first field that differs and isn't resumable, see `setting`.
+    """
+    saved = type(config).load(path)
+    for name in config.names(resumable=False):
+        if getattr(saved, name) != getattr(config, name):
+            raise ValueError(
+                f"Config.{name} is {getattr(config, name)}, but {path} was started with "
+                f"{getattr(saved, name)}. Set it back to resume, or start a new Config.run_dir."
+            )
+    return config.replace(max_lr=saved.max_lr)
+
+
+def write_start(config: Config, checkpoint: Path | None) -> Path | None:
+    """Prepare `config.run_dir` for training, and return the path of the checkpoint to resume from.
+
+    Writes config.json. Without a checkpoint, deletes the former run; a checkpoint of another folder
+    also brings the best.ckpt and metrics.csv beside it.
+    """
+    folder = Path(config.run_dir)
+    if checkpoint == folder / PREVIOUS:  # the next epoch would replace it by a damaged last.ckpt
+        checkpoint = checkpoint.replace(folder / LAST)
+    if not (checkpoint and checkpoint.parent.samefile(folder)):
+        for name in (BEST, LAST, PREVIOUS, METRICS):
+            (folder / name).unlink(missing_ok=True)
+        for name in (BEST, METRICS) if checkpoint else ():
+            if checkpoint.with_name(name).exists():
+                shutil.copyfile(checkpoint.with_name(name), folder / name)
+    config.save(folder / CONFIG)
+    return checkpoint
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Lock `folder` for this process; the lock ends with the process, even if it is killed.
+
+    Uses lockf, not flock: loader processes inherit an flock and outlive a killed trainer for
+    seconds. Only the first of several training processes locks. Raises RuntimeError if another
+    process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            if fcntl and not rank_zero_only.rank:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RuntimeError(
+                f"Another process is training in {folder}. Wait for it, stop it, or choose "
+                "another Config.run_dir."
+            ) from None
+        except OSError as error:
+            print(
+                f"{folder} can't be locked ({error}). Make sure that no other process trains there."
+            )
+        yield

@@ -1,0 +1,45 @@
+"""Settings and files of the small runs that tests train."""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from src.config import SHAPE_CLASSES, Config
+
+
+def tiny(folder: Path, **changes) -> Config:
+    """A run of 3 epochs of 4 steps that takes seconds."""
+    config = Config(
+        dataset="shapes",
+        classes=SHAPE_CLASSES,
+        shapes_train=16,
+        shapes_val=6,
+        image_size=64,
+        width=0.0625,
+        epochs=3,
+        batch_size=4,
+        max_lr=1e-3,
+        close_mosaic_epochs=1,
+        num_workers=0,
+        cache_gb=0,
+        precision="32-true",
+        run_dir=str(folder),
+    )
+    return config.replace(**changes)
+
+
+def metrics_rows(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.csv, as text."""
+    with open(folder / "metrics.csv", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def epoch_rows(folder: Path) -> list[dict]:
+    """The rows of whole epochs."""
+    return [row for row in metrics_rows(folder) if row["val/mAP50"]]
+
+
+def equal(one: dict, other: dict) -> bool:
+    """Return whether two state dicts are identical."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
