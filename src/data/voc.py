@@ -61,13 +61,13 @@ class VOCReader:
             where = f"object {number}"
             name = _text(element, "name", where)
             has_flag = element.find("difficult") is not None
-            difficult = _text(element, "difficult", where) if has_flag else "0"
-            if not name or difficult not in ("0", "1"):
-                flag = difficult[:40]
-                raise ValueError(f"{where}: <name> is {name[:40]!r} and <difficult> is {flag!r}.")
+            flag = _text(element, "difficult", where) if has_flag else "0"
+            if not name or flag not in ("0", "1"):
+                fields = f"<name> is {name[:40]!r} and <difficult> {flag[:40]!r}"
+                raise ValueError(f"{where}: {fields}, not a name and 0 or 1.")
             edges = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
             left, top, right, bottom = _numbers(element, edges, where)
-            objects.append((name, (left - 1, top - 1, right, bottom), difficult == "1"))
+            objects.append((name, (left - 1, top - 1, right, bottom), flag == "1"))
         has_size = root.find("size") is not None
         return objects, _numbers(root, ("size/width", "size/height"), "it") if has_size else None
 

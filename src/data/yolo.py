@@ -22,10 +22,9 @@ class YOLOReader:
 
     def __init__(self, root: str | Path):
         paths = [Path(root), *(Path(root) / name for name in YAML_NAMES)]
-        for path in paths:
-            if path.suffix in (".yaml", ".yml") and path.is_file():
-                self._load(path)
-                break
+        files = [path for path in paths if path.suffix in (".yaml", ".yml") and path.is_file()]
+        if files:
+            self._load(files[0])
 
     def _load(self, path: Path) -> None:
         try:  # BaseLoader: all values are text, so the class "no" stays "no"
