@@ -309,7 +309,7 @@ def test_some_of_vocs_classes_are_downloaded_into_the_default_or_an_empty_folder
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VOC_ROOT", raising=False)
     mistyped = DetectionDataModule(Config(data_root=str(tmp_path / "mistyped")))
-    with pytest.raises(FileNotFoundError, match=r"mistyped, which is missing.*Config\.data_root"):
+    with pytest.raises(FileNotFoundError, match=r"mistyped, which is missing.*VOC_ROOT"):
         mistyped.prepare_data()
     assert not requests and not any(tmp_path.iterdir())
     (tmp_path / "mistyped").mkdir()
@@ -324,7 +324,7 @@ def test_some_of_vocs_classes_are_downloaded_into_the_default_or_an_empty_folder
 def test_voc_is_not_downloaded_beside_other_data(tmp_path, requests):
     (tmp_path / "helmets.yaml").write_text("nc: 1\nnames: [a]")
     data = DetectionDataModule(Config(data_root=str(tmp_path)))
-    with pytest.raises(FileNotFoundError, match=r"other data: .*helmets.yaml.*Config\.data_root"):
+    with pytest.raises(FileNotFoundError, match=r"other data: .*helmets.yaml.*VOC_ROOT"):
         data.prepare_data()
     assert not requests
 

@@ -128,13 +128,14 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
         lists = find_in_trees(root, f"VOC{year}/ImageSets/Main/*.txt")
         if not PUBLISHED.fullmatch(split) or not archive.isdisjoint(path.stem for path in lists):
             continue
-        other_data = [path for path in root.glob("*") if not path.name.startswith((".", "VOC"))]
+        other_data = [p.name for p in root.glob("*") if not p.name.startswith((".", "VOC"))]
         if root != Path(DATA_ROOT) and (other_data or not root.exists()):
             raise FileNotFoundError(
                 f"VOC {split} is not under {root.resolve()}, which is missing or has other data: "
-                f"{other_data[:3]}. Set Config.data_root or VOC_ROOT to the folder that contains "
-                "VOCdevkit, data.yaml or COCO files, or to the YAML file of a YOLO data set. To "
-                "download VOC (2.9 GB), set it to an empty folder."
+                f"{other_data[:3]}. Its VOC splits are {VOCReader(root).splits}: set Config."
+                "train_splits and val_splits to some of them, or Config.data_root or VOC_ROOT to "
+                "the folder that contains VOCdevkit, data.yaml or COCO files, or to the YAML file "
+                "of a YOLO data set. To download VOC (2.9 GB), set it to an empty folder."
             )
         print(f"VOC {split} is not under {root}. Downloading it.")
         folder = root / f"VOC{year}-{'test' if name == 'test' else 'trainval'}"
