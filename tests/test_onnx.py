@@ -92,9 +92,17 @@ def test_the_predictor_gives_the_same_detections(model, file):
         np.testing.assert_allclose(detections.boxes, expected.boxes, atol=1e-3 * 150)
 
 
-def test_gradcam_needs_the_pytorch_weights(file):
-    with pytest.raises(ValueError, match=r"no gradients.*Load the PyTorch weights"):
-        explain(Predictor.load(file), blurred_noise())
+@pytest.mark.parametrize("layers", ["all", "3", "4", "5"])
+def test_heatmaps_are_those_of_torch(layers, model, file):
+    images = [blurred_noise(150, 90, seed) for seed in range(2)]
+    for image in images:
+        maps = [
+            explain(predictor, image, "square", layers, confidence=0.2).heatmap
+            for predictor in (Predictor(model, device="cpu"), Predictor.load(file, device="cpu"))
+        ]
+        assert maps[0].max() == 1 and np.corrcoef(*map(np.ravel, maps))[0, 1] > 0.999
+    with pytest.raises(ValueError, match="LayerCAM alone. Load the PyTorch weights"):
+        explain(Predictor.load(file), images[0], method="gradcam")
 
 
 def test_errors_say_what_to_do(file, tmp_path):

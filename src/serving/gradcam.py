@@ -31,7 +31,7 @@ LAYERS = {  # stages of the backbone
     "4": "Parts and objects (stride 16)",
     "5": "Whole objects (stride 32)",
 }
-ONNX_MESSAGE = "An .onnx file has no gradients for Grad-CAM. Load the PyTorch weights instead."
+ONNX_MESSAGE = "An .onnx file has LayerCAM alone. Load the PyTorch weights for other methods."
 MAX_EXPLAINED = 24  # detections per heatmap, the best; each costs a backward pass
 
 
@@ -50,28 +50,35 @@ class Explainer:
     """Run one forward pass over one image, then compute any number of heatmaps from it.
 
     image: whatever `load_image` takes. `candidates` are those of `Predictor.candidates`, `size` is
-    the image's (width, height). Raises ValueError if the predictor's model is an OnnxModel.
+    the image's (width, height).
     """
 
     def __init__(self, predictor: Predictor, image):
-        if isinstance(predictor.model, OnnxModel):
-            raise ValueError(ONNX_MESSAGE)
         image = load_image(image)
         self.predictor = predictor
         self.size = image.shape[1], image.shape[0]
-        inputs, self.placement = predictor.preprocess(image)
+        self.inputs, self.placement = predictor.preprocess(image)
+        self.logits = self._run()
+        rows = [level[0].flatten(0, 2) for level in self.logits]
+        self.predictions = torch.cat(rows)  # [K, 5 + C]
+        boxes, scores = predictor.decode([level.detach() for level in self.logits])
+        self.candidates = predictor.postprocess(
+            boxes[0].cpu(), scores[0].cpu(), self.placement, *self.size
+        )
+
+    def _run(self) -> list[torch.Tensor]:
+        """Run the network, keep the features of stages 3, 4, 5, and return the logits."""
+        predictor = self.predictor
+        if isinstance(predictor.model, OnnxModel):  # computes LayerCAM from the logits' gradients
+            return [level.requires_grad_() for level in predictor.model(self.inputs)]
         stem, stages = predictor.fused.backbone.stem, predictor.fused.backbone.stages
         with torch.no_grad():  # gradients end at stage 3
-            stage3 = torch.nn.Sequential(stem, *stages[:3])(inputs).requires_grad_()
+            stage3 = torch.nn.Sequential(stem, *stages[:3])(self.inputs).requires_grad_()
         stage4 = stages[3](stage3)  # [1, C4, S/16, S/16]
         stage5 = stages[4](stage4)  # [1, C5, S/32, S/32]
         _, logits = predictor.fused.forward_heads((stage5, stage4, stage3))
         self.features = {"3": stage3, "4": stage4, "5": stage5}
-        self.predictions = torch.cat([level[0].flatten(0, 2) for level in logits])  # [K, 5 + C]
-        boxes, scores = predictor.decode([level.detach() for level in logits])
-        self.candidates = predictor.postprocess(
-            boxes[0].cpu(), scores[0].cpu(), self.placement, *self.size
-        )
+        return logits
 
     def explain(
         self,
@@ -87,11 +94,14 @@ class Explainer:
             Each detection has its own heatmap in 0..1; the maximum over them is returned.
         layers: a key of LAYERS. method: a key of METHODS; "eigencam" doesn't depend on the target.
         confidence, iou_threshold: thresholds of the detections.
-        Raises ValueError with the choices if target, layers or method is unknown.
+        Raises ValueError with the choices if target, layers or method is unknown, and if the model
+        is an OnnxModel and method is not "layercam".
         """
         for name, value, choices in (("layers", layers, LAYERS), ("method", method, METHODS)):
             if value not in choices:
                 raise ValueError(f"Unknown {name} {value!r}. Choose one of {', '.join(choices)}.")
+        if isinstance(self.predictor.model, OnnxModel) and method != "layercam":
+            raise ValueError(ONNX_MESSAGE)
         detections, rows, missing = self._select(target, confidence, iou_threshold)
         explained = rows[:MAX_EXPLAINED]
         maps = [
@@ -139,6 +149,18 @@ class Explainer:
         """
         logits = self.predictions[index, [0, 5 + label]].float()  # objectness and class
         log_score = torch.nn.functional.logsigmoid(logits).sum()
+        maps = self._maps(log_score, layers, method)
+        heatmap = combine(maps, self.predictor.image_size)  # [S, S]
+        left, top = self.placement[2:].astype(int)
+        width, height = np.rint(self.placement[:2] * self.size).astype(int)
+        return scale(heatmap[top : top + height, left : left + width])
+
+    def _maps(self, log_score: torch.Tensor, layers: str, method: str) -> list[np.ndarray]:
+        """Return the map [G, G] of each layer."""
+        if isinstance(self.predictor.model, OnnxModel):
+            seeds = torch.autograd.grad(log_score, self.logits, retain_graph=True)
+            cams = zip("345", self.predictor.model.layercam(self.inputs, seeds), strict=True)
+            return [cam[0].numpy(force=True) for stage, cam in cams if layers in ("all", stage)]
         features = [self.features[stage] for stage in self.features if layers in ("all", stage)]
         gradients = torch.autograd.grad(log_score, features, retain_graph=True)
         cam = CAMS[method](self.predictor.fused, target_layers=[])
@@ -146,10 +168,7 @@ class Explainer:
         for tensors in zip(features, gradients, strict=True):
             feature, gradient = (tensor.float().numpy(force=True) for tensor in tensors)
             maps += [*cam.get_cam_image(None, None, None, feature, gradient, False)]  # [G, G]
-        heatmap = combine(maps, self.predictor.image_size)  # [S, S]
-        left, top = self.placement[2:].astype(int)
-        width, height = np.rint(self.placement[:2] * self.size).astype(int)
-        return scale(heatmap[top : top + height, left : left + width])
+        return maps
 
 
 def combine(maps: list[np.ndarray], size: int) -> np.ndarray:

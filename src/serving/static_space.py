@@ -1,0 +1,125 @@
+"""Export of the app as a static Space: a page that runs the model in the visitor's browser."""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from src.model.network import YOLOv3
+from src.serving.drawing import class_colours
+from src.serving.facts import credits_html, model_facts_html
+from src.serving.gradcam import LAYERS
+from src.serving.images import IMAGE_SUFFIXES
+from src.serving.onnx_model import export_onnx, model_facts
+from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, MIN_SCORE, Predictor
+from src.serving.session import BRIGHT_AREAS
+from src.serving.space import replace_export, write_samples
+
+PACKAGE = "onnxruntime-web@1.30.0"  # npm's name
+CDN = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/dist/"
+RUNTIME = (  # files of PACKAGE/dist; a browser refuses one with another SHA-384
+    {
+        "file": "ort-wasm-simd-threaded.wasm",
+        "bytes": 14_239_897,
+        "integrity": "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
+    },
+    {
+        "file": "ort.wasm.bundle.min.mjs",
+        "bytes": 73_054,
+        "integrity": "sha384-PLWz+nHEVHpjwBsO0YVdvQj6n5814Iv8E3b8FG0Rp/uIAtjFMCKOpP66iPzedrIG",
+    },
+)
+README = """---
+title: {title}
+emoji: 🔎
+colorFrom: blue
+colorTo: yellow
+sdk: static
+app_file: index.html
+license: mit
+short_description: Object detection with Grad-CAM in your browser
+---
+
+Detects the objects in an image and shows the Grad-CAM heatmap of each detection. The network,
+`model.onnx`, runs in the visitor's browser; no image is uploaded.
+
+To run it on your own machine: `python -m http.server`, then open http://localhost:8000. The folder
+also works on GitHub Pages.
+"""
+
+
+def export_static_space(
+    model: YOLOv3,
+    folder: str | Path,
+    samples: Sequence[str | Path | np.ndarray] = (),
+    links: dict[str, str] | None = None,
+    title: str = "YOLOv3 object detection with Grad-CAM",
+    vendor: bool = False,
+) -> Path:
+    """Write a static Space into `folder` and return its path. An older export is replaced.
+
+    samples: see `write_samples`. links: text -> address.
+    vendor: copy onnxruntime-web into the folder, for use without internet. The default loads it
+        from a content delivery network (cdn.jsdelivr.net).
+    Raises FileExistsError and ValueError, see `replace_export` and `write_samples`, and with
+    `vendor` RuntimeError, see `copy_runtime`.
+    """
+    with replace_export(folder) as new:
+        shutil.copytree(Path(__file__).parent / "static", new, dirs_exist_ok=True)
+        write_samples(samples, new / "samples")
+        bytes_of_model = export_onnx(model, new / "model.onnx").stat().st_size
+        files = (new / "samples").iterdir()
+        address = "runtime/" if vendor else CDN
+        if vendor:
+            copy_runtime(new / "runtime")
+        facts = model_facts(model) | {
+            "title": title,
+            "colours": class_colours(len(model.classes)),
+            "heatmap_colours": heatmap_colours(),
+            "confidence": CONFIDENCE,
+            "iou_threshold": IOU_THRESHOLD,
+            "min_score": MIN_SCORE,
+            "bright_areas": BRIGHT_AREAS,
+            "layers": list(LAYERS.items()),
+            "samples": sorted(p.name for p in files if p.suffix.lower() in IMAGE_SUFFIXES),
+            "credits_html": credits_html(new / "samples"),
+            "about_html": model_facts_html(Predictor(model), links or {}),
+            "downloads": [
+                {"url": "model.onnx", "bytes": bytes_of_model, "integrity": ""},
+                *({"url": address + part["file"]} | part for part in RUNTIME),
+            ],
+        }
+        (new / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        readme = README.format(title=json.dumps(title, ensure_ascii=False))
+        (new / "README.md").write_text(readme, encoding="utf-8")
+    return Path(folder)
+
+
+def heatmap_colours() -> list[list[int]]:
+    """Return the RGB colours of `draw_heatmap` for the values 0, 1, ..., 255."""
+    levels = np.arange(256, dtype=np.uint8)[:, None]
+    return cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[:, 0, ::-1].tolist()
+
+
+def copy_runtime(folder: Path) -> None:
+    """Download PACKAGE with npm and copy the files of RUNTIME into a new folder.
+
+    Raises RuntimeError if npm is missing.
+    """
+    if not shutil.which("npm"):
+        raise RuntimeError(
+            "vendor=True needs npm. Install it from https://nodejs.org, or use vendor=False."
+        )
+    folder.mkdir()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["npm", "pack", PACKAGE, "--prefer-offline", "--silent", "--pack-destination"]
+        subprocess.run([*command, scratch], check=True, stdout=subprocess.DEVNULL)
+        (archive,) = Path(scratch).glob("*.tgz")
+        shutil.unpack_archive(archive, scratch)
+        for part in RUNTIME:
+            shutil.copy(Path(scratch, "package/dist", part["file"]), folder)

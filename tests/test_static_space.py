@@ -1,0 +1,210 @@
+"""The static Space in headless Chromium gives what Python gives."""
+
+import json
+import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import box_iou
+
+pytest.importorskip("selenium")
+pytest.importorskip("onnxscript")
+
+from selenium.webdriver import Keys
+
+from src.model.network import YOLOv3
+from src.serving.gradcam import Explainer
+from src.serving.predictor import Predictor
+from src.serving.static_space import CDN, copy_runtime, export_static_space
+from tests.visitor import CHROMIUM, DRIVER, Visitor, browser
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+SAMPLES = sorted((WEIGHTS / "samples").glob("*.jpg"))
+HORSES = WEIGHTS / "samples/horses.jpg"
+MODEL = YOLOv3.from_pretrained(WEIGHTS)
+if not (CHROMIUM and DRIVER and shutil.which("npm")):
+    pytest.skip(
+        "Chromium, its driver or npm is missing: apt install chromium chromium-driver npm",
+        allow_module_level=True,
+    )
+
+
+class Page(Visitor):
+    """The page in a browser; its script's variables can be read."""
+
+    def __init__(self, driver, address: str):
+        self.driver, self.address = driver, address
+        driver.get(address)
+        self.until(lambda: self.js("$('loading').hidden"))
+
+    def js(self, expression: str, *arguments):
+        return self.script(f"return {expression}", *arguments)
+
+    def act(self, code: str, *arguments) -> None:
+        """Run code that leads to a new heatmap, and wait for it, or for an error."""
+        self.script(f"if (current) current.heatmap = null; {code}", *arguments)
+        self.until(lambda: self.js("current?.heatmap || document.querySelector('[role=alert]')"))
+
+    def set(self, name: str, value) -> None:
+        """Set a slider or a menu."""
+        change = f"$('{name}').value = arguments[0]; $('{name}').dispatchEvent(new Event('input'))"
+        self.act(change, value)
+
+    def upload(self, path: Path) -> None:
+        self.script("current = null; $('summary').replaceChildren(); $('file').value = ''")
+        self.all("#file")[0].send_keys(str(path))
+        self.act("")
+
+    def check(self, path: Path, target: str | int = "all", **settings) -> None:
+        """Compare detections and heatmap with Python's."""
+        assert not self.all("[role=alert]")
+        expected = Explainer(Predictor(MODEL, device="cpu"), path).explain(target, **settings)
+        detections = self.js(
+            "current.detections.length ? current.detections : [current.candidates[0]]"
+        )
+        boxes, scores, labels = (
+            [detection[name] for detection in detections] for name in ("box", "score", "label")
+        )
+        assert labels == expected.detections.labels.tolist()
+        assert scores == pytest.approx(expected.detections.scores, abs=0.01)
+        bounds = torch.tensor(expected.heatmap.shape[::-1] * 2)
+        overlaps = box_iou(
+            torch.tensor(boxes).clamp(min=0).minimum(bounds),
+            torch.from_numpy(expected.detections.boxes),
+        )
+        assert overlaps.diag().min() >= 0.99
+        placement = self.js("current.placement")
+        expected_heatmap = cv2.resize(
+            expected.heatmap,
+            (placement["width"], placement["height"]),
+            interpolation=cv2.INTER_AREA,
+        )
+        heatmap = self.js("[...current.heatmap]")
+        assert np.corrcoef(heatmap, expected_heatmap.flatten())[0, 1] >= 0.99
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("static") / "space"
+    return export_static_space(MODEL, folder, SAMPLES, {"Code": "https://example.org"}, vendor=True)
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, browser() as driver:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield Page(driver, f"http://127.0.0.1:{server.server_port}/")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.stem)
+def test_samples_give_what_python_gives(sample, page):
+    code = "current = null; document.querySelector(`[alt='${arguments[0]}']`).click()"
+    page.act(code, sample.name)
+    page.check(sample)
+
+
+def test_thresholds_and_classes(page):
+    page.upload(HORSES)
+    seconds = page.js("current.seconds")
+    page.set("confidence", 0.05)
+    page.set("iou_threshold", 0.2)
+    page.check(HORSES, confidence=0.05, iou_threshold=0.2)
+    page.set("target", "class 12")
+    page.check(HORSES, "horse", confidence=0.05, iou_threshold=0.2)
+    page.set("confidence", 0.95)
+    page.check(HORSES, confidence=0.95)
+    assert "No detections" in page.text("#summary") and "top candidate" in page.text("#message")
+    page.set("confidence", 0.35)
+    page.set("iou_threshold", 0.45)
+    assert page.js("current.seconds") == seconds  # of the one run for these detections
+
+
+def test_rows_layers_and_opacity(page):
+    page.upload(HORSES)
+    page.script("current.heatmap = null")
+    page.all("#rows tr")[1].send_keys(Keys.ENTER)
+    page.act("")
+    page.check(HORSES, 1)
+    page.act("$('rows').children[2].click()")
+    page.check(HORSES, 2)
+    assert page.js("$('target').selectedOptions[0].text").startswith("3: horse")
+    page.set("layers", "5")
+    page.check(HORSES, 2, layers="5")
+    page.set("layers", "all")
+    page.set("opacity", 0)
+    pixels = "[...$('colours').getContext('2d').getImageData(0, 0, 99, 99).data]"
+    assert not any(page.js(pixels))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "avif", "rotated.jpg"])
+def test_formats(suffix, page, tmp_path):
+    path = tmp_path / f"image.{suffix}"
+    exif = Image.Exif()
+    exif[274] = 6 if suffix == "rotated.jpg" else 1
+    Image.open(WEIGHTS / "samples/cow.jpg").resize((480, 360)).save(path, quality=95, exif=exif)
+    page.upload(path)
+    page.check(path)
+
+
+def test_files_that_are_no_images(page, tmp_path):
+    (tmp_path / "image.jpg").write_text("not an image")
+    page.upload(tmp_path / "image.jpg")
+    assert "can't be read as an image" in page.text("#summary [role=alert]")
+    assert page.js("$('detections').hidden && $('heatmap').hidden && !$('rows').innerText")
+
+
+def test_a_photograph_of_20_megapixels(page, tmp_path):
+    path = tmp_path / "large.jpg"
+    Image.open(WEIGHTS / "samples/dog.jpg").resize((5184, 3888)).save(path, quality=90)
+    page.upload(path)
+    page.check(path)
+
+
+def test_the_page_describes_the_model_and_fits_a_phone(page):
+    for text in ("nothing is uploaded", "NASA", "aeroplane", "PASCAL VOC", "3.9 million", "Code"):
+        assert text in page.text("body")
+    page.resize(360)
+    width = page.js("document.documentElement.scrollWidth")
+    page.reset_size()
+    assert width <= 360
+
+
+def test_requests_stay_at_the_pages_origin(page):
+    names = page.js("performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert names and all(name.startswith((page.address, f"blob:{page.address}")) for name in names)
+    assert not [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_the_page_says_why_it_does_not_start(page, folder):
+    """The last test of the page: it changes the folder."""
+    command, source = "Page.addScriptToEvaluateOnNewDocument", "delete window.WebAssembly"
+    script = page.driver.execute_cdp_cmd(command, {"source": source})
+    page.driver.get(page.address)
+    page.until(lambda: "needs WebAssembly" in page.text("[role=alert]"))
+    page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    with open(folder / "runtime/ort.wasm.bundle.min.mjs", "a") as file:
+        file.write(" ")  # another hash
+    page.driver.get(page.address)
+    page.until(lambda: "bundle.min.mjs can't be loaded" in page.text("[role=alert]"))
+
+
+def test_the_folder(folder, tmp_path, monkeypatch):
+    assert (folder / "model.onnx").stat().st_size < 9e6
+    assert "\nsdk: static\n" in (folder / "README.md").read_text(encoding="utf-8")
+    assert (folder / "samples/LICENSES.txt").is_file()
+    monkeypatch.setattr("src.serving.static_space.export_onnx", lambda model, path: folder)
+    online = export_static_space(MODEL, tmp_path / "online", SAMPLES[:1])
+    _, *runtime = json.loads((online / "facts.json").read_text(encoding="utf-8"))["downloads"]
+    assert all(part["url"].startswith(CDN) and part["integrity"] for part in runtime)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="vendor=True needs npm.*use vendor=False"):
+        copy_runtime(tmp_path / "runtime")
