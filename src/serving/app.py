@@ -30,10 +30,7 @@ from src.serving.session import (
     render_heatmap,
 )
 
-INTRODUCTION = (
-    "Upload an image. YOLOv3 detects the objects in it, and Grad-CAM shows the evidence for each "
-    "detection."
-)
+INTRODUCTION = "Upload an image. YOLOv3 detects its objects, Grad-CAM shows the evidence for each."
 SESSION_TTL_S = 3600  # how long a visitor's image is kept
 HINT = "Upload an image."
 NO_IMAGE = f"Upload an image first. Images are kept for {SESSION_TTL_S // 60} minutes."
@@ -53,12 +50,9 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's requests to its
 
 
 class Page(GuardedBlocks):
-    """Blocks that launch with the app's style and limits.
+    """Blocks that launch with the app's style and limits, if not overridden."""
 
-    Each argument of `launch` can be overridden. card: text of the model card.
-    """
-
-    card = ""
+    card = ""  # text of the model card
 
     def launch(self, **options):
         card = Route(f"/{CARD}", lambda request: PlainTextResponse(self.card))
@@ -116,11 +110,9 @@ def _image_column(samples: str | Path) -> gr.Image:
         elem_id="image",
     )
     if samples:
-        files = [path for path in Path(samples).iterdir() if path.suffix in IMAGE_SUFFIXES]
-        examples = [[str(path)] for path in sorted(files)]
-        gr.Examples(
-            examples, image, label="Example images", elem_id="samples", examples_per_page=24
-        )
+        files = sorted(p for p in Path(samples).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        examples = [[str(path)] for path in files]
+        gr.Examples(examples, image, label="Examples", elem_id="samples", examples_per_page=24)
         gr.HTML(credits_html(samples), padding=False, elem_id="credits")
     return image
 
@@ -295,15 +287,9 @@ def _connect(predictor, image, detections, thresholds, explanation, choices) -> 
 
 def main() -> None:
     """Serve the app on this machine."""
-    parser = argparse.ArgumentParser(
-        prog="python -m src.serving.app", description="Serve the app on this machine."
-    )
-    parser.add_argument(
-        "weights",
-        nargs="?",
-        default=WEIGHTS,
-        help="a folder of exported weights, or a Hub id (default: the shipped weights)",
-    )
+    parser = argparse.ArgumentParser("python -m src.serving.app", description=main.__doc__)
+    weights = "a folder of exported weights, or a Hub id (default: the shipped weights)"
+    parser.add_argument("weights", nargs="?", default=WEIGHTS, help=weights)
     source = parser.parse_args().weights
     samples = Path(source) / "samples"
     build_app(source, samples if samples.is_dir() else "").launch()
