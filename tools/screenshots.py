@@ -7,15 +7,13 @@ import argparse
 import time
 from pathlib import Path
 
-from PIL import Image
-
 from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
     "desktop": (1280, 1290, 1),
     "phone": (390, 1240, 1.25),
-}  # width and height in CSS pixels, density
+}  # width and least height in CSS pixels, density; down to the heatmap
 
 
 def main() -> None:
@@ -41,21 +39,19 @@ def main() -> None:
         )
     (ROOT / "images").mkdir(exist_ok=True)
     with served(space) as address, browser() as driver:
-        for name, size in SIZES.items():
+        for name, (width, height, density) in SIZES.items():
             visitor = Visitor(driver, address)
-            visitor.resize(*size)
+            visitor.resize(width, height, density)
             visitor.script(
                 "arguments[0].click()", visitor.all("#samples .gallery-item")[sample - 1]
             )
             visitor.until(lambda page=visitor: page.source("detections") and page.source("heatmap"))
             time.sleep(3)  # for the page's animations
+            heatmap = visitor.all("#heatmap")[0]
+            bottom = visitor.script("return arguments[0].getBoundingClientRect().bottom", heatmap)
+            visitor.resize(width, max(height, round(bottom) + 16), density)
             path = ROOT / "images" / f"app_{name}.png"
             driver.save_screenshot(str(path))
-            image = Image.open(path).convert("RGB")  # 256 colours take a third of the space
-            palette = image.quantize(256, method=Image.Quantize.MAXCOVERAGE)
-            image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(
-                path, optimize=True
-            )
             print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 
 
