@@ -136,7 +136,7 @@ def test_resuming_a_finished_run_changes_nothing(trained, copy):
     assert (copy / LAST).read_bytes() == before and metrics_rows(copy) == metrics_rows(trained[0])
 
 
-def test_a_resumed_average_has_the_anchors_of_its_checkpoint(trained, copy, tmp_path):
+def test_a_resumed_average_has_the_anchors_of_its_checkpoint(trained, copy, tmp_path, capsys):
     """Other pretrained weights have other anchors, which must not enter the validation."""
     anchors = [[[1.5 * w, 1.5 * h] for w, h in scale] for scale in ANCHORS]
     YOLOv3(8, 0.0625, SHAPE_CLASSES, anchors).save_pretrained(tmp_path / "other")
@@ -145,6 +145,7 @@ def test_a_resumed_average_has_the_anchors_of_its_checkpoint(trained, copy, tmp_
     resumed = fit(config, ckpt_path="last")
     assert equal(resumed.state_dict(), trained[1].state_dict())
     assert torch.equal(resumed.model.anchors, trained[1].model.anchors)
+    assert capsys.readouterr().out.count(": loaded ") == 1
     assert metrics_rows(copy) == metrics_rows(trained[0])
 
 
