@@ -47,20 +47,20 @@ class Page(Visitor):
     def js(self, expression: str, *arguments):
         return self.script(f"return {expression}", *arguments)
 
-    def act(self, code: str, *arguments) -> None:
-        """Run code that leads to a new heatmap, and wait for it, or for an error."""
-        self.script(f"if (current) current.heatmap = null; {code}", *arguments)
+    def act(self, action) -> None:
+        """Do what leads to a new heatmap, and wait for it, or for an error."""
+        self.script("if (current) current.heatmap = null; $('summary').replaceChildren()")
+        action()
         self.until(lambda: self.js("current?.heatmap || document.querySelector('[role=alert]')"))
 
     def set(self, name: str, value) -> None:
         """Set a slider or a menu."""
         change = f"$('{name}').value = arguments[0]; $('{name}').dispatchEvent(new Event('input'))"
-        self.act(change, value)
+        self.act(lambda: self.script(change, value))
 
     def upload(self, path: Path) -> None:
-        self.script("current = null; $('summary').replaceChildren(); $('file').value = ''")
-        self.all("#file")[0].send_keys(str(path))
-        self.act("")
+        self.script("current = null; $('file').value = ''")
+        self.act(lambda: self.all("#file")[0].send_keys(str(path)))
 
     def check(self, path: Path, target: str | int = "all", **settings) -> None:
         """Compare detections and heatmap with Python's."""
@@ -107,8 +107,8 @@ def page(folder):
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.stem)
 def test_samples_give_what_python_gives(sample, page):
-    code = "current = null; document.querySelector(`[alt='${arguments[0]}']`).click()"
-    page.act(code, sample.name)
+    page.script("current = null")
+    page.act(page.all(f"[alt='{sample.name}']")[0].click)
     page.check(sample)
 
 
@@ -130,11 +130,9 @@ def test_thresholds_and_classes(page):
 
 def test_rows_layers_and_opacity(page):
     page.upload(HORSES)
-    page.script("current.heatmap = null")
-    page.all("#rows tr")[1].send_keys(Keys.ENTER)
-    page.act("")
+    page.act(lambda: page.all("#rows tr")[1].send_keys(Keys.ENTER))
     page.check(HORSES, 1)
-    page.act("$('rows').children[2].click()")
+    page.act(page.all("#rows tr")[2].click)
     page.check(HORSES, 2)
     assert page.js("$('target').selectedOptions[0].text").startswith("3: horse")
     page.set("layers", "5")
