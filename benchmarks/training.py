@@ -17,9 +17,9 @@ from benchmarks.timing import Row, milliseconds, now, seconds, threads
 from src.config import Config
 from src.model.network import ANCHORS
 from src.training.callbacks import EMA, StopIfNotFinite
+from src.training.devices import make_trainer, resolve_precision
 from src.training.loss import YOLOLoss, assign_targets
 from src.training.module import YOLOv3Module
-from src.training.devices import make_trainer, resolve_precision
 
 IMAGE_SIZE, GRIDS = 416, [13, 26, 52]
 BATCH = 16

@@ -19,7 +19,7 @@ FALL_FRACTION = 0.9  # of the loss's fall, at the suggested rate
 
 @dataclass(frozen=True)
 class LRFinderResult:
-    """Learning rates with the smoothed loss at each, up to divergence, and the suggested peak for OneCycle."""
+    """Learning rates, the smoothed loss at each up to divergence, and the suggested peak."""
 
     rates: list[float]
     losses: list[float]
@@ -28,13 +28,13 @@ class LRFinderResult:
 
 @explain_out_of_memory
 def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFinderResult:
-    """Train a separate network for `steps` steps with a rate that rises from 1e-5 to 0.1, and suggest a peak for OneCycle.
+    """Train a separate network at rates that rise from 1e-5 to 0.1; suggest a peak for OneCycle.
 
-    The suggestion is the rate at which 90 % of the loss's fall has happened, shortly before divergence; lower and higher
-    peaks are compared in benchmarks/RECIPE.md. Lightning's finder is not used: it suggests the rate of steepest descent,
-    which is lower, and its smoothing (2 % per step) is too slow for 100 steps. The test runs on one
-    device and accumulates gradients to the effective batch of all devices.
-    Raises RuntimeError if the loss never falls.
+    The suggestion is the rate at which 90 % of the loss's fall has happened, shortly before
+    divergence; lower and higher peaks are compared in benchmarks/RECIPE.md. Lightning's finder is
+    not used: it suggests the rate of steepest descent, which is lower, and its smoothing (2 % per
+    step) is too slow for 100 steps. The test runs on one device and accumulates gradients to the
+    effective batch of all devices. Raises RuntimeError if the loss never falls.
     """
     config = data.check_matches(config)
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
@@ -51,7 +51,10 @@ def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFi
 
 
 def smooth_until_divergence(losses: np.ndarray) -> np.ndarray:
-    """Return the running mean over 15 steps of losses [n], up to where it is NaN or 1.5 times its minimum so far."""
+    """Return the running mean over 15 steps of losses [n], up to divergence.
+
+    That is where it is NaN, or 1.5 times its minimum so far.
+    """
     windows = (
         losses[max(0, i - SMOOTHING_RADIUS) : i + SMOOTHING_RADIUS + 1] for i in range(len(losses))
     )
@@ -61,21 +64,21 @@ def smooth_until_divergence(losses: np.ndarray) -> np.ndarray:
 
 
 def suggest_lr(losses: np.ndarray) -> int:
-    """Return the index at which losses [n] have made 90 % of their largest fall from the maximum so far.
+    """Return the index at which losses [n] have made 90 % of their largest fall.
 
-    The loss can rise at first, because the objectness target rises with the IoU of the boxes. Raises RuntimeError if it
-    never falls.
+    The loss can rise at first, because the objectness target rises with the IoU of the boxes.
+    Raises RuntimeError if it never falls.
     """
     fall = np.maximum.accumulate(losses) - losses
     if not fall.max(initial=0) > 0:
         raise RuntimeError(
-            "The loss fell at no learning rate. Check the data, or set Config.max_lr (1e-3 is usual)."
+            "The loss fell at no learning rate. Check the data, or set Config.max_lr, e.g. to 1e-3."
         )
     return int((fall >= fall.max() * FALL_FRACTION).argmax())
 
 
 class RangeTest(pl.Callback):
-    """Train each step at the next of `rates`, and collect its loss in `losses`: the mean over its batches."""
+    """Train each step at the next of `rates`; collect its loss, the mean over its batches."""
 
     def __init__(self, rates: np.ndarray):
         self.rates, self.losses, self.batch_losses = rates, [], []

@@ -32,12 +32,12 @@ AP_METHODS = {
 class CellAccuracy(Metric):
     """Class, object and no-object accuracy as the course defines them.
 
-    The positives are the loss's. Background is all but the positives and `Assigned.ignored`: what the loss ignores because its
-    box overlaps an object counts here.
+    The positives are the loss's. Background is all but the positives and `Assigned.ignored`: what
+    the loss ignores because its box overlaps an object counts here.
 
-    update(logits three [B, 3, G, G, 5 + C], targets [N, 6], anchors [3, 3, 2]); compute() -> fractions:
-    "class", and for each threshold t "object@t" (positives with objectness above t) and "no_object@t"
-    (background with objectness at or below t). NaN if there is nothing to count.
+    update(logits three [B, 3, G, G, 5 + C], targets [N, 6], anchors [3, 3, 2]); compute() ->
+    fractions: "class", and for each threshold t "object@t" (positives with objectness above t) and
+    "no_object@t" (background with objectness at or below t). NaN if there is nothing to count.
     """
 
     full_state_update = False
@@ -84,8 +84,9 @@ class DetectionAccumulator(Metric):
     """Collect detections and ground truth of a split for average precision, as rows of numbers.
 
     At most 100 detections per image, so memory is bounded by the number of images (6 kB each).
-    compute() -> predictions float32 [n, 7]: image, label, score, x1, y1, x2, y2; ground_truth float32 [m, 7]:
-    image, label, difficult, x1, y1, x2, y2; boxes in 0..1. Each process numbers its images differently.
+    compute() -> predictions float32 [n, 7]: image, label, score, x1, y1, x2, y2; ground_truth
+    float32 [m, 7]: image, label, difficult, x1, y1, x2, y2; boxes in 0..1. Each process numbers its
+    images differently.
     """
 
     full_state_update = False
@@ -142,9 +143,10 @@ def _rows_by_key(keys: np.ndarray) -> dict[float, np.ndarray]:
 def match(predictions: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Match each detection to the object of its image and class with the highest IoU.
 
-    predictions [n, 7], ground_truth [m, 7] as in `DetectionAccumulator`.
-    Returns (index into ground_truth [n], -1 if there is none; IoU float64 [n]). IoUs are rounded to 6 digits: the
-    coordinates, float32 in 0..1, would otherwise turn an IoU of exactly 0.5 into slightly more or less.
+    predictions [n, 7], ground_truth [m, 7] as in `DetectionAccumulator`. Returns (index into
+    ground_truth [n], -1 if there is none; IoU float64 [n]). IoUs are rounded to 6 digits: the
+    coordinates, float32 in 0..1, would otherwise turn an IoU of exactly 0.5 into slightly more or
+    less.
     """
     best, iou = np.full(len(predictions), -1), np.zeros(len(predictions))
     image_and_class = (
@@ -169,11 +171,14 @@ def precision_recall(
     label: int,
     course: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall [n] at each detection of one class, best first, at IoU 0.5; VOC devkit's greedy rule.
+    """Precision and recall [n] at each detection of one class, best first, at IoU 0.5.
 
-    matched: what `match` returns. Of the detections matched to one object the best scored is a true positive, the
-    others are false positives. Detections of difficult objects count as neither, unless `course`: then difficult
-    objects count like all others, scores must exceed 0.05 and the IoU must exceed 0.5. Both are empty without objects.
+    Detections are matched by the greedy rule of VOC's devkit.
+
+    matched: what `match` returns. Of the detections matched to one object the best scored is a true
+    positive, the others are false positives. Detections of difficult objects count as neither,
+    unless `course`: then difficult objects count like all others, scores must exceed 0.05 and the
+    IoU must exceed 0.5. Both are empty without objects.
     """
     best, iou = matched
     objects = ground_truth[:, 1] == label
@@ -198,8 +203,9 @@ def precision_recall(
 def average_precision(precision: np.ndarray, recall: np.ndarray, method: str = "area") -> float:
     """Average precision of one class.
 
-    method: "area", the exact area under the monotone curve (VOC 2010 and later); "11pt", the mean of the best
-    precision at recall 0, 0.1, ... 1 or beyond (VOC 2007); "course", trapezoids under the raw curve from (0, 1).
+    method: "area", the exact area under the monotone curve (VOC 2010 and later); "11pt", the mean
+    of the best precision at recall 0, 0.1, ... 1 or beyond (VOC 2007); "course", trapezoids under
+    the raw curve from (0, 1).
     """
     if method == "11pt":
         return float(
@@ -219,7 +225,10 @@ def average_precision(precision: np.ndarray, recall: np.ndarray, method: str = "
 def per_class_table(
     predictions: np.ndarray, ground_truth: np.ndarray, classes: tuple[str, ...]
 ) -> list[dict]:
-    """One row per class: "class", "num_gt" (not difficult), "ap", "ap_11pt", "ap_course" (NaN without objects)."""
+    """Return one row per class, with average precisions that are NaN without objects.
+
+    Keys: "class", "num_gt" (not difficult), "ap", "ap_11pt", "ap_course".
+    """
     matched, table = match(predictions, ground_truth), []
     for label, name in enumerate(classes):
         objects = ground_truth[ground_truth[:, 1] == label]
@@ -240,7 +249,10 @@ def mean_average_precision(table: list[dict], column: str = "ap") -> float:
 
 
 def coco_average_precision(predictions: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
-    """COCO's AP@.5 and AP@.5:.95, by torchmetrics over faster-coco-eval; difficult objects count as `iscrowd`."""
+    """COCO's AP@.5 and AP@.5:.95, by torchmetrics over faster-coco-eval.
+
+    Difficult objects count as `iscrowd`.
+    """
     metric = MeanAveragePrecision(
         backend="faster_coco_eval", max_detection_thresholds=[1, 10, MAX_DETECTIONS]
     )
@@ -263,11 +275,14 @@ def confusion(
     num_classes: int,
     confidence: float = CONFIDENCE,
 ) -> np.ndarray:
-    """Confusion matrix int64 [C + 1, C + 1]: rows ground truth, columns predictions; the last of each is background.
+    """Count pairs of ground truth (rows) and predictions (columns), int64 [C + 1, C + 1].
 
-    A detection above `confidence` is matched to the object of its image with the highest IoU, whatever its class, if
-    that is at least 0.5. The best scored detection of an object counts for it; its others, and those without a match,
-    count as background. Difficult objects that are missed are left out.
+    The last row and column are background.
+
+    A detection above `confidence` is matched to the object of its image with the highest IoU,
+    whatever its class, if that is at least 0.5. The best scored detection of an object counts for
+    it; its others, and those without a match, count as background. Difficult objects that are
+    missed are left out.
     """
     counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
     predictions = predictions[predictions[:, 2] > confidence]
