@@ -18,6 +18,7 @@ SMALL = {
     "epochs": 1,
     "close_mosaic_epochs": 0,
     "width": 0.125,
+    "pretrained_weights": "",
     "image_size": 64,
     "shapes_train": 8,
     "shapes_val": 8,

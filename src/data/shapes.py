@@ -10,11 +10,11 @@ from numpy.random import Generator
 from src.config import SHAPE_CLASSES
 from src.data.records import ImageRecord, make_record
 
-MAX_SHAPES = 5  # per image
-SIDE_RANGE = (0.2, 0.6)  # longer side of a shape's box, as a fraction of the image
+MAX_SHAPES = 4  # per image
+SIDE_RANGE = (0.25, 0.6)  # longer side of a shape's box, as a fraction of the image
 MAX_ROTATION = 15  # degrees in both directions
-DIFFICULT_BELOW = 0.6  # visible fraction of a shape
-MIN_VISIBLE_FRACTION = 0.4  # a shape that would leave less of another one is left out
+DIFFICULT_BELOW = 0.7  # visible fraction of a shape
+MIN_VISIBLE_FRACTION = 0.5  # a shape that would leave less of another one is left out
 
 
 def arc(start: float, stop: float, points: int = 60) -> np.ndarray:
@@ -106,7 +106,7 @@ def draw_scene(rng: Generator, size: int) -> ImageRecord:
 
 
 def draw_shapes(count: int, size: int = 192, seed: int = 0) -> list[ImageRecord]:
-    """Draw `count` records with images uint8 [size, size, 3] RGB of one to five shapes.
+    """Draw `count` records with images uint8 [size, size, 3] RGB of one to four shapes.
 
     Record i depends only on (seed, i, size), so a longer list starts with the shorter one.
     Use another seed for validation images.
