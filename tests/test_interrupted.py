@@ -28,7 +28,7 @@ from src.training.run_folder import (
     METRICS,
     PREVIOUS,
     AtomicCheckpointIO,
-    BestCheckpoint,
+    RunCheckpoint,
     find_checkpoint,
     find_corruption,
     latest_valid_checkpoint,
@@ -184,7 +184,7 @@ def test_a_copied_run_keeps_its_best_checkpoint(trained_run, copy):
         "dirpath": str(trained_run),
     }
     for present in (True, False):
-        callback = BestCheckpoint(copy, "best", monitor="val/mAP50", mode="max")
+        callback = RunCheckpoint(copy, "best", monitor="val/mAP50", mode="max")
         callback.load_state_dict(state)
         assert (callback.best_model_score is not None) == present
         (copy / BEST).unlink(missing_ok=True)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -17,12 +19,13 @@ from torch.multiprocessing import ProcessRaisedException
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
+from src.training import devices
 from src.training import fit as fitting
 from src.training.devices import run_in_processes
 from src.training.fit import evaluate, fit, load_detector
 from src.training.module import YOLOv3Module
 from src.training.run_folder import LAST
-from tests.forking import end_second_process
+from tests.forking import MODULES, end_second_process
 from tests.runs import epoch_rows, equal, metrics_rows, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,6 +240,16 @@ def test_two_processes_give_the_results_of_one(notebook, script, run):
     assert not events(folder, "wrote", 1)
 
 
+@pytest.fixture
+def fork(monkeypatch):
+    """Fork training processes from a server that has imported everything, instead of spawning."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(MODULES)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    start_processes = partial(devices.mp.start_processes, start_method="forkserver")
+    monkeypatch.setattr(devices.mp, "spawn", start_processes)
+
+
+@pytest.mark.usefixtures("fork")
 def test_non_finite_loss_in_one_process_stops_both(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)  # as in a notebook
     monkeypatch.setattr(fitting, "YOLOv3Module", NaNModule)
@@ -248,6 +261,7 @@ def test_non_finite_loss_in_one_process_stops_both(tmp_path, monkeypatch):
     assert_ended(pid for rank in (0, 1) for (pid,) in events(tmp_path, "started", rank))
 
 
+@pytest.mark.usefixtures("fork")
 def test_the_end_of_one_process_ends_both(tmp_path):
     with pytest.raises(RuntimeError, match="process 1 terminated with signal SIGKILL.*too little"):
         run_in_processes(2, end_second_process, tmp_path)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import Config
@@ -118,9 +117,9 @@ def run_trainer(
     config, folder = module.config, Path(module.config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
     options = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = run_folder.BestCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options)
+    best = run_folder.RunCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options)
     # not the option save_last: it would save only when the best improves
-    last = ModelCheckpoint(folder, "last", **options)
+    last = run_folder.RunCheckpoint(folder, "last", **options)
     steps, _ = checkpoint_progress(checkpoint)
     metrics = MetricsCSV(folder / run_folder.METRICS, before=steps)
     trainer = make_trainer(

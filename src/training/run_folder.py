@@ -22,8 +22,8 @@ BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 METRICS, CONFIG = "metrics.csv", "config.json"
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Save the best epoch.
+class RunCheckpoint(ModelCheckpoint):
+    """Save the best or the last epoch.
 
     Lightning's forgets the best score when a run is resumed in a copied or renamed folder.
     """
@@ -31,8 +31,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict) -> None:
         """Keep the score if the folder has its best.ckpt."""
         if Path(self.dirpath, BEST).exists():
-            state_dict = {**state_dict, "dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
+            super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
