@@ -21,7 +21,7 @@ from torch import Tensor
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
-from src.model.network import Residual, YOLOv3
+from src.model.network import Head, Residual
 from src.training.fit import evaluate, fit
 from src.training.loss import IGNORE_IOU, complete_iou_loss, wh_iou
 from src.training.metrics import Evaluation, per_class_table
@@ -30,7 +30,8 @@ RUNS = Path("runs/ablations")
 SPLITS = {"2012": ("2012",), "both": ("2007", "2012")}  # years of VOC
 BASE = Config(width=0.25, batch_size=16, max_lr=6e-3, num_workers=1)
 
-initialize = YOLOv3._initialize
+head_init = Head.__init__
+residual_init = Residual.__init__
 
 
 def certain_boxes(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,19 +50,16 @@ def fitting_shapes(level: Tensor, targets: Tensor, counts: list[int], anchors: T
     return mask
 
 
-def zero_bias(self) -> None:
-    """Initialize objectness and class probabilities at 0.5."""
-    initialize(self)
-    for head in self.heads:
-        torch.nn.init.zeros_(head.predict.bias)
+def zero_bias(self, *arguments) -> None:
+    """Initialize objectness and class probabilities of a head at 0.5."""
+    head_init(self, *arguments)
+    torch.nn.init.zeros_(self.predict.bias)
 
 
-def nonzero_residuals(self) -> None:
-    """Initialize residual blocks without the zero weight that makes them the identity."""
-    initialize(self)
-    for module in self.modules():
-        if isinstance(module, Residual):
-            torch.nn.init.ones_(module.body[1][1].weight)
+def nonzero_residual(self, channels: int) -> None:
+    """Initialize a residual block without the zero weight that makes it the identity."""
+    residual_init(self, channels)
+    torch.nn.init.ones_(self.body[1][1].weight)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ CHANGES = {
     "object-1": Change("objectness weight of positives: 1", {"objectness_weight": 1.0}),
     "object-4": Change("objectness weight of positives: 4", {"objectness_weight": 4.0}),
     "bias-zero": Change(
-        "initial bias: 0", replacements={"src.model.network.YOLOv3._initialize": zero_bias}
+        "initial bias: 0", replacements={"src.model.network.Head.__init__": zero_bias}
     ),
     "class-3": Change("class weight: 3", {"class_weight": 3.0}),
     "ignore-shape": Change(
@@ -99,7 +97,7 @@ CHANGES = {
     "ema-none": Change("EMA: none", {"ema_decay": 0.0}),
     "residual-nonzero": Change(
         "initial residual blocks: not the identity",
-        replacements={"src.model.network.YOLOv3._initialize": nonzero_residuals},
+        replacements={"src.model.network.Residual.__init__": nonzero_residual},
     ),
     "batch-8": Change("batch size: 8, twice the steps", {"batch_size": 8}),
     "mosaic-0": Change("mosaics: none", {"mosaic_prob": 0.0}),

@@ -1,4 +1,4 @@
-"""YOLOv3: Darknet-53 and its three heads (Redmon & Farhadi 2018, https://arxiv.org/abs/1804.02767)."""
+"""YOLOv3: Darknet-53 and its heads (Redmon & Farhadi 2018, https://arxiv.org/abs/1804.02767)."""
 
 import copy
 import json
@@ -6,20 +6,13 @@ import math
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from src.model.darknet import load_darknet
-from src.model.pretrained import write_weights
+from src.model.pretrained import CONFIG, format_metadata, write_weights
 
 # YOLOv3 (Redmon & Farhadi 2018), section 2.3: widths and heights in pixels of a 416 x 416 image,
 # large objects (stride 32) first. Stored in 0..1 of the image.
@@ -31,13 +24,14 @@ ANCHORS = tuple(
         ((10, 13), (16, 30), (33, 23)),
     )
 )
-STRIDES = (32, 16, 8)
+STRIDES = (32, 16, 8)  # of the three scales; a further scale has half the stride of the one before
+WEIGHTS = "model.safetensors"
 CARD = """---
 {{ card_data }}
 ---
 # YOLOv3, width {{ width }}, {{ image_size }} px
 
-{{ parameters }} million parameters. Detects: {{ classes }}.
+Detects: {{ classes }}.
 
 | | |
 | --- | --- |
@@ -51,7 +45,7 @@ model = YOLOv3.from_pretrained(".")  # this folder, or the model's id on the Hub
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution without bias, batch norm, leaky ReLU: [B, in, H, W] -> [B, out, H/stride, W/stride]."""
+    """Convolution without bias, batch norm, leaky ReLU: [B, in, H, W] -> [B, out, H/s, W/s]."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1):
         super().__init__(
@@ -59,52 +53,65 @@ class ConvBlock(nn.Sequential):
             nn.BatchNorm2d(channels_out),
             nn.LeakyReLU(0.1, inplace=True),
         )
+        nn.init.kaiming_normal_(self[0].weight, 0.1, mode="fan_out", nonlinearity="leaky_relu")
 
 
 class Residual(nn.Module):
-    """Residual block (section 2.4, table 1): a 1x1 and a 3x3 convolution beside a shortcut; keeps the shape."""
+    """Residual block (section 2.4, table 1): a 1x1 and a 3x3 convolution beside a shortcut.
+
+    Keeps the shape. Starts as the identity (Goyal et al. 2017, section 5.1).
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.body = nn.Sequential(
             ConvBlock(channels, channels // 2, 1), ConvBlock(channels // 2, channels, 3)
         )
+        nn.init.zeros_(self.body[1][1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
 
 
 class Darknet53(nn.Module):
-    """The 52 convolutions before the classifier: [B, 3, S, S] -> features at strides 32, 16 and 8."""
+    """The 52 convolutions before the classifier.
 
-    def __init__(self, channels: list[int]):
+    forward(images [B, 3, S, S]) -> features at strides 32, 16, 8, ..., as many as `scales`.
+    `channels`: of these features.
+    """
+
+    def __init__(self, width: float = 1.0, scales: int = 3):
         super().__init__()
-        self.stem = ConvBlock(3, channels[0], 3)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                ConvBlock(before, after, 3, stride=2), *(Residual(after) for _ in range(repeats))
-            )
-            for before, after, repeats in zip(channels, channels[1:], (1, 2, 8, 8, 4), strict=False)
-        )
+        depth = [max(8, 8 * round(width * 2**power / 8)) for power in range(5, 11)]  # 32 to 1024
+        self.channels = depth[: -1 - scales : -1]
+        self.stem = ConvBlock(3, depth[0], 3)
+        self.stages = nn.ModuleList()
+        for before, after, repeats in zip(depth, depth[1:], (1, 2, 8, 8, 4), strict=False):
+            residuals = [Residual(after) for _ in range(repeats)]
+            self.stages.append(nn.Sequential(ConvBlock(before, after, 3, stride=2), *residuals))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = [self.stem(x)]
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.stem(images)
+        features = []
         for stage in self.stages:
-            features.append(stage(features[-1]))
-        return features[5], features[4], features[3]
+            x = stage(x)
+            features.append(x)
+        return features[::-1][: len(self.channels)]
 
 
 class Head(nn.Module):
-    """Predict one scale from the backbone's features and the neck of the next coarser scale, if there is one.
+    """Predict one scale from the backbone's features and the neck of the next coarser scale.
 
     forward(features [B, in, G, G], coarser [B, coarser, G/2, G/2] or None)
-        -> neck [B, mid, G, G], an input of the next finer scale, and logits [B, 3, G, G, 5 + C].
+        -> neck [B, in/2, G, G], an input of the next finer scale, and logits [B, A, G, G, 5 + C].
     """
 
-    def __init__(self, channels_in: int, channels_coarser: int, mid: int, num_classes: int):
+    def __init__(self, channels: int, channels_coarser: int, num_anchors: int, num_classes: int):
         super().__init__()
+        mid = channels // 2
+        self.num_anchors = num_anchors
         self.lateral = ConvBlock(channels_coarser, mid, 1) if channels_coarser else None
-        joined = channels_in + (mid if channels_coarser else 0)
+        joined = channels + (mid if channels_coarser else 0)
         self.neck = nn.Sequential(
             ConvBlock(joined, mid, 1),
             ConvBlock(mid, 2 * mid, 3),
@@ -113,7 +120,13 @@ class Head(nn.Module):
             ConvBlock(2 * mid, mid, 1),
         )
         self.expand = ConvBlock(mid, 2 * mid, 3)
-        self.predict = nn.Conv2d(2 * mid, 3 * (5 + num_classes), 1)
+        self.predict = nn.Conv2d(2 * mid, num_anchors * (5 + num_classes), 1)
+
+        # Start with a low objectness: RetinaNet (Lin et al. 2017), section 4.1
+        nn.init.normal_(self.predict.weight, std=0.01)
+        bias = nn.init.zeros_(self.predict.bias).data.view(num_anchors, -1)  # [A, 5 + C]
+        bias[:, 0] = -math.log(999)  # objectness 0.001
+        bias[:, 5:] = -math.log(max(1, num_classes - 1))  # one class in C
 
     def forward(self, features: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
         neck = self.forward_neck(features, coarser)
@@ -130,8 +143,8 @@ class Head(nn.Module):
 
     def forward_logits(self, neck: Tensor) -> Tensor:
         """Compute the logits from a neck."""
-        logits = self.predict(self.expand(neck))  # [B, 3 * (5 + C), G, G]
-        return logits.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
+        logits = self.predict(self.expand(neck))  # [B, A * (5 + C), G, G]
+        return logits.unflatten(1, (self.num_anchors, -1)).permute(0, 1, 3, 4, 2)
 
 
 class YOLOv3(
@@ -143,11 +156,13 @@ class YOLOv3(
     pipeline_tag="object-detection",
     model_card_template=CARD,
 ):
-    """Images float [B, 3, S, S] in 0..1 -> three logits [B, 3, S/stride, S/stride, 5 + C], strides 32, 16, 8.
+    """Images float [B, 3, S, S] in 0..1 -> logits [B, A, S/stride, S/stride, 5 + C] per scale.
 
-    Per cell and anchor: objectness, x, y, w, h, classes. `width` multiplies the channels of every layer.
-    `anchors` [3][3] are (width, height) in 0..1 of an image of `image_size` pixels. config.json stores the arguments;
-    `metadata` holds facts about the training.
+    Per cell and anchor: objectness, x, y, w, h, classes. `width` multiplies the channels of every
+    layer. `anchors` [scales][A] are (width, height) in 0..1 of an image of `image_size` pixels, and
+    say how many scales there are: strides 32, 16, 8, and so on. `metadata` holds facts about the
+    training. config.json stores all arguments.
+    Another backbone returns features from the coarsest to the finest, and has their `channels`.
     """
 
     def __init__(
@@ -158,71 +173,53 @@ class YOLOv3(
         anchors: list = ANCHORS,
         image_size: int = 416,
         metadata: dict | None = None,
-        about: dict | None = None,  # the former name of metadata, in older config.json files
     ):
         super().__init__()
-        if classes is not None and len(classes) != num_classes:
+        if classes and len(classes) != num_classes:
             raise ValueError(
                 f"YOLOv3: num_classes is {num_classes}, but classes has {len(classes)} names"
             )
         if num_classes < 1 or not 0 < width <= 4:
             raise ValueError(
-                f"YOLOv3: num_classes must be at least 1 and width in 0..4, not {num_classes} and {width}"
+                "YOLOv3: num_classes must be at least 1 and width in 0..4, "
+                f"not {num_classes} and {width}"
             )
-        self.classes = list(classes) if classes else [f"class {i}" for i in range(num_classes)]
-        self.width, self.image_size, self.metadata = width, image_size, metadata or about or {}
-        c = [max(8, 8 * round(channels * width / 8)) for channels in (32, 64, 128, 256, 512, 1024)]
-        self.backbone = Darknet53(c)
-        self.heads = nn.ModuleList(
-            Head(channels_in, coarser, mid, num_classes)
-            for channels_in, coarser, mid in (
-                (c[5], 0, c[4]),
-                (c[4], c[4], c[3]),
-                (c[3], c[3], c[2]),
-            )
-        )
-        self.anchor_sizes = anchors  # as given, for config.json: the buffer loses digits in .half()
-        self.register_buffer(
-            "anchors", torch.tensor(anchors, dtype=torch.float32), persistent=False
-        )  # [3, 3, 2]
-        self._initialize()
-
-    def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(
-                    module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu"
-                )
-            if isinstance(
-                module, Residual
-            ):  # start as the identity: Goyal et al. 2017, section 5.1
-                nn.init.zeros_(module.body[1][1].weight)
-        for (
-            head
-        ) in self.heads:  # start with a low objectness: RetinaNet (Lin et al. 2017), section 4.1
-            nn.init.normal_(head.predict.weight, std=0.01)
-            bias = head.predict.bias.data.zero_().view(3, -1)
-            bias[:, 0] = -math.log(999)  # objectness 0.001
-            bias[:, 5:] = -math.log(max(1, bias.shape[1] - 6))  # one class in C
+        self.classes = list(classes or map("class {}".format, range(num_classes)))
+        self.width = width
+        self.image_size = image_size
+        self.metadata = metadata or {}
+        self.anchor_sizes = anchors  # as given, for config.json: the tensor has fewer digits
+        self.anchors = torch.tensor(anchors, dtype=torch.float32)  # [scales, A, 2]
+        self.backbone = Darknet53(width, scales=len(anchors))
+        self.heads = nn.ModuleList()
+        coarser = 0
+        for channels in self.backbone.channels:
+            self.heads.append(Head(channels, coarser, len(anchors[0]), num_classes))
+            coarser = channels // 2
 
     def forward(self, images: Tensor) -> list[Tensor]:
         size = images.shape[-1]
         if images.dim() != 4 or images.shape[-2] != size or size == 0 or size % 32:
             raise ValueError(
-                f"YOLOv3 takes images [B, 3, S, S] with S a multiple of 32, not {list(images.shape)}"
+                "YOLOv3 takes images [B, 3, S, S] with S a multiple of 32, "
+                f"not {list(images.shape)}"
             )
         return self.forward_heads(self.backbone(images))[1]
 
-    def forward_heads(
-        self, features: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Compute the three necks and the three logits from the backbone's features at strides 32, 16 and 8."""
-        necks, logits = [None], []
+    def forward_heads(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute the necks and the logits of all scales from the backbone's features."""
+        neck = None
+        necks, logits = [], []
         for head, level_features in zip(self.heads, features, strict=True):
-            neck, level = head(level_features, necks[-1])
+            neck, level = head(level_features, neck)
             necks.append(neck)
             logits.append(level)
-        return necks[1:], logits
+        return necks, logits
+
+    def _apply(self, fn, *args, **kwargs) -> "YOLOv3":
+        """Move the anchors with the weights. They are no buffer, because EMA averages buffers."""
+        self.anchors = fn(self.anchors)
+        return super()._apply(fn, *args, **kwargs)
 
     @property
     def num_parameters(self) -> int:
@@ -230,17 +227,30 @@ class YOLOv3(
         return sum(parameter.numel() for parameter in self.parameters())
 
     def set_anchors(self, anchors: Tensor) -> None:
-        """Use other anchors [3, 3, 2] (width, height), relative to an image of `image_size` pixels."""
+        """Use other anchors [scales, A, 2], relative to an image of `image_size` pixels."""
         self.anchor_sizes = anchors.tolist()
         self.anchors.copy_(anchors)
 
     def anchors_at(self, image_size: int) -> Tensor:
-        """Return the anchors [3, 3, 2] in 0..1 of an image of `image_size` pixels; in pixels they don't depend on it."""
+        """Return the anchors [scales, A, 2] in 0..1 of an image of `image_size` pixels.
+
+        In pixels they don't depend on it.
+        """
         return self.anchors * (self.image_size / image_size)
 
-    def settings(self) -> dict:
-        """Return the arguments that build this network again; config.json stores them."""
-        return {
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """Return the README.md that `save_pretrained` and `push_to_hub` write if there is none."""
+        facts = {"parameters": f"{self.num_parameters:,}", **format_metadata(self.metadata)}
+        return super().generate_model_card(
+            width=f"{self.width:g}",
+            image_size=self.image_size,
+            classes=", ".join(self.classes),
+            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write config.json and the weights, for `save_pretrained` and `push_to_hub`."""
+        settings = {
             "num_classes": len(self.classes),
             "width": self.width,
             "classes": self.classes,
@@ -248,97 +258,49 @@ class YOLOv3(
             "image_size": self.image_size,
             "metadata": self.metadata,
         }
-
-    def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        """Return the README.md that `save_pretrained` and `push_to_hub` write where there is none."""
-        facts = "\n".join(
-            f"| {name} | {value} |" for name, value in format_metadata(self.metadata).items()
-        )
-        return super().generate_model_card(
-            width=f"{self.width:g}",
-            image_size=self.image_size,
-            parameters=f"{self.num_parameters / 1e6:.1f}",
-            classes=", ".join(self.classes),
-            facts=facts,
-        )
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Write config.json and model.safetensors for `save_pretrained`; an interrupted call leaves no partial weights."""
-        write_weights(self.state_dict(), save_directory / "model.safetensors")
-        (save_directory / "config.json").write_text(
-            json.dumps(self.settings(), indent=1) + "\n", encoding="utf-8"
-        )
+        write_weights(self.state_dict(), save_directory / WEIGHTS)
+        text = json.dumps(settings, indent=1) + "\n"
+        (save_directory / CONFIG).write_text(text, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options) -> "YOLOv3":
-        """Load a folder written by `save_pretrained`, or a model of the Hub by its id. options: as for the Hub's mixin.
+        """Load a folder written by `save_pretrained`, or a model of the Hub by its id.
 
+        Reads safetensors only, never a pickle. options: as for huggingface_hub.snapshot_download.
         Raises FileNotFoundError if there is neither, ValueError if the weights don't fit.
         """
+        folder = Path(source)
+        if not folder.is_dir():
+            files = {"allow_patterns": [WEIGHTS, CONFIG]}
+            try:
+                folder = Path(snapshot_download(str(source), **files, **options))
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"{source} is not a folder here, and can't be loaded from the Hub. Give a "
+                    "folder written by YOLOv3.save_pretrained, or the id of a model (owner/name). "
+                    f"{error}"
+                ) from None
+        for path in (folder / WEIGHTS, folder / CONFIG):
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is missing. Give a folder written by YOLOv3.save_pretrained."
+                )
+        model = cls(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         try:
-            return super().from_pretrained(source, **options)
-        except (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-        ) as error:
-            raise FileNotFoundError(
-                f"{source} is not a folder here, and can't be loaded from the Hub. Give a folder written by "
-                f"YOLOv3.save_pretrained, or the id of a model (owner/name). {error}"
-            ) from None
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options) -> "YOLOv3":
-        """Load a model for `from_pretrained`. Reads safetensors only, never a pickle; every tensor must be present and fit."""
-        hub = {
-            n: options.pop(n)
-            for n in ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        }
-        for name in ("proxies", "resume_download"):  # huggingface-hub before 1.0 passes these too
-            options.pop(name, None)
-        path = Path(model_id) / "model.safetensors"
-        if not Path(model_id).is_dir():
-            path = Path(hf_hub_download(model_id, path.name, **hub))
-        elif not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing. Give a folder written by YOLOv3.save_pretrained, or a Hub id."
-            )
-        model = cls(**options)
-        try:
-            model.load_state_dict(load_file(path))
+            model.load_state_dict(load_file(folder / WEIGHTS))
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"{path} does not fit a YOLOv3 of {len(model.classes)} classes at width {model.width}. "
-                f"num_classes and width come from config.json or from your arguments. {error}"
+                f"{folder / WEIGHTS} does not fit a YOLOv3 of {len(model.classes)} classes at "
+                f"width {model.width:g}, as in {CONFIG} beside it. {error}"
             ) from None
-        return model.to(map_location).eval()
-
-    def load_darknet(self, path: str | Path) -> str:
-        """Load a weight file published for Darknet; see `src.model.darknet.load_darknet`.
-
-        If it contains the detection heads, the anchors become Darknet's: the same pixels at any image size.
-        """
-        part = load_darknet(self, path)
-        if part != "backbone":
-            self.set_anchors(torch.tensor(ANCHORS, dtype=torch.float64) * (416 / self.image_size))
-        return part
-
-
-def format_metadata(metadata: dict) -> dict:
-    """Return the metadata of weights with its metrics in one level, floats with three digits."""
-    flat = metadata | metadata.get("metrics", {})
-    return {
-        name: f"{v:.3g}" if isinstance(v, float) else v
-        for name, v in flat.items()
-        if name != "metrics"
-    }
+        return model.eval()
 
 
 def fuse_batch_norms(model: YOLOv3) -> YOLOv3:
-    """Return a float32 copy of a model in evaluation mode, each batch norm fused into its convolution."""
+    """Return a float32 copy of a model in evaluation mode, batch norms fused into convolutions."""
     fused = copy.deepcopy(model).float().eval()
     for block in fused.modules():
         if isinstance(block, ConvBlock):
-            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+            block[0] = fuse_conv_bn_eval(block[0], block[1])
+            block[1] = nn.Identity()
     return fused

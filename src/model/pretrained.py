@@ -1,4 +1,4 @@
-"""Start a network from a pretrained backbone, or from a detector of other classes."""
+"""Files of weights, and how a network starts from those of a backbone or of another detector."""
 
 import json
 import os
@@ -9,42 +9,47 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-WEIGHTS, CONFIG = "backbone.safetensors", "config.json"
+BACKBONE = "backbone.safetensors"
+CONFIG = "config.json"
 
 
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file; an interrupted call leaves no partial file."""
     part = path.with_name(path.name + ".part")
-    save_file(
-        {name: value.contiguous() for name, value in weights.items()},
-        part,
-        metadata={"format": "pt"},
-    )
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    save_file(weights, part, metadata={"format": "pt"})
     part.chmod(0o644)  # safetensors makes it private to the owner
     os.replace(part, path)
 
 
 def save_backbone(backbone: nn.Module, folder: str | Path, width: float, metadata: dict) -> None:
-    """Write the weights of a `Darknet53` in half precision, and a config.json with its width and metadata."""
+    """Write the weights of a `Darknet53` in half precision, and a config.json beside them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: value.half() if value.is_floating_point() else value
         for name, value in backbone.state_dict().items()
     }
-    write_weights(weights, folder / WEIGHTS)
+    write_weights(weights, folder / BACKBONE)
     config = {"architecture": "Darknet-53", "width": width, "metadata": metadata}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def is_backbone(folder: str | Path) -> bool:
     """Return whether the folder was written by `save_backbone`."""
-    return (Path(folder) / WEIGHTS).is_file()
+    return (Path(folder) / BACKBONE).is_file()
 
 
 def read_metadata(folder: str | Path) -> dict:
-    """Return the metadata of a folder written by `save_backbone` or by a detector's `save_pretrained`."""
+    """Return the metadata of a folder written by `save_backbone` or `YOLOv3.save_pretrained`."""
     return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["metadata"]
+
+
+def format_metadata(metadata: dict) -> dict:
+    """Return the metadata of weights with its metrics in one level, floats with three digits."""
+    flat = metadata | metadata.get("metrics", {})
+    flat.pop("metrics", None)
+    return {name: f"{v:.3g}" if isinstance(v, float) else v for name, v in flat.items()}
 
 
 def load_backbone(model: nn.Module, folder: str | Path) -> str:
@@ -52,7 +57,7 @@ def load_backbone(model: nn.Module, folder: str | Path) -> str:
 
     Raises ValueError if the widths differ or the file is damaged.
     """
-    path = Path(folder) / WEIGHTS
+    path = Path(folder) / BACKBONE
     width = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["width"]
     if width != model.width:
         raise ValueError(
@@ -68,30 +73,30 @@ def load_backbone(model: nn.Module, folder: str | Path) -> str:
 
 @torch.no_grad()
 def transfer_weights(model: nn.Module, source: nn.Module) -> str:
-    """Copy a trained `YOLOv3` into one of the same width, whatever its classes. Returns what was copied, in words.
+    """Copy a trained `YOLOv3` into one of other classes. Returns what was copied.
 
-    Class logits are copied for the classes that both know; the others keep their initial weights. Anchors keep the
-    source's pixels. Raises ValueError if the widths differ.
+    Class logits are copied for the classes that both know; the others keep their initial weights.
+    Anchors keep the source's pixels. Raises ValueError if widths or numbers of anchors differ.
     """
     if source.width != model.width:
         raise ValueError(
-            f"The pretrained weights have width {source.width:g}, but the network has width {model.width:g}. "
-            f"Set Config.width={source.width:g}."
+            f"The pretrained weights have width {source.width:g}, but the network has width "
+            f"{model.width:g}. Set Config.width={source.width:g}."
         )
-    weights = {
-        name: value for name, value in source.state_dict().items() if ".predict." not in name
-    }
+    if source.anchors.shape != model.anchors.shape:
+        raise ValueError(
+            f"The pretrained weights have anchors {list(source.anchors.shape)}, but the network "
+            f"has {list(model.anchors.shape)} (scales, anchors, 2). Leave out Config.anchors."
+        )
+    weights = {name: v for name, v in source.state_dict().items() if ".predict." not in name}
     model.load_state_dict(weights, strict=False)
     common = [name for name in model.classes if name in source.classes]
-    rows = [
-        list(range(5)) + [5 + net.classes.index(name) for name in common] for net in (model, source)
-    ]
+    rows = [*range(5), *(5 + model.classes.index(name) for name in common)]
+    source_rows = [*range(5), *(5 + source.classes.index(name) for name in common)]
     for head, source_head in zip(model.heads, source.heads, strict=True):
-        for parameter, values in zip(
-            head.predict.parameters(), source_head.predict.parameters(), strict=True
-        ):
-            parameter.unflatten(0, (3, -1))[:, rows[0]] = values.unflatten(0, (3, -1))[
-                :, rows[1]
-            ].to(parameter)
+        for name in ("weight", "bias"):
+            target = getattr(head.predict, name).unflatten(0, (head.num_anchors, -1))
+            values = getattr(source_head.predict, name).unflatten(0, (head.num_anchors, -1))
+            target[:, rows] = values[:, source_rows].to(target)
     model.set_anchors(source.anchors_at(model.image_size))
     return f"all layers, and the logits of {len(common)} of {len(model.classes)} classes"

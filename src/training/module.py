@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from src.config import DATASETS, Config
+from src.model.darknet import load_darknet
 from src.model.network import YOLOv3
 from src.model.pretrained import is_backbone, load_backbone, transfer_weights
 from src.serving.images import to_network_input
@@ -40,7 +41,7 @@ def build_model(config: Config) -> YOLOv3:
     if not source:
         return model
     if Path(source).is_file():
-        loaded = model.load_darknet(source)
+        loaded = load_darknet(model, source)
     elif is_backbone(source):
         loaded = load_backbone(model, source)
     else:
