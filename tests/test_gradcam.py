@@ -48,8 +48,8 @@ def slow_map(predictor, index, label, stages, method):
             "gradcam": gradient.mean(dim=(2, 3), keepdim=True),
         }
         layer = (weights[method] * feature).sum(dim=1, keepdim=True).relu()
-        heatmap += interpolate(layer / layer.max(), size=(96, 96), mode="bilinear")
-    return (heatmap / heatmap.max())[0, 0].detach().numpy()
+        heatmap += interpolate(layer / layer.max().clamp(min=1e-9), size=(96, 96), mode="bilinear")
+    return (heatmap / heatmap.max().clamp(min=1e-9))[0, 0].detach().numpy()
 
 
 @pytest.mark.parametrize("method", ["layercam", "hirescam", "gradcam"])
