@@ -129,22 +129,14 @@ class Head(nn.Module):
         bias[:, 5:] = -math.log(max(1, num_classes - 1))  # one class in C
 
     def forward(self, features: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
-        neck = self.forward_neck(features, coarser)
-        return neck, self.forward_logits(neck)
-
-    def forward_neck(self, features: Tensor, coarser: Tensor | None) -> Tensor:
-        """Compute the neck alone."""
         if self.lateral is not None:
             upsampled = nn.functional.interpolate(
-                self.lateral(coarser), scale_factor=2.0, mode="nearest"
-            )
+                self.lateral(coarser), scale_factor=2.0
+            )  # nearest
             features = torch.cat((upsampled, features), dim=1)
-        return self.neck(features)
-
-    def forward_logits(self, neck: Tensor) -> Tensor:
-        """Compute the logits from a neck."""
+        neck = self.neck(features)  # [B, in/2, G, G]
         logits = self.predict(self.expand(neck))  # [B, A * (5 + C), G, G]
-        return logits.unflatten(1, (self.num_anchors, -1)).permute(0, 1, 3, 4, 2)
+        return neck, logits.unflatten(1, (self.num_anchors, -1)).permute(0, 1, 3, 4, 2)
 
 
 class YOLOv3(
