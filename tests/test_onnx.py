@@ -100,7 +100,7 @@ def test_heatmaps_are_those_of_torch(layers, model, file):
             explain(predictor, image, "square", layers, confidence=0.2).heatmap
             for predictor in (Predictor(model, device="cpu"), Predictor.load(file, device="cpu"))
         ]
-        assert maps[0].max() == 1 and np.corrcoef(*map(np.ravel, maps))[0, 1] > 0.999
+        assert maps[0].max() == 1 and np.corrcoef(*map(np.ravel, maps))[0, 1] > 0.99
     with pytest.raises(ValueError, match="LayerCAM alone. Load the PyTorch weights"):
         explain(Predictor.load(file), images[0], method="gradcam")
 
