@@ -158,6 +158,22 @@ def test_formats(suffix, page, tmp_path):
     page.check(path)
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        "new DragEvent('drop', {dataTransfer: files, cancelable: true})",
+        "new ClipboardEvent('paste', {clipboardData: files})",
+    ],
+)
+def test_drop_and_paste(event, page):
+    code = (
+        "let file = new File([await (await fetch('samples/horses.jpg')).blob()], 'horses.jpg');"
+        "let files = new DataTransfer(); files.items.add(file); current = null;"
+    )
+    page.act(lambda: page.script(f"{code} document.dispatchEvent({event})"))
+    page.check(HORSES)
+
+
 def test_files_that_are_no_images(page, tmp_path):
     (tmp_path / "image.jpg").write_text("not an image")
     page.upload(tmp_path / "image.jpg")
