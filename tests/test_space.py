@@ -70,6 +70,7 @@ def test_the_folder_contains_what_a_space_needs(exported_space, sample_files):
             ROOT / "src/__init__.py",
             *ROOT.glob("src/model/*.*"),
             *ROOT.glob("src/serving/*.*"),
+            *ROOT.glob("src/serving/static/*.*"),
         ]
     }
     samples = {"first.jpg", "second.jpg", "LICENSES.txt", "03.png"}
