@@ -6,6 +6,7 @@ from textwrap import dedent
 from IPython.display import Markdown
 
 
-def show(function) -> Markdown:
-    """Return the source of a function, method or class with syntax colours, on GitHub and Colab."""
-    return Markdown(f"```python\n{dedent(inspect.getsource(function))}```")
+def show(*functions) -> Markdown:
+    """Return the source of functions, methods or classes with syntax colours, for GitHub too."""
+    sources = [dedent(inspect.getsource(function)) for function in functions]
+    return Markdown("```python\n" + "\n\n".join(sources) + "```")

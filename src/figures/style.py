@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -14,7 +14,7 @@ DPI = 120  # a figure is 1080 pixels wide, slightly more than GitHub and Jupyter
 FONT_POINTS = 8.5
 INK, SOFT, GRID = "#1f2328", "#6b7280", "#e3e5e8"
 TRAIN, VAL, TARGET = "#e69f00", "#0072b2", "#d55e00"  # by Okabe and Ito, for any colour vision
-SERIES = ("#0072b2", "#d55e00", "#009e73")
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 STYLE = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -37,6 +37,8 @@ STYLE = {
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
+    "axes.ymargin": 0.1,
+    "axes.prop_cycle": cycler(color=SERIES),
     "lines.linewidth": 1.8,
     "legend.frameon": False,
     "legend.fontsize": FONT_POINTS,
@@ -50,21 +52,19 @@ class NotebookFigure(Figure):
     """A matplotlib figure that a notebook displays as a small file.
 
     That is a JPEG if it shows images, else a PNG of 128 colours. A plain Figure is displayed only
-    through pyplot, as one format for all figures, and several times larger.
+    through pyplot, as one format for all figures, and several times larger. Sizes are in inches.
     """
 
     def __init__(
         self, height: float, width: float = WIDTH, jpeg: bool = False, layout: str = "constrained"
     ):
-        """height, width: in inches."""
         super().__init__(figsize=(width, height), dpi=DPI, layout=layout)
-        self.jpeg = jpeg
+        self.kind = "jpeg" if jpeg else "png"
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        kind = "jpeg" if self.jpeg else "png"
-        display({f"image/{kind}": self.encoded(), "text/plain": "<Figure>"}, raw=True)
+        display({f"image/{self.kind}": self.encoded(), "text/plain": "<Figure>"}, raw=True)
 
     @with_style
     def encoded(self) -> bytes:
@@ -73,19 +73,12 @@ class NotebookFigure(Figure):
         self.savefig(png, format="png")
         image = Image.open(png).convert("RGB")
         file = io.BytesIO()
-        if self.jpeg:
-            image.save(file, "jpeg", quality=60)
-        else:
-            small = image.quantize(128, method=Image.Quantize.MAXCOVERAGE)  # keeps rare colours
-            small.save(file, "png", optimize=True)
+        if self.kind == "png":
+            image = image.quantize(128, method=Image.Quantize.MAXCOVERAGE)  # keeps rare colours
+        image.save(file, self.kind, quality=60, optimize=True)
         return file.getvalue()
 
 
 def colours(count: int) -> np.ndarray:
     """Return the class colours for matplotlib: float [count, 3] in 0..1."""
     return np.array(class_colours(count)) / 255
-
-
-def counted(number: int, singular: str, plural: str = "") -> str:
-    """Return "1 box" or "3 boxes"; the plural is by default the singular with an s."""
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
