@@ -5,68 +5,52 @@ python -m src.serving.app [WEIGHTS]
 
 import argparse
 import html
-import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
 from gradio_client.utils import is_file_obj
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 
-from src.serving.facts import CARD, credits_html, model_address, model_card, model_facts_html
 from src.serving.gradcam import LAYERS, METHODS
 from src.serving.guard import MAX_UPLOAD_BYTES, NOT_UPLOADED, BoundedRequests, GuardedBlocks
 from src.serving.images import IMAGE_SUFFIXES
-from src.serving.predict import WEIGHTS
+from src.serving.predict import WEIGHTS, detections_to_dicts
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Predictor
 from src.serving.session import (
     ALL_DETECTIONS,
     ImageSession,
     analyze_image,
-    detect,
+    credits_html,
+    model_facts_html,
     render_detections,
     render_heatmap,
 )
 
-INTRODUCTION = "Upload an image. YOLOv3 detects its objects, Grad-CAM shows the evidence for each."
 SESSION_TTL_S = 3600  # how long a visitor's image is kept
-HINT = "Upload an image."
-NO_IMAGE = f"Upload an image first. Images are kept for {SESSION_TTL_S // 60} minutes."
+NO_IMAGE = f"Upload an image. It is kept for {SESSION_TTL_S // 60} minutes."
 IMAGE_HEIGHT = 360  # of each of the three image panels, in CSS pixels
 # One forward pass at a time, in order of arrival:
 SERIALIZED = {"concurrency_id": "model", "concurrency_limit": 1}
 LATEST_ONLY = {"trigger_mode": "always_last", "api_visibility": "private"}
-CSS = (Path(__file__).parent / "app.css").read_text(encoding="utf-8")
-THEME = gr.themes.Base(
-    primary_hue=gr.themes.colors.sky,
-    neutral_hue=gr.themes.colors.slate,
-    radius_size="md",
-    font=["system-ui", "sans-serif"],
-    font_mono=["ui-monospace", "monospace"],
-).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600")
-logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio's requests to its own server
-
-
-class Page(GuardedBlocks):
-    """Blocks that launch with the app's style and limits, if not overridden."""
-
-    card = ""  # text of the model card
-
-    def launch(self, **options):
-        card = Route(f"/{CARD}", lambda request: PlainTextResponse(self.card))
-        defaults = {
-            "theme": THEME,
-            "head": f"<style>{CSS}</style>",
-            "footer_links": ["api"],
-            "ssr_mode": False,
-            "max_file_size": MAX_UPLOAD_BYTES,
-            "state_session_capacity": 64,
-            "enable_monitoring": False,
-            "app_kwargs": {"middleware": [Middleware(BoundedRequests)], "routes": [card]},
-        }
-        return super().launch(**(defaults | options))
+STYLE = Path(__file__).with_name("app.css").read_text(encoding="utf-8")
+LAUNCH_OPTIONS = {
+    "theme": gr.themes.Base(
+        primary_hue=gr.themes.colors.sky,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size="md",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600"),
+    "head": f"<style>{STYLE}</style>",
+    "footer_links": ["api"],
+    "ssr_mode": False,
+    "max_file_size": MAX_UPLOAD_BYTES,
+    "state_session_capacity": 64,
+    "enable_monitoring": False,
+    "app_kwargs": {"middleware": [Middleware(BoundedRequests)]},
+}
 
 
 def build_app(
@@ -77,15 +61,21 @@ def build_app(
 ) -> gr.Blocks:
     """Build the app for a predictor, or for weights in a folder or on the Hub.
 
-    `.launch()` starts it. Programs use the endpoint /detect(image, confidence, iou_threshold).
+    `.launch()` starts it, with LAUNCH_OPTIONS if not overridden. Programs use the endpoint
+    /detect(image, confidence, iou_threshold).
     samples: a folder of example images, with their authors in LICENSES.txt.
-    links: text -> address, for example of the code. "Model" replaces the link to the model.
+    links: text -> address, for example of the model and the code.
     """
     predictor = source if isinstance(source, Predictor) else Predictor.load(source)
-    links = {"Model": model_address(source)} | (links or {})
-    delete_cache = (SESSION_TTL_S, SESSION_TTL_S)
-    with Page(title=title, analytics_enabled=False, delete_cache=delete_cache) as page:
-        gr.HTML(f"<h1>{html.escape(title)}</h1><p>{INTRODUCTION}</p>", padding=False, elem_id="top")
+    with GuardedBlocks(
+        title=title, analytics_enabled=False, delete_cache=(SESSION_TTL_S, SESSION_TTL_S)
+    ) as page:
+        gr.HTML(
+            f"<h1>{html.escape(title)}</h1><p>YOLOv3 detects the objects in an image, Grad-CAM "
+            "shows the evidence for each.</p>",
+            padding=False,
+            elem_id="top",
+        )
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
                 image = _image_column(samples)
@@ -93,10 +83,10 @@ def build_app(
                 detections, thresholds = _detections_column()
             with gr.Column(min_width=320):
                 explanation, choices = _explanation_column()
-        gr.HTML(model_facts_html(predictor, links), padding=False)
+        gr.HTML(model_facts_html(predictor, links or {}), padding=False)
         _connect(predictor, image, detections, thresholds, explanation, choices)
         gr.api(_endpoint(predictor), api_name="detect", **SERIALIZED)
-    page.card = model_card(source, predictor)
+    page.launch = partial(page.launch, **LAUNCH_OPTIONS)
     return page.queue(max_size=200, api_open=False)  # every request goes through the queue
 
 
@@ -111,8 +101,13 @@ def _image_column(samples: str | Path) -> gr.Image:
     )
     if samples:
         files = sorted(p for p in Path(samples).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        examples = [[str(path)] for path in files]
-        gr.Examples(examples, image, label="Examples", elem_id="samples", examples_per_page=24)
+        gr.Examples(
+            [[str(path)] for path in files],
+            image,
+            label="Examples",
+            elem_id="samples",
+            examples_per_page=24,
+        )
         gr.HTML(credits_html(samples), padding=False, elem_id="credits")
     return image
 
@@ -131,7 +126,7 @@ def _output_image(label: str, elem_id: str) -> gr.Image:
 def _detections_column() -> tuple[list, list]:
     """Return [image, summary, table] and [confidence, iou_threshold]."""
     image = _output_image("Detections", "detections")
-    summary = gr.HTML(HINT, padding=False, elem_id="summary")
+    summary = gr.HTML(NO_IMAGE, padding=False, elem_id="summary")
     with gr.Group():
         confidence = gr.Slider(
             0.01, 0.95, CONFIDENCE, step=0.01, label="Confidence threshold", elem_id="confidence"
@@ -159,15 +154,14 @@ def _explanation_column() -> tuple[list, list]:
     message = gr.HTML(padding=False, elem_id="message")
     with gr.Group():
         target = gr.Dropdown([ALL_DETECTIONS], value="all", label="Explain", elem_id="target")
-        layers = _dropdown(LAYERS, label="Layers", elem_id="layers")
-        method = _dropdown(METHODS, label="CAM method", elem_id="method")
+        layers = gr.Dropdown(
+            [(label, key) for key, label in LAYERS.items()], label="Layers", elem_id="layers"
+        )
+        method = gr.Dropdown(
+            [(label, key) for key, label in METHODS.items()], label="CAM method", elem_id="method"
+        )
         opacity = gr.Slider(0, 1, 0.7, step=0.05, label="Heatmap opacity", elem_id="opacity")
     return [image, message], [target, layers, method, opacity]
-
-
-def _dropdown(labels: dict[str, str], **options) -> gr.Dropdown:
-    """Return a dropdown of a dict value -> label. The first is chosen."""
-    return gr.Dropdown([(label, value) for value, label in labels.items()], **options)
 
 
 def _endpoint(predictor: Predictor) -> Callable:
@@ -184,9 +178,17 @@ def _endpoint(predictor: Predictor) -> Callable:
         if not is_file_obj(image):
             raise gr.Error(NOT_UPLOADED, print_exception=False)
         try:
-            return detect(predictor, image["path"], confidence, iou_threshold)
+            session = analyze_image(predictor, image["path"])
+            detections = session.detections(confidence, iou_threshold)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
+        width, height = session.explainer.size
+        return {
+            "width": width,
+            "height": height,
+            "seconds": round(session.seconds, 3),
+            "detections": detections_to_dicts(detections, predictor.classes),
+        }
 
     return detect_file
 
@@ -198,8 +200,8 @@ def on_threshold_change(
     if session is None:
         return gr.skip(), NO_IMAGE, gr.skip(), gr.skip()
     drawn, summary, table, targets = render_detections(session, confidence, iou_threshold)
-    is_left = selected in [value for _, value in targets]
-    return drawn, summary, table, gr.Dropdown(targets, value=selected if is_left else "all")
+    kept = selected if selected in dict(targets).values() else "all"
+    return drawn, summary, table, gr.Dropdown(targets, value=kept)
 
 
 def on_row_select(
@@ -213,33 +215,25 @@ def on_row_select(
 
 def explain(session: ImageSession | None, *settings) -> tuple:
     """Answer with heatmap and message; settings as in `render_heatmap`."""
-    if session is None:
-        return gr.skip(), NO_IMAGE
+    return (gr.skip(), NO_IMAGE) if session is None else render_heatmap(session, *settings)
+
+
+def on_upload(
+    predictor: Predictor, file: dict | None, confidence: float, iou_threshold: float
+) -> tuple:
+    """Answer with session, image, summary, table, targets, heatmap and message.
+
+    file: as the page sends it, not preprocessed, so that load_image reports unreadable files.
+    """
+    if file is None:
+        return _no_image(NO_IMAGE)
     try:
-        return render_heatmap(session, *settings)
-    except ValueError as error:  # an .onnx file doesn't have all methods
-        return None, html.escape(str(error))
-
-
-def _upload_handler(predictor: Predictor) -> Callable:
-    def on_upload(file: dict | None, confidence: float, iou_threshold: float) -> tuple:
-        """Answer with session, image, summary, table, targets, heatmap and message.
-
-        file: as the page sends it, not preprocessed, so that load_image reports unreadable files.
-        """
-        if file is None:
-            return _no_image(HINT)
-        try:
-            session = analyze_image(predictor, file["path"])
-        except ValueError as error:
-            gr.Warning(str(error))
-            message = html.escape(str(error))
-            return _no_image(f'<div class="error-message" role="alert">{message}</div>')
-        drawn, summary, table, targets = render_detections(session, confidence, iou_threshold)
-        chosen = gr.Dropdown(targets, value="all")
-        return session, drawn, summary, table, chosen, gr.skip(), gr.skip()
-
-    return on_upload
+        session = analyze_image(predictor, file["path"])
+    except ValueError as error:
+        message = html.escape(str(error))
+        return _no_image(f'<div class="error-message" role="alert">{message}</div>')
+    drawn, summary, table, targets = render_detections(session, confidence, iou_threshold)
+    return session, drawn, summary, table, gr.Dropdown(targets, value="all"), gr.skip(), gr.skip()
 
 
 def _no_image(summary: str) -> tuple:
@@ -249,32 +243,31 @@ def _no_image(summary: str) -> tuple:
 def _connect(predictor, image, detections, thresholds, explanation, choices) -> None:
     """Connect the columns' components, as their functions return them.
 
-    An upload costs one forward pass and leaves an ImageSession in `state`, from which the other
-    events are answered. A new heatmap follows each of them.
+    An upload costs one forward pass and leaves an ImageSession in `state`. From it the other events
+    are answered, and a new heatmap follows each.
     """
     state = gr.State(time_to_live=SESSION_TTL_S)
-    target = choices[0]
-    table = detections[-1]
     upload = image.change(
-        _upload_handler(predictor),
+        partial(on_upload, predictor),
         inputs=[image, *thresholds],
-        outputs=[state, *detections, target, *explanation],
+        outputs=[state, *detections, choices[0], *explanation],
         preprocess=False,
+        api_name="on_upload",
         **SERIALIZED,
         **LATEST_ONLY,
     )
     move_slider = gr.on(
         [slider.change for slider in thresholds],
         on_threshold_change,
-        inputs=[state, target, *thresholds],
-        outputs=[*detections, target],
+        inputs=[state, choices[0], *thresholds],
+        outputs=[*detections, choices[0]],
         show_progress="hidden",
         **LATEST_ONLY,
     )
-    click_row = table.select(
+    click_row = detections[-1].select(
         on_row_select,
         inputs=[state, *thresholds],
-        outputs=target,
+        outputs=choices[0],
         show_progress="hidden",
         api_visibility="private",
     )
@@ -288,8 +281,12 @@ def _connect(predictor, image, detections, thresholds, explanation, choices) -> 
 def main() -> None:
     """Serve the app on this machine."""
     parser = argparse.ArgumentParser("python -m src.serving.app", description=main.__doc__)
-    weights = "a folder of exported weights, or a Hub id (default: the shipped weights)"
-    parser.add_argument("weights", nargs="?", default=WEIGHTS, help=weights)
+    parser.add_argument(
+        "weights",
+        nargs="?",
+        default=WEIGHTS,
+        help="a folder of exported weights, or a Hub id (default: the shipped weights)",
+    )
     source = parser.parse_args().weights
     samples = Path(source) / "samples"
     build_app(source, samples if samples.is_dir() else "").launch()

@@ -1,6 +1,5 @@
 """Draw on images: boxes with labels, in one colour per class, and heatmaps."""
 
-import colorsys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -27,22 +26,13 @@ COLOURS = (
 
 
 def class_colours(count: int) -> list[tuple[int, int, int]]:
-    """Return one RGB colour (0..255) per class, the same in every figure.
-
-    A longer list starts with the shorter one. The first 20 are easy to tell apart; the hues of the
-    others differ by the golden ratio.
-    """
-    colours = [*COLOURS[:count]]
-    for i in range(count - len(COLOURS)):
-        colour = colorsys.hls_to_rgb(0.618034 * i % 1, (0.7, 0.4)[i % 2], 0.7)
-        colours.append(tuple(round(255 * channel) for channel in colour))
-    return colours
+    """Return one RGB colour (0..255) per class, the same in every figure. They repeat after 20."""
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def label_colours(labels: Sequence[int], classes: Sequence[str]) -> list[tuple[int, int, int]]:
     """Return the colour of each label."""
-    colours = class_colours(len(classes))
-    return [colours[label] for label in labels]
+    return [class_colours(len(classes))[label] for label in labels]
 
 
 def _contrast(colour: Sequence[int]) -> tuple[int, int, int]:
@@ -78,11 +68,14 @@ def draw_boxes(
         drawn = Image.fromarray(np.where(gaps[..., None], image, drawn))
         draw = ImageDraw.Draw(drawn)
     labels = np.zeros((0, 4))
-    for number, (text, colour) in enumerate(zip(texts, colours, strict=False)):
-        place = place_label(text, number, boxes, labels, drawn.size, font_size)
-        if place:
-            labels = np.vstack([labels, place[0]])
-            _draw_label(draw, *place, text, colour)
+    for number, text in enumerate(texts):
+        if place := place_label(text, number, boxes, labels, drawn.size, font_size):
+            label, font = place
+            labels = np.vstack([labels, label])
+            ink = _contrast(colours[number])
+            draw.rectangle((*label[:2], *label[2:] - 1), fill=colours[number], outline=ink)
+            centre = tuple((label[:2] + label[2:]) / 2)
+            draw.text(centre, text, fill=ink, font=font, anchor="mm")
     return np.asarray(drawn)
 
 
@@ -100,9 +93,9 @@ def draw_detections(
     """
     rows = np.arange(len(detections)) if rows is None else np.asarray(rows, dtype=int)
     colours = label_colours(detections.labels[rows], classes)
-    names = zip(detections.labels[rows], detections.scores[rows], strict=True)
-    texts = [f"{classes[label]} {100 * score:.0f}%" for label, score in names] if labels else ()
-    return draw_boxes(image, detections.boxes[rows], colours, texts, font_size=font_size)
+    texts = [f"{classes[detections.labels[n]]} {100 * detections.scores[n]:.0f}%" for n in rows]
+    boxes = detections.boxes[rows]
+    return draw_boxes(image, boxes, colours, texts if labels else (), font_size=font_size)
 
 
 @cache
@@ -119,16 +112,10 @@ def _draw_box(
 ) -> None:
     """Draw one box: a coloured line between two thin lines of the contrasting brightness."""
     edge = max(1, line // 3)
-    x1, y1 = np.floor(box[:2]).clip(0, np.array(size) - 1)
-    x2, y2 = np.ceil(box[2:]).clip(
-        (x1 + 1, y1 + 1), np.maximum(np.array(size) - 1, (x1 + 1, y1 + 1))
-    )
-    draw.rectangle(
-        (x1 - edge, y1 - edge, x2 + edge, y2 + edge),
-        outline=_contrast(colour),
-        width=2 * edge + line,
-    )
-    draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
+    corners = np.clip([np.floor(box[:2]), np.ceil(box[2:])], 0, np.array(size) - 1)
+    around = (*corners[0] - edge, *corners[1] + edge)
+    draw.rectangle(around, outline=_contrast(colour), width=2 * edge + line)
+    draw.rectangle((*corners[0], *corners[1]), outline=colour, width=line)
 
 
 def place_label(
@@ -145,53 +132,35 @@ def place_label(
     smaller text. Otherwise the place that covers the least, its own box only if there is no other.
     labels: rectangles [m, 4] that are never covered. Returns None if there is no place.
     """
-    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).clip(min=1)  # [n]
-    best = None
-    lowest_cost = np.inf
+    places = []
     for scale in LABEL_SCALES:
         font = _font(max(8.0, scale * font_size), text.isascii())
         extent = np.array([font.getlength(text) + font_size / 3, 1.1 * sum(font.getmetrics())])
         corners = _label_corners(boxes[number], *extent)
         corners = np.clip(corners, 0, np.maximum(np.array(size) - extent, 0))
-        places = np.hstack([corners, corners + extent])  # [16, 4]
-        covered = _overlaps(places, boxes) / areas  # [16, n]
-        cost = covered.sum(axis=1) + 10 * (covered[:, number] > 0)
-        cost[_overlaps(places, labels).any(axis=1)] = np.inf
-        place = cost.argmin()
-        if cost[place] == 0:
-            return places[place], font
-        if cost[place] - scale < lowest_cost:
-            best = places[place], font
-            lowest_cost = cost[place] - scale
-    return best
+        places += [(np.hstack([corner, corner + extent]), font) for corner in corners]
+    rectangles = np.array([rectangle for rectangle, _ in places])  # [3 * 16, 4]
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).clip(min=1)  # [n]
+    covered = _overlaps(rectangles, boxes) / areas  # [3 * 16, n]
+    cost = covered.sum(axis=1) + 10 * (covered[:, number] > 0)
+    cost[_overlaps(rectangles, labels).any(axis=1)] = np.inf
+    best = cost.argmin()
+    return places[best] if cost[best] < np.inf else None
 
 
 def _label_corners(box: np.ndarray, width: float, height: float) -> list[tuple[float, float]]:
     """Return places (left, top) for a label of a box: around it, a line away, and inside."""
     x1, y1, x2, y2 = box
-    left_and_right = (x1, x2 - width)
-    top_and_bottom = (y1, y2 - height)
-    rows = (y1 - height, y2, y1 - 2 * height, y2 + height)
-    corners = [(x, y) for y in rows[:2] for x in left_and_right]
-    corners += [(x, y) for x in (x2, x1 - width) for y in top_and_bottom]
-    corners += [(x, y) for y in rows[2:] for x in left_and_right]
-    return corners + [(x, y) for y in top_and_bottom for x in left_and_right]
+    around = [(x, y) for y in (y1 - height, y2) for x in (x1, x2 - width)]
+    around += [(x, y) for x in (x2, x1 - width) for y in (y1, y2 - height)]
+    rows = (y1 - 2 * height, y2 + height, y1, y2 - height)
+    return around + [(x, y) for y in rows for x in (x1, x2 - width)]
 
 
 def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the areas [n, m] that rectangles a [n, 4] share with b [m, 4], all xyxy."""
-    a = a[:, None]
-    sides = np.minimum(a[..., 2:], b[:, 2:]) - np.maximum(a[..., :2], b[:, :2])
+    sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
     return sides.clip(min=0).prod(axis=2)
-
-
-def _draw_label(
-    draw: ImageDraw.ImageDraw, rectangle: np.ndarray, font, text: str, colour: tuple
-) -> None:
-    """Draw a text on a filled rectangle."""
-    ink = _contrast(colour)
-    draw.rectangle((*rectangle[:2], *rectangle[2:] - 1), fill=colour, outline=ink)
-    draw.text(tuple(rectangle.reshape(2, 2).mean(axis=0)), text, fill=ink, font=font, anchor="mm")
 
 
 def draw_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.6) -> np.ndarray:
@@ -200,10 +169,9 @@ def draw_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.6) -
     opacity: 0..1, the weight of the heatmap where it is 1; where it is 0, a quarter of that.
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    levels = np.rint(heatmap * 255).astype(np.uint8)
-    colours = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]  # BGR -> RGB
+    colours = cv2.applyColorMap(np.rint(heatmap * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
     weight = opacity * (0.25 + 0.75 * heatmap[..., None])
-    return np.rint(grey * (1 - weight) + colours * weight).astype(np.uint8)
+    return np.rint(grey * (1 - weight) + colours[..., ::-1] * weight).astype(np.uint8)  # BGR -> RGB
 
 
 def draw_explanation(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 PAD = 114  # grey value of the letterbox's bars
+LICENSES = "LICENSES.txt"  # in a folder of images: author, licence and source of each
 
 Image.init()
 # Without EPS, which runs a program:
@@ -20,16 +21,14 @@ IMAGE_SUFFIXES = tuple(
     suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS
 )
 # What PIL raises for files and objects that are not images:
-UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError)
-UNREADABLE += (AttributeError,)
+UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, TypeError, AttributeError)
 
 
 def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
     """Load an image as uint8 [H, W, 3] RGB: upright (EXIF), first frame, transparency on white.
 
-    source: a path (FORMATS), a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Grey
-        values of more than 8 bits are scaled to 0..255 from 0..1, 255, 4095 or 65535, the smallest
-        of these ranges that they fit in.
+    source: a path (FORMATS), a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Of 16
+        bits per pixel the upper 8 are used.
     min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 scale, to a long side of at least
         min_size pixels.
     max_pixels: larger images are refused before they are decoded. Default: PIL's own limit.
@@ -37,45 +36,41 @@ def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
     truncated or too large, or if an array has another type or shape.
     """
     if isinstance(source, np.ndarray | Tensor):
-        source = Image.fromarray(_check_array(source))
+        source = _from_array(source)
     name = source if isinstance(source, str | os.PathLike) else "The image"
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         width, height = image.size
         if max_pixels and width * height > max_pixels:
-            limit = f"{max_pixels / 1e6:.0f} million"
-            raise ValueError(f"{width:,} x {height:,} pixels, more than {limit}")
+            raise ValueError(
+                f"{width:,} x {height:,} pixels, more than {max_pixels / 1e6:.0f} million"
+            )
         if min_size:
             image.draft("RGB", _scaled_size(width, height, min_size))
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)  # a copy
-        return np.asarray(_convert_to_rgb(image))
+        return np.asarray(_convert_to_rgb(ImageOps.exif_transpose(image)))
     except FileNotFoundError:
         raise
-    except UNREADABLE as error:
+    except (*UNREADABLE, ValueError) as error:
         message = f"{name} can't be read as an image ({error}). Use a JPEG or PNG file."
         raise ValueError(message) from None
 
 
-def _check_array(array: np.ndarray | Tensor) -> np.ndarray:
-    """Return an array that PIL takes. Raises ValueError for other types and shapes."""
-    shape = list(array.shape)
-    fits = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
-    if fits and isinstance(array, np.ndarray) and array.dtype == np.uint8:
-        return array
+def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+    """Convert an array to a PIL image. Raises ValueError for other types and shapes."""
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if fits and array.dtype == np.uint8:
+        return Image.fromarray(array)
     raise ValueError(
-        f"The image is {type(array).__name__} {array.dtype} {shape}, not a uint8 numpy array "
-        "[H, W], [H, W, 3] or [H, W, 4]. Channels come last: tensor.permute(1, 2, 0).numpy() or "
-        'array.transpose(1, 2, 0). Values 0..1 become uint8 by (255 * array).astype("uint8").'
+        f"The image is {type(array).__name__} {array.dtype} {list(array.shape)}, not a uint8 numpy "
+        "array [H, W], [H, W, 3] or [H, W, 4]. Channels come last: tensor.permute(1, 2, 0).numpy() "
+        'or array.transpose(1, 2, 0). Values 0..1 become uint8 by (255 * array).astype("uint8").'
     )
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to 8-bit RGB, transparency to white."""
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel
-        values = np.asarray(image, dtype=np.float32)
-        top = next((top for top in (1.0, 255.0, 4095.0) if values.max() <= top), 65535.0)
-        image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")
@@ -105,8 +100,6 @@ def resize_long_side(image: np.ndarray, long_side: int) -> np.ndarray:
     Bilinear with antialiasing: downscaling takes torch a third of the time of OpenCV's INTER_AREA.
     """
     width, height = _scaled_size(image.shape[1], image.shape[0], long_side)
-    if (height, width) == image.shape[:2]:
-        return image
     channels = torch.tensor(np.ascontiguousarray(np.atleast_3d(image))).permute(2, 0, 1)[None]
     resized = interpolate(channels, (height, width), mode="bilinear", antialias=True)[0].numpy()
     return cv2.merge([*resized])  # [H, W, 3], or [H, W] of one channel

@@ -1,27 +1,41 @@
-"""A visitor's image: one forward pass, then any number of detections and heatmaps from it."""
+"""What the page shows: detections and heatmaps of a visitor's image, facts about the model."""
 
 import html
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
+from src.model.pretrained import format_metadata
 from src.serving.drawing import class_colours, draw_detections, draw_explanation
 from src.serving.gradcam import Explainer, Explanation
-from src.serving.images import load_image, resize_long_side
-from src.serving.predict import detections_to_dicts
+from src.serving.images import LICENSES, load_image, resize_long_side
 from src.serving.predictor import Detections, Predictor
 
 MAX_PIXELS = 50_000_000
-VIEW_SIZE = 480, 1024  # smallest and largest long side of a displayed image, in pixels
 ALL_DETECTIONS = ("All detections", "all")
 BRIGHT_AREAS = (
     "Bright areas are the pixels that are enough for the score: with only these, and the rest of "
     "the image blurred, the detection would remain. They show what the network looks at, not "
     "whether it is right."
 )
+LICENSE_TEXTS = {
+    "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
+    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+}
+FACTS = {  # metadata of the weights -> what a visitor reads
+    "data": "Training data",
+    "epochs": "Training epochs",
+    "mAP50": "Mean average precision (mAP)",
+    "class accuracy": "Objects with the right class",
+    "object accuracy": "Objects recognized as objects",
+    "no-object accuracy": "Background recognized as background",
+    "objectness threshold": "Threshold of these accuracies",
+}
 
 
 @dataclass
@@ -33,32 +47,21 @@ class ImageSession:
     seconds: float  # for reading the file and the forward pass
     last: dict[tuple, Explanation] = field(default_factory=dict)  # settings -> the last heatmap
 
-    @property
-    def classes(self) -> list[str]:
-        """The class names of the model."""
-        return self.explainer.predictor.classes
-
     def detections(self, confidence: float, iou_threshold: float) -> Detections:
         """Return the detections, boxes in pixels of the original image."""
         return self.explainer.candidates.detections(confidence, iou_threshold)
 
-    def row(self, prediction: int, confidence: float, iou_threshold: float) -> int | str:
-        """Return the row of the detection that is this prediction of the network.
-
-        Returns "all" if it is not detected at these thresholds.
-        """
-        rows = np.flatnonzero(self.detections(confidence, iou_threshold).index == prediction)
-        return int(rows[0]) if len(rows) else "all"
-
     def explain(self, target: str | int, layers: str, method: str, *thresholds) -> Explanation:
         """Compute a heatmap [h, w] on the view. The last one is kept, for other opacities.
 
-        target: "all", a class name, or the index of one of the network's predictions.
+        target: "all", a class name, or the index of one of the network's predictions, which is
+            replaced by "all" if it is not detected at these thresholds.
         """
         settings = (target, layers, method, *thresholds)
         if settings not in self.last:
             if isinstance(target, int):
-                target = self.row(target, *thresholds)
+                rows = self.detections(*thresholds).index.tolist()
+                target = rows.index(target) if target in rows else "all"
             result = self.explainer.explain(target, layers, method, *thresholds)
             heatmap = resize_long_side(result.heatmap, max(self.view.shape))
             self.last = {settings: replace(result, heatmap=heatmap)}
@@ -82,23 +85,8 @@ def analyze_image(predictor: Predictor, path: str | os.PathLike) -> ImageSession
         raise ValueError(str(error).replace(str(path), "This file")) from None
     explainer = Explainer(predictor, image)
     seconds = time.perf_counter() - start
-    view = resize_long_side(image, int(np.clip(max(image.shape), *VIEW_SIZE)))
+    view = resize_long_side(image, int(np.clip(max(image.shape), 480, 1024)))
     return ImageSession(explainer, view, seconds)
-
-
-def detect(
-    predictor: Predictor, path: str | os.PathLike, confidence: float, iou_threshold: float
-) -> dict:
-    """Return the answer of the endpoint /detect: the image's size, and its detections."""
-    session = analyze_image(predictor, path)
-    detections = session.detections(confidence, iou_threshold)
-    width, height = session.explainer.size
-    return {
-        "width": width,
-        "height": height,
-        "seconds": round(session.seconds, 3),
-        "detections": detections_to_dicts(detections, predictor.classes),
-    }
 
 
 def render_detections(
@@ -106,28 +94,23 @@ def render_detections(
 ) -> tuple[np.ndarray, str, list[list], list[tuple]]:
     """Return the view with boxes, the summary, the table's rows and the targets to explain."""
     detections = session.detections(confidence, iou_threshold)
-    drawn = draw_detections(session.view, session.scale_to_view(detections), session.classes)
-    return drawn, _summary(session, len(detections)), *_table_and_targets(session, detections)
-
-
-def _summary(session: ImageSession, count: int) -> str:
-    title = f"{count} detection{'s' * (count != 1)}"
-    if not count:
-        title = "No detections. Lower the confidence threshold."
-    width, height = session.explainer.size
-    size = f"{width} &times; {height} pixels"
-    return f"<b>{title}</b> &middot; {session.seconds:.2f} s &middot; {size}"
+    classes = session.explainer.predictor.classes
+    drawn = draw_detections(session.view, session.scale_to_view(detections), classes)
+    count = f"{len(detections)} detection{'s' * (len(detections) != 1)}"
+    title = count if len(detections) else "No detections. Lower the confidence threshold."
+    size = " &times; ".join(map(str, session.explainer.size))
+    summary = f"<b>{title}</b> &middot; {session.seconds:.2f} s &middot; {size} pixels"
+    return drawn, summary, *_table_and_targets(detections, classes)
 
 
 def _table_and_targets(
-    session: ImageSession, detections: Detections
+    detections: Detections, classes: list[str]
 ) -> tuple[list[list], list[tuple]]:
     """Return the table's rows, and the choices (text, value) of what to explain."""
-    classes = session.classes
     colours = class_colours(len(classes))
     counts = Counter(classes[label] for label in detections.labels)
-    targets = [ALL_DETECTIONS]
-    targets += [(f"Class {name} ({count})", name) for name, count in counts.items()]
+    by_class = [(f"Class {name} ({count})", name) for name, count in counts.items()]
+    targets = [ALL_DETECTIONS, *by_class]
     table = []
     for row, label in enumerate(detections.labels):
         name, score = classes[label], detections.scores[row]
@@ -153,5 +136,62 @@ def render_heatmap(
     """
     result = session.explain(target, layers, method, confidence, iou_threshold)
     on_view = replace(result, detections=session.scale_to_view(result.detections))
-    drawn = draw_explanation(session.view, on_view, session.classes, opacity)
+    classes = session.explainer.predictor.classes
+    drawn = draw_explanation(session.view, on_view, classes, opacity)
     return drawn, html.escape(result.message) or BRIGHT_AREAS
+
+
+def model_facts_html(predictor: Predictor, links: dict[str, str]) -> str:
+    """List the model's classes, metadata, metrics and links (text -> address)."""
+    classes = predictor.classes
+    metadata = format_metadata(predictor.model.metadata)
+    facts = {FACTS.get(name, name.capitalize()): value for name, value in metadata.items()}
+    facts["Parameters"] = f"{predictor.model.num_parameters / 1e6:.1f} million"
+    facts["Image size"] = f"{predictor.image_size} x {predictor.image_size} pixels"
+    chips = "".join(
+        f'<span class="chip"><i style="background:rgb{colour}"></i>{html.escape(name)}</span>'
+        for name, colour in zip(classes, class_colours(len(classes)), strict=True)
+    )
+    rows = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>"
+        for name, value in facts.items()
+    )
+    anchors = " &middot; ".join(_link(text, address) for text, address in links.items())
+    return (
+        f'<section id="model"><h2>Classes</h2><p>{chips}</p><h2>Model</h2><dl>{rows}</dl>'
+        f'<p class="links">{anchors}</p></section>'
+    )
+
+
+def read_licenses(folder: str | Path) -> dict[str, dict[str, str]]:
+    """Read LICENSES.txt: file name -> "author", "licence", "source" of each image in the folder.
+
+    An entry starts with the file's name; lines such as "  author: NASA" follow. Returns {} if the
+    folder has no such file.
+    """
+    path = Path(folder) / LICENSES
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    entries = re.findall(r"^(\S+).*\n((?:  .*\n?)+)", text, re.M)
+    licenses = {name: dict(re.findall(r"^  (\w+): (.+)", lines, re.M)) for name, lines in entries}
+    return {name: facts for name, facts in licenses.items() if (path.parent / name).is_file()}
+
+
+def credits_html(samples: str | Path) -> str:
+    """Name the authors of the example images, by licence, with links to sources and licences."""
+    credits = {}
+    for name, facts in sorted(read_licenses(samples).items()):
+        author = f"{Path(name).stem} by {facts.get('author', 'unknown')}"
+        link = _link(author, facts.get("source", ""))
+        credits.setdefault(facts.get("licence", "unknown licence"), []).append(link)
+    return "".join(
+        f"<p>{_link(licence, LICENSE_TEXTS.get(licence, ''))}: {', '.join(links)}</p>"
+        for licence, links in sorted(credits.items())
+    )
+
+
+def _link(text: str, address: str) -> str:
+    """Return an HTML link, or only the text if the address is none, such as "(none named)"."""
+    if not address.startswith(("https://", "http://")):
+        return html.escape(text)
+    href = html.escape(address, quote=True)
+    return f'<a href="{href}" target="_blank" rel="noopener">{html.escape(text)}</a>'

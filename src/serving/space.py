@@ -9,13 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import HfApi, SpaceHardware, get_token, metadata_load
+from huggingface_hub import HfApi, SpaceHardware, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from src.model.network import YOLOv3
-from src.serving.facts import LICENSES
-from src.serving.images import load_image
+from src.serving.images import LICENSES, load_image
 
 PINNED = (
     "numpy",
@@ -30,15 +29,13 @@ REQUIREMENTS = """\
 torch
 torchvision
 """
-PYTHON = "3.12"  # ZeroGPU has 3.10 and 3.12
-NEEDS_TOKEN = """\
-No Hugging Face token. Create one with write access at https://huggingface.co/settings/tokens. Then
-run `hf auth login`, set HF_TOKEN, or use push_space(..., token=...)."""
 REFUSED = """\
 Hugging Face doesn't create the Space {repo_id}: {error}
-The token needs write access. A Gradio Space needs PRO (organizations: Team), or an account that is
-older than 30 days, has a verified e-mail address and fewer than two Spaces. A static Space from
-src.serving.static_space.export_static_space works with any account."""
+A token with write access is needed, from https://huggingface.co/settings/tokens. Give it to
+`hf auth login`, in HF_TOKEN, or as push_space(..., token=...). A Gradio Space needs PRO
+(organizations: Team), or an account that is older than 30 days, has a verified e-mail address and
+fewer than two Spaces. A static Space from src.serving.static_space.export_static_space works with
+any account."""
 MARKER = ".exported-space"  # a file in every export; a folder without it is never replaced
 APP = '''"""Start the app."""
 
@@ -61,10 +58,14 @@ if ZERO_GPU:
 from src.serving.app import build_app
 from src.serving.predictor import Predictor
 
+links = {links!r}
+if "SPACE_ID" in os.environ:
+    space = f"https://huggingface.co/spaces/{{os.environ['SPACE_ID']}}"
+    links = {{"Model": f"{{space}}/tree/main/weights"}} | links
 demo = build_app(
     Predictor.load(HERE / "weights", device="cpu" if ZERO_GPU else ""),
     samples=HERE / "samples",
-    links={links!r},
+    links=links,
     title={title!r},
 )
 
@@ -78,7 +79,7 @@ colorFrom: blue
 colorTo: yellow
 sdk: gradio
 sdk_version: {gradio}
-python_version: "{python}"
+python_version: "3.12"
 app_file: app.py
 license: mit
 {models}short_description: Object detection with Grad-CAM explanations
@@ -107,19 +108,19 @@ def export_space(
     hub_model: the model's id on the Hub ("name/model"), if it was uploaded; the app links to it.
     Raises FileExistsError and ValueError, see `replace_export` and `write_samples`.
     """
-    model_link = {"Model": f"https://huggingface.co/{hub_model}"} if hub_model else {}
-    links = model_link | dict(links or {})
+    links = ({"Model": f"https://huggingface.co/{hub_model}"} if hub_model else {}) | (links or {})
     source = Path(__file__).parents[1]
     with replace_export(folder) as new:
         for part in ("model", "serving"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source / part, new / "src" / part, ignore=ignored)
+            shutil.copytree(
+                source / part, new / "src" / part, ignore=shutil.ignore_patterns("__pycache__")
+            )
         shutil.copyfile(source / "__init__.py", new / "src" / "__init__.py")
         model.save_pretrained(new / "weights")
         write_samples(samples, new / "samples")
         for name, text in {
             "app.py": APP.format(title=title, links=links),
-            "requirements.txt": requirements(),
+            "requirements.txt": REQUIREMENTS + "".join(f"{p}=={version(p)}\n" for p in PINNED),
             "README.md": _readme(model, links, title, hub_model),
             ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
         }.items():
@@ -134,8 +135,7 @@ def replace_export(folder: str | Path) -> Iterator[Path]:
     Raises FileExistsError if `folder` is a file, or has files but is not an export.
     """
     folder = Path(folder)
-    has_files = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if has_files and not (folder / MARKER).is_file():
+    if (folder.is_file() or any(folder.glob("*"))) and not (folder / MARKER).is_file():
         raise FileExistsError(
             f"{folder} is not an exported Space and is not replaced. Choose another folder."
         )
@@ -154,7 +154,7 @@ def write_samples(samples: Sequence[str | Path | np.ndarray], folder: Path) -> N
     """Write example images into a new folder.
 
     Files are copied unchanged, with the LICENSES.txt beside them; uint8 [H, W, 3] become PNG.
-    Raises ValueError if one is not an image, or if two files have the same name.
+    Raises ValueError if one is not an image.
     """
     folder.mkdir()
     licenses = {}
@@ -163,20 +163,11 @@ def write_samples(samples: Sequence[str | Path | np.ndarray], folder: Path) -> N
         if isinstance(sample, np.ndarray):
             Image.fromarray(image).save(folder / f"{number:02d}.png")
             continue
-        target = folder / Path(sample).name
-        if target.exists():
-            raise ValueError(f"Two samples are named {target.name}. Rename one of them.")
-        shutil.copyfile(sample, target)
+        shutil.copyfile(sample, folder / Path(sample).name)
         stated = Path(sample).with_name(LICENSES)
         if stated.is_file():
             licenses[stated] = stated.read_text(encoding="utf-8")
-    if licenses:
-        (folder / LICENSES).write_text("\n".join(licenses.values()), encoding="utf-8")
-
-
-def requirements() -> str:
-    """Pin the packages of a Space to the installed versions, except torch and torchvision."""
-    return REQUIREMENTS + "".join(f"{name}=={version(name)}\n" for name in PINNED)
+    (folder / LICENSES).write_text("\n".join(licenses.values()), encoding="utf-8")
 
 
 def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
@@ -188,7 +179,6 @@ def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
         title=title,
         quoted=json.dumps(title, ensure_ascii=False),
         gradio=version("gradio"),
-        python=PYTHON,
         models=f"models:\n- {hub_model}\n" if hub_model else "",
         parameters=model.num_parameters / 1e6,
         classes=len(model.classes),
@@ -211,8 +201,6 @@ def push_space(folder: str | Path, repo_id: str, token: str | None = None) -> st
             f"{folder} is not an exported Space. "
             f"Make one with export_space(model, {str(folder)!r})."
         )
-    if not (token or get_token()):
-        raise PermissionError(NEEDS_TOKEN)
     sdk = metadata_load(Path(folder) / "README.md")["sdk"]
     api = HfApi(token=token)
     try:
@@ -224,7 +212,7 @@ def push_space(folder: str | Path, repo_id: str, token: str | None = None) -> st
             exist_ok=True,
         )
     except HfHubHTTPError as error:
-        if error.response.status_code not in (402, 403):
+        if error.response.status_code not in (401, 402, 403):
             raise
         raise PermissionError(REFUSED.format(repo_id=repo_id, error=error)) from error
     api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=folder, delete_patterns="*")

@@ -12,12 +12,11 @@ import numpy as np
 
 from src.model.network import YOLOv3
 from src.serving.drawing import class_colours
-from src.serving.facts import credits_html, model_facts_html
 from src.serving.gradcam import LAYERS
 from src.serving.images import IMAGE_SUFFIXES
 from src.serving.onnx_model import export_onnx, model_facts
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, MIN_SCORE, Predictor
-from src.serving.session import BRIGHT_AREAS
+from src.serving.session import BRIGHT_AREAS, credits_html, model_facts_html
 from src.serving.space import replace_export, write_samples
 
 PACKAGE = "onnxruntime-web@1.30.0"  # npm's name
