@@ -1,8 +1,8 @@
 """The exported Space: complete, ready for free accounts, independent, never over other files."""
 
-import ast
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -54,60 +54,35 @@ def files(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folder_contains_what_a_space_needs(exported_space, sample_files):
-    folder = exported_space
-    names = files(folder)
-    assert {
-        "app.py",
-        "README.md",
-        "requirements.txt",
-        "weights/config.json",
-        "weights/model.safetensors",
-    } <= names
-    assert {name for name in names if name.startswith("src/")} == {
-        str(path.relative_to(ROOT))
-        for path in [
-            ROOT / "src/__init__.py",
-            *ROOT.glob("src/model/*.*"),
-            *ROOT.glob("src/serving/*.*"),
-            *ROOT.glob("src/serving/static/*.*"),
-        ]
+def test_the_folder_contains_what_a_space_needs(exported_space):
+    code = [ROOT / "src/__init__.py", *ROOT.glob("src/model/*.*"), *ROOT.glob("src/serving/*.*")]
+    code += ROOT.glob("src/serving/static/*.*")
+    others = """
+        app.py README.md requirements.txt .gitattributes weights/config.json weights/README.md
+        weights/model.safetensors samples/first.jpg samples/second.jpg samples/LICENSES.txt
+        samples/03.png"""
+    assert files(exported_space) == {str(path.relative_to(ROOT)) for path in code} | {
+        *others.split(),
+        MARKER,
     }
-    samples = {"first.jpg", "second.jpg", "LICENSES.txt", "03.png"}
-    assert {path.name for path in (folder / "samples").iterdir()} == samples
-    assert not any(
-        name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pyc")) for name in names
-    )
-    stored = load_file(folder / "weights" / "model.safetensors")
-    assert stored.keys() == planted_model().state_dict().keys()
+    stored = load_file(exported_space / "weights" / "model.safetensors")
+    assert stored.keys() == planted_model().state_dict().keys()  # not fused
 
 
-def test_samples_are_copied_byte_for_byte_with_their_licences(
-    exported_space, sample_files, tmp_path
-):
+def test_samples_are_copied_byte_for_byte_with_their_licences(exported_space, sample_files):
     """The same detections in the Space as in a notebook, and authors named."""
-    for file in (*sample_files, sample_files[0].with_name("LICENSES.txt")):
+    for file in sample_files[0].parent.iterdir():
         assert (exported_space / "samples" / file.name).read_bytes() == file.read_bytes()
     array = load_image(exported_space / "samples" / "03.png")
     assert np.array_equal(array, blurred_noise(150, 90))
-    with pytest.raises(ValueError, match=r"Two samples are named first.jpg"):
-        export_space(planted_model(), tmp_path / "twice", sample_files[:1] * 2)
 
 
 def test_the_readme_header_is_valid(exported_space):
     _, header, text = (exported_space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     header = yaml.safe_load(header)
-    assert (
-        header["sdk"] == "gradio"
-        and header["sdk_version"] == version("gradio")
-        and header["license"] == "mit"
-    )
-    assert (
-        header["app_file"] == "app.py"
-        and header["models"] == ["a/b"]
-        and len(header["short_description"]) <= 60
-    )
-    assert header["python_version"] == "3.12"
+    assert (header["sdk"], header["sdk_version"]) == ("gradio", version("gradio"))
+    assert (header["app_file"], header["models"]) == ("app.py", ["a/b"])
+    assert header["python_version"] == "3.12" and len(header["short_description"]) <= 60
     assert {header["colorFrom"], header["colorTo"]} <= {
         *["red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"]
     }
@@ -117,87 +92,55 @@ def test_the_readme_header_is_valid(exported_space):
 
 
 def test_the_weights_have_a_card(exported_space):
-    _, header, text = (
-        (exported_space / "weights" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    )
-    header = yaml.safe_load(header)
-    assert header["license"] == "mit" and header["pipeline_tag"] == "object-detection"
-    assert (
-        "| data | nothing yet |\n| mAP50 | 0.123 |\n" in text
-        and ", ".join(CLASSES) in text
-        and "width 0.05" in text
-    )
+    text = (exported_space / "weights" / "README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert (header["license"], header["pipeline_tag"]) == ("mit", "object-detection")
+    for part in ("| data | nothing yet |\n| mAP50 | 0.123 |\n", ", ".join(CLASSES), "width 0.05"):
+        assert part in text
 
 
-def test_titles_may_contain_any_character(tmp_path):
+def test_the_app_has_any_title_and_a_link_to_the_model(tmp_path, monkeypatch):
     title = 'It\'s "YOLO": {x} \\ é'
     folder = export_space(planted_model(), tmp_path / "space", title=title)
-    assert (
-        yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])[
-            "title"
-        ]
-        == title
-    )
-    script = ast.parse((folder / "app.py").read_text(encoding="utf-8"))
-    assert title in [node.value for node in ast.walk(script) if isinstance(node, ast.Constant)]
-
-
-def test_a_predictors_model_is_exported_unfused(tmp_path):
-    predictor = Predictor(planted_model(), device="cpu")
-    predictor(blurred_noise(96, 96))
-    folder = export_space(predictor.model, tmp_path / "space")
-    assert (
-        load_file(folder / "weights" / "model.safetensors").keys()
-        == planted_model().state_dict().keys()
-    )
+    header = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+    assert yaml.safe_load(header)["title"] == title
+    monkeypatch.setenv("SPACE_ID", "someone/space")
+    with mock.patch("src.serving.app.build_app") as build:
+        runpy.run_path(str(folder / "app.py"))
+    address = "https://huggingface.co/spaces/someone/space/tree/main/weights"
+    options = build.call_args.kwargs
+    assert (options["title"], options["links"]) == (title, {"Model": address})
 
 
 def test_requirements_are_pinned_to_the_installed_versions_except_torch(exported_space):
     """ZeroGPU stops the build if torch is pinned to a version that it doesn't have."""
-    lines = [
-        line
-        for line in (exported_space / "requirements.txt").read_text().splitlines()
-        if not line.startswith("#")
-    ]
+    text = (exported_space / "requirements.txt").read_text()
+    lines = {line for line in text.splitlines() if not line.startswith("#")}
     pins = dict(line.split("==") for line in lines if "==" in line)
-    assert {*lines} - {f"{name}=={pin}" for name, pin in pins.items()} == {"torch", "torchvision"}
+    assert lines - {f"{name}=={version(name)}" for name in pins} == {"torch", "torchvision"}
     assert {"gradio", "grad-cam", "opencv-python-headless", "safetensors"} <= pins.keys()
-    assert all(version(name) == pin for name, pin in pins.items())
     assert not {"pytorch-lightning", "albumentations"} & pins.keys()
 
 
-def test_an_older_export_is_replaced_as_a_whole(folder):
+def test_an_older_export_is_replaced_as_a_whole(folder, tmp_path):
     (folder / "weights" / "stale.bin").write_text("old")
-    (folder / "left.txt").write_text("old")
+    (tmp_path / "bad.jpg").write_text("not an image")
+    before = files(folder)
+    with pytest.raises(ValueError, match="bad.jpg"):
+        export_space(planted_model(), folder, [tmp_path / "bad.jpg"])
+    assert files(folder) == before
     export_space(planted_model(), folder, [blurred_noise()])
-    assert not {"left.txt", "weights/stale.bin", "samples/first.jpg"} & files(folder)
+    assert not {"weights/stale.bin", "samples/first.jpg"} & files(folder)
     assert "samples/01.png" in files(folder)
-    assert [path.name for path in folder.parent.iterdir()] == ["space"]
+    assert {path.name for path in tmp_path.iterdir()} == {"space", "bad.jpg"}
 
 
 def test_other_folders_are_never_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("five years of work")
-    with pytest.raises(FileExistsError, match="is not an exported Space"):
-        export_space(planted_model(), tmp_path)
-    with pytest.raises(FileExistsError, match="is not an exported Space"):
-        export_space(planted_model(), tmp_path / "thesis.txt")
+    for folder in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(FileExistsError, match="is not an exported Space"):
+            export_space(planted_model(), folder)
     assert files(tmp_path) == {"thesis.txt"}
-
-
-def test_a_failed_export_keeps_the_older_one(folder, tmp_path):
-    before = files(folder)
-    (tmp_path / "bad.jpg").write_text("not an image")
-    with pytest.raises(ValueError, match="bad.jpg"):
-        export_space(planted_model(), folder, [tmp_path / "bad.jpg"])
-    assert files(folder) == before and {path.name for path in tmp_path.iterdir()} == {
-        "space",
-        "bad.jpg",
-    }
-
-
-def test_an_empty_folder_is_used(tmp_path):
-    (tmp_path / "space").mkdir()
-    assert (export_space(planted_model(), tmp_path / "space") / MARKER).is_file()
 
 
 def test_it_starts_from_its_own_files_only(folder):
@@ -205,20 +148,14 @@ def test_it_starts_from_its_own_files_only(folder):
     environment.pop("PYTHONPATH", None)
     subprocess.run([sys.executable, "-c", START], cwd=folder, env=environment, check=True)
     opened, modules, index = json.loads((folder / "report.json").read_text())
-    project = str(export_space.__code__.co_filename).removesuffix("src/serving/space.py")
     interpreter = (os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
     assert not [
-        path for path in opened if path.startswith(project) and not path.startswith(interpreter)
+        path for path in opened if path.startswith(f"{ROOT}/") and not path.startswith(interpreter)
     ]
-    assert not {"pytorch_lightning", "lightning", "albumentations"} & {
-        name.partition(".")[0] for name in modules
-    }
-    assert (
-        index
-        == Predictor(planted_model(), device="cpu")(
-            folder / "samples" / "first.jpg", 0.2
-        ).index.tolist()
-    )
+    packages = {name.partition(".")[0] for name in modules}
+    assert not {"pytorch_lightning", "lightning", "albumentations"} & packages
+    expected = Predictor(planted_model(), device="cpu")(folder / "samples" / "first.jpg", 0.2)
+    assert index == expected.index.tolist()
 
 
 def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(exported_space):
@@ -237,29 +174,15 @@ def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(exported_space):
     server = ThreadingHTTPServer(("127.0.0.1", 0), DeviceServer)
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    with (
-        server,
-        serving(exported_space, SPACES_ZERO_GPU="true", SPACES_ZERO_DEVICE_API_URL=address) as (
-            space,
-            _,
-        ),
-    ):
-        answer = Client(space, verbose=False).predict(
-            handle_file(exported_space / "samples" / "first.jpg"), 0.3, 0.6, api_name="/detect"
-        )
+    variables = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": address}
+    image = exported_space / "samples" / "first.jpg"
+    with server, serving(exported_space, **variables) as (space, _):
+        client = Client(space, verbose=False)
+        answer = client.predict(handle_file(image), 0.3, 0.6, api_name="/detect")
         server.shutdown()
     assert reports == ["/startup-report"]
-    predictor = Predictor(planted_model(), device="cpu")
-    expected = predictor(exported_space / "samples" / "first.jpg", 0.3, 0.6)
+    expected = Predictor(planted_model(), device="cpu")(image, 0.3, 0.6)
     assert answer["detections"] == detections_to_dicts(expected, CLASSES)
-
-
-def test_pushing_without_a_token_explains_what_to_do(exported_space, monkeypatch, tmp_path):
-    monkeypatch.setattr("src.serving.space.get_token", lambda: None)
-    with pytest.raises(PermissionError, match="huggingface.co/settings/tokens"):
-        push_space(exported_space, "someone/space")
-    with pytest.raises(FileNotFoundError, match="export_space"):
-        push_space(tmp_path, "someone/space", token="x")
 
 
 @pytest.mark.parametrize(("sdk", "hardware"), [("gradio", "zero-a10g"), ("static", None)])
@@ -280,13 +203,18 @@ def test_pushing_uploads_the_folder(folder, monkeypatch, sdk, hardware):
 
 
 @pytest.mark.parametrize(
-    ("status", "error"), [(402, PermissionError), (403, PermissionError), (500, HfHubHTTPError)]
+    ("status", "error"), [(401, PermissionError), (402, PermissionError), (500, HfHubHTTPError)]
 )
 def test_a_refused_space_explains_what_to_do(exported_space, monkeypatch, status, error):
     request = httpx.Request("POST", "https://huggingface.co/api/repos/create")
     refusal = HfHubHTTPError("needs PRO", response=httpx.Response(status, request=request))
     create_repo = mock.Mock(side_effect=refusal)
     monkeypatch.setattr("src.serving.space.HfApi.create_repo", create_repo)
-    message = "(?s)needs PRO" + ".*export_static_space works with any account" * (status < 500)
-    with pytest.raises(error, match=message):
+    help = ".*huggingface.co/settings/tokens.*export_static_space works\\s*with\\s*any account"
+    with pytest.raises(error, match="(?s)needs PRO" + help * (status < 500)):
         push_space(exported_space, "someone/space", token="secret")
+
+
+def test_other_folders_are_never_pushed(tmp_path):
+    with pytest.raises(FileNotFoundError, match="export_space"):
+        push_space(tmp_path, "someone/space", token="secret")

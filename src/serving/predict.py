@@ -70,7 +70,7 @@ def source_files(source: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{source} does not exist or has no images. {supported}")
     if len(files) < len(found):
-        print(f"{source}: {len(found) - len(files)} other files are left out. {supported}")
+        print(f"{source}: other files are left out ({len(found) - len(files)}). {supported}")
     return files
 
 
