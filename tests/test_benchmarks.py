@@ -22,8 +22,9 @@ from src.model.network import ANCHORS
 from src.training import module
 from src.training.loss import YOLOLoss, assign_targets
 from src.training.metrics import Evaluation, average_precision
+from tests.test_boxes import iou
 from tests.test_loss import count_objects, random_targets
-from tests.test_metrics import iou, random_results
+from tests.test_metrics import random_results
 
 ANCHOR, GRIDS = torch.tensor(ANCHORS), [3, 6, 12]
 

@@ -1,6 +1,7 @@
 """Accuracies and average precision, compared with plain loops and pycocotools."""
 
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import torch
 from src.model.boxes import decode
 from src.model.network import ANCHORS
 from src.training.metrics import (
-    AP_METHODS,
     THRESHOLDS,
     CellAccuracy,
     DetectionAccumulator,
@@ -20,47 +20,33 @@ from src.training.metrics import (
     mean_average_precision,
     per_class_table,
 )
-from tests.test_boxes import slow_nms
-from tests.test_loss import GRIDS, loop_assign, random_targets
+from tests.test_boxes import iou, slow_nms
+from tests.test_loss import GRIDS, loop_assign, random_logits, random_targets
 
 ANCHOR = torch.tensor(ANCHORS)
 NAMES = ("a", "b", "c")
+METHODS = {"ap": "area", "ap_11pt": "11pt", "ap_course": "course"}  # of each column
 
 
 def test_cell_accuracies_equal_the_loop():
-    metric, counts = (
-        CellAccuracy(),
-        dict.fromkeys(("positive", "background", "class", *THRESHOLDS, "no0", "no1"), 0),
-    )
+    metric, outcomes = CellAccuracy(), defaultdict(list)
     for seed in range(3):
         targets = random_targets(12, images=2, seed=seed)
-        logits = [
-            torch.randn(2, 3, g, g, 9, generator=torch.Generator().manual_seed(seed)) * 2
-            for g in GRIDS
-        ]
+        logits = [3 * level.detach() for level in random_logits(2, seed)]
         metric.update(logits, targets, ANCHOR)
-        for scale, level in enumerate(logits):
-            positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale])
+        for level, grid, anchors in zip(logits, GRIDS, ANCHOR, strict=True):
+            positives, ignored = loop_assign(targets, grid, anchors)
             for place in map(tuple, torch.ones(level.shape[:4]).nonzero().tolist()):
-                cell = level[place].tolist()
-                probability = 1 / (1 + math.exp(-cell[0]))
+                logit, _, _, _, _, *classes = level[place].tolist()
                 if place in positives:
-                    counts["positive"] += 1
-                    counts["class"] += max(range(4), key=lambda c: cell[5 + c]) == int(
-                        targets[positives[place], 1]
-                    )
-                    for threshold in THRESHOLDS:
-                        counts[threshold] += probability > threshold
-                elif place not in ignored:
-                    counts["background"] += 1
-                    for number, threshold in enumerate(THRESHOLDS):
-                        counts[f"no{number}"] += probability <= threshold
-    values = {name: value.item() for name, value in metric.compute().items()}
-    expected = {"class": counts["class"] / counts["positive"]}
-    for number, threshold in enumerate(THRESHOLDS):
-        expected[f"object@{threshold}"] = counts[threshold] / counts["positive"]
-        expected[f"no_object@{threshold}"] = counts[f"no{number}"] / counts["background"]
-    assert values == pytest.approx(expected)
+                    label = int(targets[positives[place], 1])
+                    outcomes["class"].append(classes[label] == max(classes))
+                for threshold in THRESHOLDS if place not in ignored else ():
+                    above = 1 / (1 + math.exp(-logit)) > threshold
+                    name = "object" if place in positives else "no_object"
+                    outcomes[f"{name}@{threshold}"].append(above == (place in positives))
+    expected = {name: np.mean(values) for name, values in outcomes.items()}
+    assert {k: v.item() for k, v in metric.compute().items()} == pytest.approx(expected)
 
 
 def random_results(seed: int, images: int = 12):
@@ -84,51 +70,31 @@ def random_results(seed: int, images: int = 12):
     return np.float32(predictions), np.float32(ground_truth)
 
 
-def iou(a, b):
-    intersection = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(
-        0, min(a[3], b[3]) - max(a[1], b[1])
-    )
-    return intersection / (
-        (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
-    )
-
-
 def loop_curve(predictions, ground_truth, label, course):
     """Evaluate as VOC's devkit or the course, one by one -> [(precision, recall)]."""
     objects = [t for t in ground_truth if t[1] == label]
     total = sum(1 for o in objects if course or not o[2])
-    taken, true, false, curve = set(), 0, 0, []
-    for row in sorted(
-        (f for f in predictions if f[1] == label and (not course or f[2] > 0.05)),
-        key=lambda f: -f[2],
-    ):
-        best, best_iou = None, 0.0
-        for number, t in enumerate(objects):
-            if t[0] == row[0] and iou(row[3:], t[3:]) > best_iou:
-                best, best_iou = number, iou(row[3:], t[3:])
-        if best is not None and (best_iou > 0.5 if course else best_iou >= 0.5):
-            if not course and objects[best][2]:
-                continue
-            true, false = (true + 1, false) if best not in taken else (true, false + 1)
-            taken.add(best)
-        else:
-            false += 1
-        curve.append((true / (true + false), true / total if total else 0))
+    taken, curve = set(), []
+    detections = [f for f in predictions if f[1] == label and (not course or f[2] > 0.05)]
+    for row in sorted(detections, key=lambda f: -f[2]):
+        ious = [iou(row[3:], t[3:]) if t[0] == row[0] else 0 for t in objects]
+        best = max(range(len(objects)), key=lambda number: ious[number], default=None)
+        hit = bool(objects) and (ious[best] > 0.5 if course else ious[best] >= 0.5)
+        if not hit or course or not objects[best][2]:
+            taken |= {best} if hit else set()
+            curve.append((len(taken) / (len(curve) + 1), len(taken) / max(total, 1)))
     return curve, total
 
 
 def loop_average_precision(curve, method):
     if method == "11pt":
-        return (
-            sum(max([p for p, r in curve if r >= t / 10 - 1e-9], default=0) for t in range(11)) / 11
-        )
+        levels = [t / 10 - 1e-9 for t in range(11)]
+        return sum(max([p for p, r in curve if r >= level], default=0) for level in levels) / 11
     area, last_recall, last_precision = 0.0, 0.0, 1.0
     for number, (precision, recall) in enumerate(curve):
-        height = (
-            (precision + last_precision) / 2
-            if method == "course"
-            else max(p for p, _ in curve[number:])
-        )
+        height = max(p for p, _ in curve[number:])
+        if method == "course":
+            height = (precision + last_precision) / 2
         area += (recall - last_recall) * height
         last_recall, last_precision = recall, precision
     return area
@@ -137,41 +103,32 @@ def loop_average_precision(curve, method):
 @pytest.mark.parametrize("seed", range(6))
 def test_average_precisions_equal_the_loops(seed):
     predictions, ground_truth = random_results(seed)
+    rows = predictions.tolist(), ground_truth.tolist()
     for label, row in enumerate(per_class_table(predictions, ground_truth, NAMES)):
-        for column, method in AP_METHODS.items():
-            curve, total = loop_curve(
-                predictions.tolist(), ground_truth.tolist(), label, method == "course"
-            )
-            assert row[column] == pytest.approx(loop_average_precision(curve, method), abs=1e-5), (
-                method,
-                label,
-            )
-            if method == "area":
-                assert row["num_gt"] == total
+        for column, method in METHODS.items():
+            curve, total = loop_curve(*rows, label, method == "course")
+            expected = loop_average_precision(curve, method)
+            assert row[column] == pytest.approx(expected, abs=1e-5), (method, label)
+            assert total == row["num_gt"] or method == "course"
 
 
 def test_perfect_detections_and_no_detections():
     _, ground_truth = random_results(0)
     perfect = ground_truth.copy()
     perfect[:, 2] = 0.9
-    for column in AP_METHODS:
-        assert mean_average_precision(
-            per_class_table(perfect, ground_truth, NAMES), column
-        ) == pytest.approx(1)
-        assert (
-            mean_average_precision(per_class_table(perfect[:0], ground_truth, NAMES), column) == 0
-        )
-    assert mean_average_precision(per_class_table(perfect, ground_truth[:0], NAMES)) == 0
+    cases = ((perfect, ground_truth, 1), (perfect[:0], ground_truth, 0), (perfect, perfect[:0], 0))
+    for predictions, objects, expected in cases:
+        table = per_class_table(predictions, objects, NAMES)
+        for column in METHODS:
+            assert mean_average_precision(table, column) == pytest.approx(expected)
 
 
 def test_difficult_objects_count_neither_as_hits_nor_as_errors():
     ground_truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3], [0, 0, 1, 0.5, 0.5, 0.9, 0.9]])
     predictions = np.float32([[0, 0, 0.9, 0.5, 0.5, 0.9, 0.9], [0, 0, 0.8, 0.1, 0.1, 0.3, 0.3]])
-    for rows in (predictions, predictions[1:]):
-        assert per_class_table(rows, ground_truth, ("a",))[0]["ap"] == pytest.approx(1)
-    assert per_class_table(predictions[1:], ground_truth, ("a",))[0]["ap_course"] == pytest.approx(
-        0.5
-    )
+    for rows, course in ((predictions, 1), (predictions[1:], 0.5)):
+        row = per_class_table(rows, ground_truth, ("a",))[0]
+        assert row["ap"] == 1 and row["ap_course"] == pytest.approx(course)
 
 
 def test_class_without_objects_does_not_enter_the_mean():
@@ -184,7 +141,16 @@ def test_class_without_objects_does_not_enter_the_mean():
 def test_eleven_points_of_a_small_example():
     precision, recall = np.array([1, 1, 2 / 3]), np.array([0.25, 0.5, 0.5])
     assert average_precision(precision, recall, "11pt") == pytest.approx(6 / 11)
-    assert average_precision(precision, recall, "area") == pytest.approx(0.5)
+    assert average_precision(precision, recall) == pytest.approx(0.5)
+
+
+def as_coco(row: list[float], number: int) -> dict:
+    """A row as an annotation of pycocotools; its third value is the score, or `iscrowd`."""
+    image, label, third, x1, y1, x2, y2 = row
+    width, height = 1000 * (x2 - x1), 1000 * (y2 - y1)
+    box = {"bbox": [1000 * x1, 1000 * y1, width, height], "area": width * height}
+    place = {"id": 1 + number, "image_id": int(image), "category_id": int(label)}
+    return {**place, **box, "iscrowd": int(third), "score": third}
 
 
 def test_coco_equals_pycocotools():
@@ -192,32 +158,15 @@ def test_coco_equals_pycocotools():
     from pycocotools.cocoeval import COCOeval
 
     predictions, ground_truth = random_results(1)
-
-    def as_coco(rows):
-        boxes = [[v * 1000 for v in (r[3], r[4], r[5] - r[3], r[6] - r[4])] for r in rows.tolist()]
-        return [
-            {
-                "id": n + 1,
-                "image_id": int(r[0]),
-                "category_id": int(r[1]),
-                "bbox": b,
-                "area": b[2] * b[3],
-                "iscrowd": int(r[2]),
-                "score": r[2],
-            }
-            for n, (r, b) in enumerate(zip(rows.tolist(), boxes, strict=True))
-        ]
-
     dataset = COCO()
     dataset.dataset = {
         "images": [{"id": i} for i in range(12)],
         "categories": [{"id": i} for i in range(3)],
-        "annotations": as_coco(ground_truth),
+        "annotations": list(map(as_coco, ground_truth.tolist(), range(len(ground_truth)))),
     }
     dataset.createIndex()
-    evaluation = COCOeval(
-        dataset, dataset.loadRes([d | {"iscrowd": 0} for d in as_coco(predictions)]), "bbox"
-    )
+    results = dataset.loadRes(list(map(as_coco, predictions.tolist(), range(len(predictions)))))
+    evaluation = COCOeval(dataset, results, "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -226,58 +175,35 @@ def test_coco_equals_pycocotools():
     assert values["COCO AP@.5"] == pytest.approx(evaluation.stats[1], abs=1e-4)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The ``compute`` method"
-)  # compute() is called without update() on purpose
 def test_accumulator_equals_slow_nms():
     accumulator, rows = DetectionAccumulator(), []
     for batch in range(2):
-        logits = [
-            torch.randn(2, 3, g, g, 8, generator=torch.Generator().manual_seed(batch))
-            for g in (1, 2, 4)
-        ]
-        targets = random_targets(4, images=2, classes=3, seed=batch)
+        logits = random_logits(2, seed=batch, grids=(1, 2, 4))
+        targets = random_targets(4, images=2, seed=batch)
         accumulator.update(logits, targets, torch.tensor([True, False, False, True]), ANCHOR)
-        boxes, scores = decode(logits, ANCHOR)
-        for image in range(2):
-            kept = slow_nms(boxes[image].tolist(), scores[image].tolist(), 0.01, 0.45)[:100]
-            rows += [
-                [2 * batch + image, label, scores[image, k, label].item()] for k, label in kept
-            ]
+        for image, (boxes, scores) in enumerate(zip(*decode(logits, ANCHOR), strict=True)):
+            kept = slow_nms(boxes.tolist(), scores.tolist(), 0.01, 0.45)[:100]
+            rows += [[2 * batch + image, label, scores[k, label].item()] for k, label in kept]
     predictions, ground_truth = accumulator.compute()
     np.testing.assert_allclose(predictions[:, :3], rows, rtol=1e-6)
-    assert (
-        ground_truth[:, 0].tolist() == sorted(ground_truth[:, 0])
-        and ground_truth[:, 2].tolist() == [1, 0, 0, 1] * 2
-    )
-    accumulator.reset()
-    assert [len(part) for part in accumulator.compute()] == [0, 0]
+    assert ground_truth[:, 0].tolist() == sorted(ground_truth[:, 0])
+    assert ground_truth[:, 2].tolist() == [1, 0, 0, 1] * 2
 
 
 def test_confusion_matrix_counts_every_object_and_detection_once():
     predictions, ground_truth = random_results(2)
     counts = confusion(predictions, ground_truth, 3, confidence=0.25)
-    assert (
-        counts[:3].sum() <= len(ground_truth)
-        and counts[:3].sum() >= (ground_truth[:, 2] == 0).sum()
-    )
+    assert (ground_truth[:, 2] == 0).sum() <= counts[:3].sum() <= len(ground_truth)
     assert counts[:, :3].sum() == (predictions[:, 2] > 0.25).sum()
-    perfect = np.c_[
-        ground_truth[:, :2], np.full(len(ground_truth), 0.9), ground_truth[:, 3:]
-    ].astype(np.float32)
-    assert (
-        confusion(perfect, ground_truth, 3)[:3, :3].trace()
-        == len(ground_truth)
-        == confusion(perfect, ground_truth, 3).sum()
-    )
+    perfect = ground_truth.copy()
+    perfect[:, 2] = 0.9
+    counts = confusion(perfect, ground_truth, 3)
+    assert counts[:3, :3].trace() == counts.sum() == len(ground_truth)
 
 
 def test_confusion_matrix_of_a_written_example():
-    left, right, small = (
-        (0, 0, 0.4, 1),
-        (0.6, 0, 1, 1),
-        (0, 0, 0.16, 1),
-    )  # IoU of small with left: 0.4
+    left, right = (0, 0, 0.4, 1), (0.6, 0, 1, 1)
+    small = (0, 0, 0.16, 1)  # its IoU with left is 0.4
     ground_truth = np.float32(
         [[0, 0, 0, *left], [0, 1, 0, *right], [1, 1, 0, *left], [2, 0, 0, *left], [2, 1, 1, *right]]
     )
@@ -291,11 +217,8 @@ def test_confusion_matrix_of_a_written_example():
         ]
     )
     # of image 2 nothing is found: one object is missed, and the difficult one doesn't count
-    assert confusion(predictions, ground_truth, 2, confidence=0.25).tolist() == [
-        [1, 0, 1],
-        [1, 0, 1],
-        [1, 1, 0],
-    ]
+    expected = [[1, 0, 1], [1, 0, 1], [1, 1, 0]]
+    assert confusion(predictions, ground_truth, 2, confidence=0.25).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [96, 300, 416, 500, 1000])

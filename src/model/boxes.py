@@ -15,14 +15,11 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
-def decode_boxes(
-    offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int | Tensor
-) -> Tensor:
+def decode_boxes(offsets: Tensor, column: Tensor, row: Tensor, anchor: Tensor, grid: int) -> Tensor:
     """Apply the paper's box equations (YOLOv3, section 2.1) in float32.
 
     offsets [..., 4]: the network's x, y, w, h. column, row [...]: the cell. anchor [..., 2]: width
-    and height in 0..1 of
-    the image. grid: cells per side, an int or a tensor [...].
+    and height in 0..1 of the image. grid: cells per side.
     Returns boxes [..., 4] cxcywh in 0..1 of the image.
     """
     offsets = offsets.float()
@@ -33,57 +30,33 @@ def decode_boxes(
 
 
 def cell_boxes(level: Tensor, anchors: Tensor) -> Tensor:
-    """Decode the boxes of one scale -> [B, 3, G, G, 4] xyxy in 0..1.
+    """Decode the boxes of one scale -> [B, A, G, G, 4] xyxy in 0..1.
 
-    level [B, 3, G, G, 5 + C], anchors [3, 2].
+    level [B, A, G, G, 5 + C], anchors [A, 2].
     """
-    cells = torch.arange(level.shape[2], device=level.device)
-    boxes = decode_boxes(
-        level[..., 1:5], cells, cells[:, None], anchors[:, None, None], level.shape[2]
-    )
+    grid = level.shape[2]
+    column = torch.arange(grid, device=level.device)  # [G]
+    row = column[:, None]  # [G, 1]
+    boxes = decode_boxes(level[..., 1:5], column, row, anchors[:, None, None], grid)
     return cxcywh_to_xyxy(boxes)
 
 
 def decode(logits: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
     """Decode every prediction, largest stride first, each scale in the order anchor, row, column.
 
-    logits: three [B, 3, G, G, 5 + C]. anchors [3, 3, 2] in 0..1 of the image.
+    logits: one [B, A, G, G, 5 + C] per scale. anchors [scales, A, 2] in 0..1 of the image.
     Returns boxes [B, K, 4] xyxy in 0..1 (not clipped) and scores [B, K, C]: objectness times
     class probability.
     """
     boxes, scores = [], []
-    for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
-        score = level[..., :1].float().sigmoid() * level[..., 5:].float().sigmoid()
-        boxes.append(cell_boxes(level, scale_anchors).flatten(1, 3))
-        scores.append(score.flatten(1, 3))
+    for level, sizes in zip(logits, anchors.to(logits[0].device), strict=True):  # sizes [A, 2]
+        objectness = level[..., :1].float().sigmoid()  # [B, A, G, G, 1]
+        probabilities = level[..., 5:].float().sigmoid()  # [B, A, G, G, C]
+        score = objectness * probabilities  # [B, A, G, G, C]
+        box = cell_boxes(level, sizes)  # [B, A, G, G, 4]
+        boxes.append(box.flatten(1, 3))  # [B, A * G * G, 4]
+        scores.append(score.flatten(1, 3))  # [B, A * G * G, C]
     return torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
-
-
-def decode_above(
-    logits: list[Tensor], anchors: Tensor, confidence: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Decode only the cells whose objectness is above `confidence`: no other can score higher.
-
-    Returns boxes [k, 4] xyxy in 0..1 and scores [k, C] per image, in the order of `decode`.
-    """
-    images, boxes, scores = [], [], []
-    for level, scale_anchors in zip(logits, anchors.to(logits[0].device), strict=True):
-        image, anchor, row, column = (
-            level[..., 0].float().contiguous().sigmoid() > confidence
-        ).nonzero(as_tuple=True)
-        cells = level[image, anchor, row, column].float()  # [k, 5 + C]
-        images.append(image)
-        boxes.append(
-            cxcywh_to_xyxy(
-                decode_boxes(cells[:, 1:5], column, row, scale_anchors[anchor], level.shape[2])
-            )
-        )
-        scores.append(cells[:, :1].sigmoid() * cells[:, 5:].sigmoid())
-    image = torch.cat(images)
-    order, counts = image.argsort(stable=True), image.bincount(minlength=len(logits[0])).tolist()
-    return list(
-        zip(*(torch.cat(part)[order].split(counts) for part in (boxes, scores)), strict=True)
-    )
 
 
 def nms(
@@ -101,9 +74,10 @@ def nms(
     The best PRE_NMS_TOPK are compared, and at most `max_detections` returned, best first.
     Returns (index into K [n], label [n]).
     """
-    best, label = scores.max(dim=1)
-    index = torch.nonzero(best > confidence).flatten()
+    best, label = scores.max(dim=1)  # [K], [K]
+    index = torch.nonzero(best > confidence).flatten()  # [k]
     if len(index) > PRE_NMS_TOPK:
         index = index[best[index].topk(PRE_NMS_TOPK).indices]
-    kept = batched_nms(boxes[index], best[index], label[index], iou_threshold)[:max_detections]
-    return index[kept], label[index[kept]]
+    kept = batched_nms(boxes[index], best[index], label[index], iou_threshold)  # best first
+    index = index[kept[:max_detections]]  # [n]
+    return index, label[index]

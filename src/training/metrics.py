@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
+from torchmetrics.utilities import dim_zero_cat
 from torchvision.ops import box_iou
 
 from src.data.datamodule import world_and_rank
-from src.model.boxes import cxcywh_to_xyxy, decode_above, nms
+from src.model.boxes import cxcywh_to_xyxy, decode, nms
 from src.serving.predictor import CONFIDENCE
 from src.training.loss import assign_targets
 
@@ -21,12 +22,7 @@ THRESHOLDS = (COURSE_THRESHOLD, STRICT_THRESHOLD)
 MIN_SCORE = 0.01  # detections with a lower score do not enter average precision
 NMS_IOU = 0.45
 MAX_DETECTIONS = 100  # per image
-COURSE_MIN_SCORE = 0.05
-AP_METHODS = {
-    "ap": "area",
-    "ap_11pt": "11pt",
-    "ap_course": "course",
-}  # column of `per_class_table` -> method
+COURSE_MIN_SCORE = 0.05  # for the course's average precision
 
 
 class CellAccuracy(Metric):
@@ -35,48 +31,42 @@ class CellAccuracy(Metric):
     The positives are the loss's. Background is all but the positives and `Assigned.ignored`: what
     the loss ignores because its box overlaps an object counts here.
 
-    update(logits three [B, 3, G, G, 5 + C], targets [N, 6], anchors [3, 3, 2]); compute() ->
-    fractions: "class", and for each threshold t "object@t" (positives with objectness above t) and
-    "no_object@t" (background with objectness at or below t). NaN if there is nothing to count.
+    compute() -> fractions: "class", and for each threshold t "object@t" (positives with objectness
+    above t) and "no_object@t" (background with objectness at or below t). NaN if there is nothing
+    to count.
     """
-
-    full_state_update = False
 
     def __init__(self):
         super().__init__()
-        counts = (
-            ("positives", 1),
-            ("background", 1),
-            ("classes", 1),
-            ("objects", 2),
-            ("no_objects", 2),
-        )
-        for name, size in counts:
-            self.add_state(name, torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
+        for name in ("positives", "background", "classes", "objects", "no_objects"):
+            counts = torch.zeros(len(THRESHOLDS), dtype=torch.long)
+            self.add_state(name, counts, dist_reduce_fx="sum")
 
     def update(self, logits: list[Tensor], targets: Tensor, anchors: Tensor) -> None:
+        """Count a batch: logits one [B, A, G, G, 5 + C] per scale, targets [N, 6]."""
         grids = [level.shape[2] for level in logits]
-        cut = torch.tensor(THRESHOLDS, device=targets.device).logit()[
-            :, None
-        ]  # of the logit: no rounding by sigmoid
-        for level, assigned in zip(
-            logits, assign_targets(targets, grids, anchors, len(logits[0])), strict=True
-        ):
-            rows = assigned.gather(level).float()
-            correct = rows[:, 5:].argmax(dim=1) == targets[:, 1].long()
-            background = ~(assigned.positive | assigned.ignored)
-            objectness = level[..., 0].float()
-            self.positives += assigned.valid.sum()
+        scales = assign_targets(targets, grids, anchors, batch=len(logits[0]))
+        # Logits are compared, because a sigmoid would round them
+        thresholds = torch.tensor(THRESHOLDS, device=targets.device).logit()[:, None]  # [T, 1]
+        for level, assigned in zip(logits, scales, strict=True):
+            valid = assigned.valid  # [N]
+            cells = assigned.gather(level).float()  # [N, 5 + C]
+            has_right_class = cells[:, 5:].argmax(dim=1) == targets[:, 1]  # [N]
+            is_object = cells[:, 0] > thresholds  # [T, N]
+            self.positives += valid.sum()
+            self.classes += (has_right_class & valid).sum()
+            self.objects += (is_object & valid).sum(dim=1)
+
+            background = ~(assigned.positive | assigned.ignored).flatten()  # [K]
+            is_no_object = level[..., 0].float().flatten() <= thresholds  # [T, K]
             self.background += background.sum()
-            self.classes += (correct & assigned.valid).sum()
-            self.objects += ((rows[:, 0] > cut) & assigned.valid).sum(dim=1)
-            self.no_objects += ((objectness.flatten() <= cut) & background.flatten()).sum(dim=1)
+            self.no_objects += (is_no_object & background).sum(dim=1)
 
     def compute(self) -> dict[str, Tensor]:
-        values = {"class": self.classes[0] / self.positives[0]}
+        values = {"class": (self.classes / self.positives)[0]}
         for number, threshold in enumerate(THRESHOLDS):
-            values[f"object@{threshold}"] = self.objects[number] / self.positives[0]
-            values[f"no_object@{threshold}"] = self.no_objects[number] / self.background[0]
+            values[f"object@{threshold}"] = (self.objects / self.positives)[number]
+            values[f"no_object@{threshold}"] = (self.no_objects / self.background)[number]
         return values
 
 
@@ -88,8 +78,6 @@ class DetectionAccumulator(Metric):
     float32 [m, 7]: image, label, difficult, x1, y1, x2, y2; boxes in 0..1. Each process numbers its
     images differently.
     """
-
-    full_state_update = False
 
     def __init__(self):
         super().__init__()
@@ -103,101 +91,95 @@ class DetectionAccumulator(Metric):
         """logits of one batch, its targets [N, 6] and difficult bool [N]."""
         world, rank = world_and_rank()
         first = int(self.images)
-        for number, (boxes, scores) in enumerate(decode_above(logits, anchors, MIN_SCORE)):
-            kept, labels = nms(boxes, scores, MIN_SCORE, NMS_IOU, max_detections=MAX_DETECTIONS)
-            image = torch.full(
-                (len(kept), 1), float((first + number) * world + rank), device=boxes.device
-            )
-            rows = (
-                image,
-                labels[:, None].float(),
-                scores[kept, labels][:, None],
-                boxes[kept].clamp(0, 1),
-            )
-            self.predictions.append(torch.cat(rows, dim=1))
-        image = (targets[:, :1] + first) * world + rank
-        rows = (image, targets[:, 1:2], difficult[:, None].float(), cxcywh_to_xyxy(targets[:, 2:6]))
-        self.ground_truth.append(torch.cat(rows, dim=1))
+        for number, (boxes, scores) in enumerate(zip(*decode(logits, anchors), strict=True)):
+            kept, labels = nms(boxes, scores, MIN_SCORE, NMS_IOU, MAX_DETECTIONS)  # [n], [n]
+            image = torch.full_like(labels, (first + number) * world + rank)
+            columns = (image, labels, scores[kept, labels], boxes[kept].clamp(0, 1))
+            self.predictions.append(torch.column_stack(columns))  # [n, 7]
+        image = (targets[:, 0] + first) * world + rank
+        columns = (image, targets[:, 1], difficult, cxcywh_to_xyxy(targets[:, 2:6]))
+        self.ground_truth.append(torch.column_stack(columns))  # [N, 7]
         self.images += len(logits[0])
 
     def compute(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (predictions [n, 7], ground_truth [m, 7])."""
-        parts = [
-            rows if isinstance(rows, list) else [rows]
-            for rows in (self.predictions, self.ground_truth)
-        ]
-        return tuple(
-            torch.cat([torch.zeros(0, 7), *(part.cpu() for part in rows)]).numpy() for rows in parts
-        )
+        states = (self.predictions, self.ground_truth)
+        return tuple(dim_zero_cat(rows).cpu().numpy() for rows in states)
 
 
-def _rows_by_key(keys: np.ndarray) -> dict[float, np.ndarray]:
-    """Return the indices at which each value of `keys` [n] occurs, in ascending order."""
-    order = np.argsort(keys, kind="stable")
-    values, firsts = np.unique(keys[order], return_index=True)
-    return dict(
-        zip(values.tolist(), np.split(order, firsts[1:]), strict=False)
-    )  # without keys, split returns one empty part
-
-
-def match(predictions: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def match(
+    predictions: np.ndarray, ground_truth: np.ndarray, any_class: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Match each detection to the object of its image and class with the highest IoU.
 
-    predictions [n, 7], ground_truth [m, 7] as in `DetectionAccumulator`. Returns (index into
-    ground_truth [n], -1 if there is none; IoU float64 [n]). IoUs are rounded to 6 digits: the
-    coordinates, float32 in 0..1, would otherwise turn an IoU of exactly 0.5 into slightly more or
-    less.
+    predictions [n, 7], ground_truth [m, 7] as in `DetectionAccumulator`. any_class: match objects
+    of all classes. Returns (index into ground_truth [n], -1 if none overlaps; IoU float64 [n]).
+    IoUs are rounded to 6 digits: the coordinates, float32 in 0..1, would otherwise turn an IoU of
+    exactly 0.5 into slightly more or less.
     """
-    best, iou = np.full(len(predictions), -1), np.zeros(len(predictions))
-    image_and_class = (
-        rows[:, :2].astype(np.int64) @ (10_000, 1) for rows in (predictions, ground_truth)
-    )
-    detections, objects = map(_rows_by_key, image_and_class)
-    for key in detections.keys() & objects.keys():
-        rows, candidates = detections[key], objects[key]
-        boxes = (
-            torch.from_numpy(part[:, 3:]).double()
-            for part in (predictions[rows], ground_truth[candidates])
-        )
-        pairs = box_iou(*boxes).numpy()
-        best[rows], iou[rows] = candidates[pairs.argmax(axis=1)], pairs.max(axis=1).round(6)
+    best = np.full(len(predictions), -1)
+    iou = np.zeros(len(predictions))
+    image = predictions[:, 0].copy()  # contiguous: the loop reads it once per image
+    for number in np.unique(ground_truth[:, 0]):
+        rows = np.flatnonzero(image == number)  # [r]
+        objects = np.flatnonzero(ground_truth[:, 0] == number)  # [c]
+        boxes = torch.from_numpy(predictions[rows, 3:]).double()
+        object_boxes = torch.from_numpy(ground_truth[objects, 3:]).double()
+        pairs = box_iou(boxes, object_boxes).numpy()  # [r, c]
+        if not any_class:
+            pairs *= predictions[rows, 1:2] == ground_truth[objects, 1]
+        best[rows] = objects[pairs.argmax(axis=1)]
+        iou[rows] = pairs.max(axis=1).round(6)
+    best[iou == 0] = -1
     return best, iou
 
 
+def first_hits(best: np.ndarray, hit: np.ndarray) -> np.ndarray:
+    """Return which detections are true positives, bool [n]: of each object, only the first hit.
+
+    Detections are sorted by score. best [n]: the object of each; hit bool [n]: whether the IoU
+    suffices.
+    """
+    hits = np.flatnonzero(hit)
+    _, first = np.unique(best[hits], return_index=True)
+    true_positive = np.zeros(len(hit), dtype=bool)
+    true_positive[hits[first]] = True
+    return true_positive
+
+
 def precision_recall(
-    predictions: np.ndarray,
-    ground_truth: np.ndarray,
-    matched: tuple,
-    label: int,
-    course: bool = False,
+    predictions: np.ndarray, ground_truth: np.ndarray, matched: tuple, label: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall [n] at each detection of one class, best first, at IoU 0.5.
+    """Precision and recall [n] at each detection of one class, best first, by VOC's devkit.
 
-    Detections are matched by the greedy rule of VOC's devkit.
-
-    matched: what `match` returns. Of the detections matched to one object the best scored is a true
-    positive, the others are false positives. Detections of difficult objects count as neither,
-    unless `course`: then difficult objects count like all others, scores must exceed 0.05 and the
-    IoU must exceed 0.5. Both are empty without objects.
+    matched: what `match` returns. A hit has an IoU of at least 0.5. Of an object's hits, the best
+    scored is a true positive, the others are false positives. Difficult objects don't count, and
+    neither do their hits. Without objects the recall is 0.
     """
     best, iou = matched
-    objects = ground_truth[:, 1] == label
-    total = objects.sum() if course else (objects & (ground_truth[:, 2] == 0)).sum()
-    if not total:
-        return np.zeros(0), np.zeros(0)
-    rows = np.flatnonzero(
-        (predictions[:, 1] == label) & (predictions[:, 2] > (COURSE_MIN_SCORE if course else 0))
-    )
-    rows = rows[np.argsort(-predictions[rows, 2], kind="stable")]
-    hit = iou[rows] > 0.5 if course else iou[rows] >= 0.5
-    if not course:
-        dropped = hit & (ground_truth[best[rows], 2] == 1)
-        rows, hit = rows[~dropped], hit[~dropped]
-    true_positive = np.zeros(len(rows), dtype=bool)
-    hits = np.flatnonzero(hit)
-    true_positive[hits[np.unique(best[rows[hits]], return_index=True)[1]]] = True
-    true = np.cumsum(true_positive)
-    return true / np.arange(1, len(rows) + 1), true / total
+    difficult = np.append(ground_truth[:, 2] == 1, False)  # [m + 1]: the last for no match, -1
+    hit = iou >= 0.5
+    counts = (predictions[:, 1] == label) & ~(hit & difficult[best])
+    rows = np.flatnonzero(counts)
+    rows = rows[np.argsort(-predictions[rows, 2], kind="stable")]  # best first
+    total = np.sum((ground_truth[:, 1] == label) & (ground_truth[:, 2] == 0))
+    true = np.cumsum(first_hits(best[rows], hit[rows]))
+    return true / np.arange(1, len(rows) + 1), true / max(total, 1)
+
+
+def course_precision_recall(
+    predictions: np.ndarray, ground_truth: np.ndarray, matched: tuple, label: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall as in `precision_recall`, but by the course's definition.
+
+    A hit has an IoU above 0.5. Only scores above 0.05 count. Difficult objects count as all others.
+    """
+    best, iou = matched
+    rows = np.flatnonzero((predictions[:, 1] == label) & (predictions[:, 2] > COURSE_MIN_SCORE))
+    rows = rows[np.argsort(-predictions[rows, 2], kind="stable")]  # best first
+    total = np.sum(ground_truth[:, 1] == label)
+    true = np.cumsum(first_hits(best[rows], iou[rows] > 0.5))
+    return true / np.arange(1, len(rows) + 1), true / max(total, 1)
 
 
 def average_precision(precision: np.ndarray, recall: np.ndarray, method: str = "area") -> float:
@@ -208,18 +190,14 @@ def average_precision(precision: np.ndarray, recall: np.ndarray, method: str = "
     the raw curve from (0, 1).
     """
     if method == "11pt":
-        return float(
-            np.mean(
-                [
-                    precision[recall >= level - 1e-9].max(initial=0)
-                    for level in np.linspace(0, 1, 11)
-                ]
-            )
-        )
+        levels = np.linspace(0, 1, 11) - 1e-9  # recall is rounded
+        best = [precision[recall >= level].max(initial=0) for level in levels]
+        return float(np.mean(best))
     if method == "course":
         return float(np.trapezoid(np.r_[1, precision], np.r_[0, recall]))
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(np.r_[0, recall]) * envelope))
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # best precision from here on
+    steps = np.diff(recall, prepend=0)
+    return float(np.sum(steps * envelope))
 
 
 def per_class_table(
@@ -229,15 +207,16 @@ def per_class_table(
 
     Keys: "class", "num_gt" (not difficult), "ap", "ap_11pt", "ap_course".
     """
-    matched, table = match(predictions, ground_truth), []
+    matched = match(predictions, ground_truth)
+    table = []
     for label, name in enumerate(classes):
-        objects = ground_truth[ground_truth[:, 1] == label]
-        row = {"class": name, "num_gt": int((objects[:, 2] == 0).sum())}
-        for column, method in AP_METHODS.items():
-            course = method == "course"
-            counted = len(objects) if course else row["num_gt"]
-            curve = precision_recall(predictions, ground_truth, matched, label, course)
-            row[column] = average_precision(*curve, method) if counted else np.nan
+        difficult = ground_truth[ground_truth[:, 1] == label, 2]
+        row = {"class": name, "num_gt": int(np.sum(difficult == 0))}
+        curve = precision_recall(predictions, ground_truth, matched, label)
+        row["ap"] = average_precision(*curve, "area") if row["num_gt"] else np.nan
+        row["ap_11pt"] = average_precision(*curve, "11pt") if row["num_gt"] else np.nan
+        curve = course_precision_recall(predictions, ground_truth, matched, label)
+        row["ap_course"] = average_precision(*curve, "course") if len(difficult) else np.nan
         table.append(row)
     return table
 
@@ -256,11 +235,9 @@ def coco_average_precision(predictions: np.ndarray, ground_truth: np.ndarray) ->
     metric = MeanAveragePrecision(
         backend="faster_coco_eval", max_detection_thresholds=[1, 10, MAX_DETECTIONS]
     )
-    metric.warn_on_many_detections = False
-    detections, objects = _rows_by_key(predictions[:, 0]), _rows_by_key(ground_truth[:, 0])
-    for image in sorted(detections.keys() | objects.keys()):
-        p = torch.from_numpy(predictions[detections.get(image, [])])
-        t = torch.from_numpy(ground_truth[objects.get(image, [])])
+    for image in np.unique(np.r_[predictions[:, 0], ground_truth[:, 0]]):
+        p = torch.from_numpy(predictions[predictions[:, 0] == image])
+        t = torch.from_numpy(ground_truth[ground_truth[:, 0] == image])
         metric.update(
             [{"boxes": p[:, 3:] * 1000, "scores": p[:, 2], "labels": p[:, 1].long()}],
             [{"boxes": t[:, 3:] * 1000, "labels": t[:, 1].long(), "iscrowd": t[:, 2].long()}],
@@ -284,22 +261,19 @@ def confusion(
     it; its others, and those without a match, count as background. Difficult objects that are
     missed are left out.
     """
-    counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
     predictions = predictions[predictions[:, 2] > confidence]
     predictions = predictions[np.argsort(-predictions[:, 2], kind="stable")]
-    one_class = [rows.astype(np.float32) for rows in (predictions, ground_truth)]
-    for rows in one_class:
-        rows[:, 1] = 0
-    best, iou = match(*one_class)
-    hits = np.flatnonzero(iou >= 0.5)
-    first = hits[np.unique(best[hits], return_index=True)[1]]
-    np.add.at(
-        counts, (ground_truth[best[first], 1].astype(int), predictions[first, 1].astype(int)), 1
-    )
-    false = np.setdiff1d(np.arange(len(predictions)), first)
-    np.add.at(counts, (num_classes, predictions[false, 1].astype(int)), 1)
-    missed = np.setdiff1d(np.flatnonzero(ground_truth[:, 2] == 0), best[first])
-    np.add.at(counts, (ground_truth[missed, 1].astype(int), num_classes), 1)
+    best, iou = match(predictions, ground_truth, any_class=True)
+    found = first_hits(best, iou >= 0.5)
+    missed = ground_truth[:, 2] == 0
+    missed[best[found]] = False
+
+    labels = ground_truth[:, 1].astype(int)
+    predicted = predictions[:, 1].astype(int)
+    counts = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
+    np.add.at(counts, (labels[best[found]], predicted[found]), 1)
+    np.add.at(counts, (num_classes, predicted[~found]), 1)
+    np.add.at(counts, (labels[missed], num_classes), 1)
     return counts
 
 
