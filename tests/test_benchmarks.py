@@ -1,8 +1,6 @@
 """The benchmarks' baselines return what src returns, and every command runs with tiny settings."""
 
 import json
-import subprocess
-import sys
 from contextlib import ExitStack
 from unittest import mock
 
@@ -11,7 +9,6 @@ import pytest
 import torch
 
 from benchmarks import ablations, baselines, evaluation, gpu, loader, ultralytics
-from benchmarks.__main__ import COMMANDS, PARTS
 from benchmarks.synthetic_inputs import random_logits, write_jpegs
 from benchmarks.timing import Row, seconds, table
 from src.config import SHAPE_CLASSES, Config
@@ -29,22 +26,13 @@ from tests.test_metrics import random_results
 ANCHOR, GRIDS = torch.tensor(ANCHORS), [3, 6, 12]
 
 
-def test_help_names_every_benchmark():
-    command = [sys.executable, "-m", "benchmarks", "--help"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    described = {line.split()[0] for line in lines if line.startswith("  ") and line.split()[1:]}
-    assert described >= {*PARTS, *COMMANDS}
-
-
 def test_dense_targets_and_loss_equal_ours():
     """On targets of which no two are assigned to the same cell and anchor."""
     targets, logits = random_targets(8, 4), random_logits(4, image_size=96, classes=4)
     assigned = assign_targets(targets, GRIDS, ANCHOR, 4)
     targets = targets[torch.stack([scale.valid for scale in assigned]).all(dim=0)]
-    images = [
-        baselines.dense_targets(targets[targets[:, 0] == i, 1:].tolist(), GRIDS, ANCHOR)
-        for i in range(4)
-    ]
+    rows = [targets[targets[:, 0] == image, 1:].tolist() for image in range(4)]
+    images = [baselines.dense_targets(objects, GRIDS, ANCHOR) for objects in rows]
     dense = [torch.stack(scale) for scale in zip(*images, strict=True)]
     for grid, assigned in zip(dense, assign_targets(targets, GRIDS, ANCHOR, 4), strict=True):
         assert torch.equal(grid[..., 0] == 1, assigned.positive)
@@ -118,10 +106,8 @@ def options(*arguments) -> ablations.argparse.Namespace:
 
 @pytest.mark.parametrize("name", ablations.CHANGES)
 def test_each_change_changes_the_settings_or_what_it_replaces(name):
-    change, base = (
-        ablations.CHANGES[name],
-        ablations.configure("baseline", options("--backbone", "weights/backbone")),
-    )
+    change = ablations.CHANGES[name]
+    base = ablations.configure("baseline", options("--backbone", "weights/backbone"))
     config = ablations.configure(name, options("--backbone", "weights/backbone"))
     assert (config.replace(run_dir=base.run_dir) != base) == bool(
         change.settings or name == "multi"
@@ -143,18 +129,6 @@ def loss_and_constants(config: Config) -> torch.Tensor:
     loss = module.YOLOLoss(config)(logits, targets, count_objects(targets, 4), ANCHOR)["loss"]
     weights = module.build_model(config).parameters()
     return torch.cat([loss[None], *(weight.detach() for weight in weights if weight.ndim == 1)])
-
-
-def test_settings_of_the_runs_on_voc():
-    config = ablations.configure(
-        "multi", options("--epochs", "20", "--size", "224", "--splits", "both")
-    )
-    assert config.train_splits == ("2007/train", "2012/train")
-    assert config.val_splits == ("2007/val", "2012/val")
-    assert (config.epochs, config.image_size, config.close_mosaic_epochs) == (20, 224, 2)
-    assert config.multiscale_sizes == (160, 192, 224, 256, 288)
-    assert ablations.multiscale_sizes(128) == (96, 128, 160)
-    assert ablations.multiscale_sizes(32) == (32,)
 
 
 def test_table_of_ablations_compares_runs_with_the_same_seed(tmp_path):
