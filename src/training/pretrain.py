@@ -149,7 +149,7 @@ class Darknet53Classifier(OneCycleModule):
     """
 
     monitor = "val/top1"
-    progress_columns = {  # noqa: RUF012
+    progress_columns = {
         "loss": ("train/loss", 1, 3),
         "val loss": ("val/loss", 1, 3),
         "top-1 %": ("val/top1", 100, 1),
