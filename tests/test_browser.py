@@ -9,7 +9,7 @@ pytest.importorskip("selenium")
 
 from src.serving.gradcam import LAYERS
 from tests.planted import blurred_noise
-from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served
+from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, serving
 
 if not (CHROMIUM and DRIVER):
     pytest.skip(
@@ -22,36 +22,32 @@ if not (CHROMIUM and DRIVER):
 def images(tmp_path_factory):
     """Files to upload: two images of different shape, and one file that is not an image."""
     folder = tmp_path_factory.mktemp("images")
-    for name, seed, size in (("wide", 5, (300, 180)), ("tall", 6, (160, 240))):
-        Image.fromarray(blurred_noise(*size, seed)).save(folder / f"{name}.jpg")
+    for name, size in {"wide": (300, 180), "tall": (160, 240)}.items():
+        Image.fromarray(blurred_noise(*size, seed=5)).save(folder / f"{name}.jpg")
     (folder / "invalid.jpg").write_text("not an image")
     return folder
 
 
 @pytest.fixture(scope="module")
-def address(exported_space):
-    """The address of the running Space."""
-    with served(exported_space) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def driver():
-    with browser() as driver:
-        yield driver
+def visit(exported_space):
+    """Open the running Space in the browser's window."""
+    with serving(exported_space) as (address, _), browser() as driver:
+        yield lambda: Visitor(driver, address)
 
 
 @pytest.fixture
-def visitor(driver, address):
-    return Visitor(driver, address)
+def visitor(visit):
+    return visit()
 
 
 def test_upload_shows_detections_heatmap_table_and_time(visitor, images):
+    visitor.driver.get_log("browser")
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
     assert re.search(r"\d+ detections · \d+\.\d\d s · 300 × 180 pixels", visitor.text("#summary"))
     rows = visitor.until(visitor.rows)
     assert re.fullmatch(r"1\s+■ (circle|square|star)\s+\d+\.\d%\s+\d+, \d+, \d+, \d+", rows[0])
+    assert "SEVERE" not in [entry["level"] for entry in visitor.driver.get_log("browser")]
 
 
 def test_a_sample_can_be_clicked(visitor):
@@ -78,55 +74,46 @@ def test_a_slider_updates_without_another_forward_pass(visitor, images):
 def test_a_class_or_a_row_can_be_explained(visitor, images):
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
-    heatmap = visitor.source("heatmap")
-    visitor.choose("target", "Class square")
-    visitor.until(lambda: visitor.source("heatmap") != heatmap)
-    heatmap = visitor.source("heatmap")
-    visitor.until(lambda: visitor.all("#table .virtual-row .body-cell"))[
-        5
-    ].click()  # the second row
-    visitor.until(lambda: visitor.source("heatmap") != heatmap)
-    assert visitor.all("#target input")[0].get_attribute("value").startswith("2: ")
     for name, choice in (
+        ("target", "Class square"),
+        ("row", ""),
         ("method", "EigenCAM"),
-        ("target", "Class star"),
         ("layers", [*LAYERS.values()][1]),
     ):
         heatmap = visitor.source("heatmap")
-        visitor.choose(name, choice)
+        if name == "row":
+            cells = visitor.until(lambda: visitor.all("#table .virtual-row .body-cell"))
+            cells[5].click()  # the second row
+        else:
+            visitor.choose(name, choice)
         visitor.until(lambda before=heatmap: visitor.source("heatmap") != before)
+    assert visitor.all("#target input")[0].get_attribute("value").startswith("2: ")
 
 
 def test_unreadable_files_give_a_message(visitor, images):
     visitor.upload(images / "invalid.jpg")
-    visitor.until(
-        lambda: "This file can't be read as an image" in visitor.text("#summary [role=alert]")
-    )
+    message = "This file can't be read as an image"
+    visitor.until(lambda: message in visitor.text("#summary [role=alert]"))
     assert not visitor.source("detections") and not visitor.source("heatmap") and not visitor.rows()
     visitor.upload(images / "tall.jpg")
     visitor.wait_for_images(160, 240)
     assert not visitor.all("#summary [role=alert]")
 
 
-def test_two_visitors_have_their_own_images(driver, address, images):
-    first = Visitor(driver, address)
-    first.upload(images / "wide.jpg")
-    first.wait_for_images(300, 180)
-    window = driver.current_window_handle
-    driver.switch_to.new_window("tab")
-    second = Visitor(driver, address)
+def test_two_visitors_have_their_own_images(visit, visitor, images):
+    visitor.upload(images / "wide.jpg")
+    visitor.wait_for_images(300, 180)
+    window = visitor.driver.current_window_handle
+    visitor.driver.switch_to.new_window("tab")
+    second = visit()
     second.upload(images / "tall.jpg")
     second.wait_for_images(160, 240)
-    second_window = driver.current_window_handle
-    driver.switch_to.window(window)
-    boxes = first.source("detections")
-    first.set_slider("confidence", 0.4)
-    first.until(lambda: first.source("detections") != boxes)
-    first.wait_for_images(300, 180)
-    assert "300 × 180" in first.text("#summary")
-    driver.switch_to.window(second_window)
-    driver.close()
-    driver.switch_to.window(window)
+    visitor.driver.close()
+    visitor.driver.switch_to.window(window)
+    boxes = visitor.source("detections")
+    visitor.set_slider("confidence", 0.4)
+    visitor.until(lambda: visitor.source("detections") != boxes)
+    visitor.wait_for_images(300, 180)
 
 
 def test_the_page_describes_the_model(visitor):
@@ -144,32 +131,12 @@ def test_the_page_fits_the_window(visitor, images, width):
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
     assert visitor.script("return document.documentElement.scrollWidth") <= width
-    code = (
-        "let r = document.getElementById(arguments[0]).getBoundingClientRect();"
-        "return [r.left, r.right, r.top]"
-    )
-    places = {
-        name: visitor.script(code, name)
-        for name in ("image", "detections", "heatmap", "table", "confidence", "target")
-    }
+    code = "return document.getElementById(arguments[0]).getBoundingClientRect()"
+    names = ("image", "detections", "heatmap", "table", "confidence", "target")
+    places = [visitor.script(code, name) for name in names]
     visitor.reset_size()
-    assert all(
-        0 <= left < right <= width and right - left > 300 for left, right, _ in places.values()
-    )
-    above = places["image"][2] < places["detections"][2] < places["heatmap"][2]
-    assert (
-        above
-        if width < 500
-        else places["image"][2] == places["detections"][2] == places["heatmap"][2]
-    )
-
-
-def test_the_browser_logs_no_errors(visitor, images):
-    visitor.driver.get_log("browser")
-    visitor.upload(images / "wide.jpg")
-    visitor.wait_for_images(300, 180)
-    assert not [
-        entry["message"]
-        for entry in visitor.driver.get_log("browser")
-        if entry["level"] == "SEVERE"
-    ]
+    for place in places:
+        assert place["left"] >= 0 and place["right"] <= width and place["width"] > 300
+    tops = [place["top"] for place in places[:3]]
+    rows = 3 if width < 500 else 1  # below each other, or side by side
+    assert tops == sorted(tops) and len(set(tops)) == rows

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.support.wait import WebDriverWait
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,45 +23,39 @@ TIMEOUT_S = 60  # long enough for a busy machine
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """Run an exported Space in a process of its own. Yields its address."""
-    with serving(folder) as (address, _):
-        yield address
-
-
-@contextlib.contextmanager
 def serving(
     folder: Path, python: str | Path = sys.executable, **variables: str
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """As `served`, with another Python and environment variables. Yields address and process."""
+    """Run an exported Space in a process of its own. Yields its address and the process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
     environment = {
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False",
-        **variables,
     }
-    environment.pop("PYTHONPATH", None)
-    server = subprocess.Popen(
-        [python, "app.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL
-    )
+    environment |= {"PYTHONPATH": "", **variables}
+    command = [python, "app.py"]
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 4 * TIMEOUT_S
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
-                break
-            if server.poll() is not None:
-                raise RuntimeError("The Space stopped before it answered.")
+        while not answers(address):
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"The Space stopped or did not answer in {4 * TIMEOUT_S} s.")
             time.sleep(0.1)
-        else:
-            raise TimeoutError(f"The Space did not answer within {4 * TIMEOUT_S} s.")
-        yield f"http://127.0.0.1:{port}/", server
+        yield address, server
     finally:
         server.terminate()
         server.wait(10)
+
+
+def answers(address: str) -> bool:
+    """Return whether a server answers there."""
+    with contextlib.suppress(OSError):
+        return bool(urllib.request.urlopen(address, timeout=5).read())
+    return False
 
 
 @contextlib.contextmanager
@@ -68,17 +63,9 @@ def browser() -> Iterator[webdriver.Chrome]:
     """Headless Chromium that logs its console and makes no other connections."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--hide-scrollbars",
-        "--window-size=1280,1400",
-    ):
-        options.add_argument(flag)
+    flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage no-first-run hide-scrollbars"
+    for flag in [*flags.split(), "disable-background-networking", "window-size=1280,1400"]:
+        options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
@@ -115,18 +102,8 @@ class Visitor:
 
     def until(self, condition):
         """Wait until a condition is true, and return its value."""
-        end = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < end:
-            try:
-                if value := condition():
-                    return value
-            except StaleElementReferenceException:
-                pass
-            time.sleep(0.1)
-        raise TimeoutError(
-            f"Not within {TIMEOUT_S} s. "
-            f"The page shows {self.text('#summary')!r} and {self.text('#message')!r}."
-        )
+        wait = WebDriverWait(self.driver, TIMEOUT_S, 0.1, [StaleElementReferenceException])
+        return wait.until(lambda _: condition())
 
     def upload(self, path) -> None:
         if clear := self.all("#image button[aria-label='Remove Image']"):
@@ -160,18 +137,13 @@ class Visitor:
     def choose(self, name: str, choice: str) -> None:
         """Click the option that contains `choice` in a dropdown."""
         self.all(f"#{name} input")[0].click()
-        self.until(
-            lambda: [option for option in self.all("[role=option]") if choice in option.text]
-        )[0].click()
+        options = "[role=option]"
+        self.until(lambda: [each for each in self.all(options) if choice in each.text])[0].click()
 
     def resize(self, width: int, height: int = 900, density: float = 1) -> None:
         """Set the viewport in CSS pixels; below 500 it is a phone."""
-        size = {
-            "width": width,
-            "height": height,
-            "deviceScaleFactor": density,
-            "mobile": width < 500,
-        }
+        size = {"width": width, "height": height, "deviceScaleFactor": density}
+        size["mobile"] = width < 500
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def reset_size(self) -> None:

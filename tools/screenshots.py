@@ -7,7 +7,7 @@ import argparse
 import time
 from pathlib import Path
 
-from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, served
+from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, serving
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -38,7 +38,7 @@ def main() -> None:
             "Chromium and its driver are missing (Debian: apt install chromium chromium-driver)."
         )
     (ROOT / "images").mkdir(exist_ok=True)
-    with served(space) as address, browser() as driver:
+    with serving(space) as (address, _), browser() as driver:
         for name, (width, height, density) in SIZES.items():
             visitor = Visitor(driver, address)
             visitor.resize(width, height, density)
