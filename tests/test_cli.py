@@ -128,7 +128,7 @@ def test_errors_say_what_to_do(photos, run_command, tmp_path):
         (tmp_path / "missing.jpg",): "missing.jpg does not exist or has no images. Supported",
         (tmp_path / "empty",): "empty does not exist or has no images. Supported files: ",
         (tmp_path / "broken.mp4",): "broken.mp4 can't be read as a video",
-        (photos, "--confidence", 2): "confidence must be a number in 0..1",
+        (photos, "--confidence", 2): "confidence and iou_threshold must be in 0..1",
         (photos, "--weights", tmp_path / "empty"): "model.safetensors is missing",
         (photos, "--save", photos): "contains the source",
         (photos / "a.png", "--save", photos): "contains the source",

@@ -50,7 +50,7 @@ def test_layercam_is_that_of_autograd(scale, model, file):
     gradients = torch.autograd.grad(
         logits, features[3:], seeds, allow_unused=True, materialize_grads=True
     )
-    cams = OnnxModel(file).layercam(images, seeds)
+    cams = OnnxModel(file).run(images, seeds)[:2:-1]
     for cam, gradient, feature in zip(cams, gradients, features[3:], strict=True):
         expected = (gradient.relu() * feature.detach()).sum(dim=1).relu()
         torch.testing.assert_close(cam, expected, rtol=1e-4, atol=1e-5 * expected.max().item())
@@ -69,8 +69,8 @@ def test_the_file_is_complete_and_has_metadata(model, file):
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
         for value in (*graph.graph.input, *graph.graph.output)
     }
-    assert shapes["images"] == ["batch", 3, 96, 96] and shapes["cam32"] == ["batch", 3, 3]
-    assert shapes["logits16"] == shapes["seed16"] == ["batch", 3, 6, 6, 5 + len(CLASSES)]
+    assert shapes["images"] == [1, 3, 96, 96] and shapes["cam32"] == [1, 3, 3]
+    assert shapes["logits16"] == shapes["seed16"] == [1, 3, 6, 6, 5 + len(CLASSES)]
     facts = {prop.key: json.loads(prop.value) for prop in graph.metadata_props}
     assert facts["classes"] == CLASSES and facts["strides"] == [32, 16, 8]
     np.testing.assert_allclose(facts["anchors"], np.multiply(ANCHORS, 96), rtol=1e-6)
@@ -101,7 +101,7 @@ def test_heatmaps_are_those_of_torch(layers, model, file):
             for predictor in (Predictor(model, device="cpu"), Predictor.load(file, device="cpu"))
         ]
         assert maps[0].max() == 1 and np.corrcoef(*map(np.ravel, maps))[0, 1] > 0.99
-    with pytest.raises(ValueError, match="LayerCAM alone. Load the PyTorch weights"):
+    with pytest.raises(ValueError, match="Unknown method 'gradcam' for this model. Choose one of layercam"):
         explain(Predictor.load(file), images[0], method="gradcam")
 
 

@@ -77,8 +77,6 @@ GREYS = {
     "16-bit png": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 257), "PNG"),
     "16-bit tiff": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 257), "TIFF"),
     "32-bit tiff": saved(Image.fromarray(grey_quarters().astype(np.int32)), "TIFF"),
-    "12-bit png": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 16), "PNG"),
-    "float tiff, 0 to 1": saved(Image.fromarray(np.float32(grey_quarters()) / 255), "TIFF"),
     "float tiff": saved(Image.fromarray(grey_quarters().astype(np.float32)), "TIFF"),
 }
 

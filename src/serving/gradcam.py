@@ -31,7 +31,6 @@ LAYERS = {  # stages of the backbone
     "4": "Parts and objects (stride 16)",
     "5": "Whole objects (stride 32)",
 }
-ONNX_MESSAGE = "An .onnx file has LayerCAM alone. Load the PyTorch weights for other methods."
 MAX_EXPLAINED = 24  # detections per heatmap, the best; each costs a backward pass
 
 
@@ -56,14 +55,12 @@ class Explainer:
     def __init__(self, predictor: Predictor, image):
         image = load_image(image)
         self.predictor = predictor
-        self.size = image.shape[1], image.shape[0]
+        self.size = image.shape[1::-1]
         self.inputs, self.placement = predictor.preprocess(image)
         self.logits = self._run()
-        rows = [level[0].flatten(0, 2) for level in self.logits]
-        self.predictions = torch.cat(rows)  # [K, 5 + C]
-        boxes, scores = predictor.decode([level.detach() for level in self.logits])
+        self.predictions = torch.cat([level[0].flatten(0, 2) for level in self.logits])
         self.candidates = predictor.postprocess(
-            boxes[0].cpu(), scores[0].cpu(), self.placement, *self.size
+            [level[0] for level in self.logits], self.placement, image
         )
 
     def _run(self) -> list[torch.Tensor]:
@@ -97,11 +94,12 @@ class Explainer:
         Raises ValueError with the choices if target, layers or method is unknown, and if the model
         is an OnnxModel and method is not "layercam".
         """
-        for name, value, choices in (("layers", layers, LAYERS), ("method", method, METHODS)):
+        methods = ["layercam"] if isinstance(self.predictor.model, OnnxModel) else METHODS
+        for name, value, choices in (("layers", layers, LAYERS), ("method", method, methods)):
             if value not in choices:
-                raise ValueError(f"Unknown {name} {value!r}. Choose one of {', '.join(choices)}.")
-        if isinstance(self.predictor.model, OnnxModel) and method != "layercam":
-            raise ValueError(ONNX_MESSAGE)
+                raise ValueError(
+                    f"Unknown {name} {value!r} for this model. Choose one of {', '.join(choices)}."
+                )
         detections, rows, missing = self._select(target, confidence, iou_threshold)
         explained = rows[:MAX_EXPLAINED]
         maps = [
@@ -109,10 +107,10 @@ class Explainer:
             for row in (explained[:1] if method == "eigencam" else explained)
         ]
         heatmap = scale(cv2.resize(np.max(maps, axis=0), self.size))
-        best_of = f"The heatmap shows the best {MAX_EXPLAINED} of {len(rows)} detections."
-        more = best_of if len(rows) > MAX_EXPLAINED else ""
         empty = "" if heatmap.any() else "Nothing raises the score, by this method on this layer."
-        message = missing or more or empty
+        message = missing or empty
+        if len(rows) > MAX_EXPLAINED:
+            message = f"The heatmap shows the best {MAX_EXPLAINED} of {len(rows)} detections."
         return Explanation(heatmap, detections, explained, message, is_candidate=bool(missing))
 
     def _select(
@@ -122,18 +120,14 @@ class Explainer:
         classes = self.predictor.classes
         detections = self.candidates.detections(confidence, iou_threshold)
         rows = np.arange(len(detections))
+        choices = {"all": rows}
+        choices |= {name: rows[detections.labels == i] for i, name in enumerate(classes)}
+        choices |= {row: rows[row : row + 1] for row in range(max(len(rows), 1))}
+        if target not in choices:
+            raise ValueError(f"Unknown target {target!r}. Choose one of {[*choices]}.")
+        if len(choices[target]):
+            return detections, choices[target], ""
         label = classes.index(target) if target in classes else None
-        if label is not None:
-            rows = rows[detections.labels == label]
-        elif isinstance(target, int | np.integer) and 0 <= target < max(len(rows), 1):
-            rows = rows[target : target + 1]
-        elif target != "all":
-            raise ValueError(
-                f'Unknown target {target!r}. Choose "all", one of {classes}, '
-                f"or one of the {len(rows)} detections, counted from 0."
-            )
-        if len(rows):
-            return detections, rows, ""
         top = self.candidates.top_candidate(label)
         missing = (
             f"No {'detection' if label is None else target} above {100 * confidence:.0f}%. "
@@ -145,12 +139,14 @@ class Explainer:
         """Return one prediction's heatmap [h, w] in 0..1, on the letterbox without its bars.
 
         It explains the log of the score, objectness times class probability: if the network is
-        confident, the score itself has almost no gradient.
+        confident, the score itself has almost no gradient. Sum over the layers, each map M [G, G]
+        as max(M, 0) / its maximum, upsampled. The library also subtracts each map's minimum; here
+        0 keeps its meaning, no evidence.
         """
         logits = self.predictions[index, [0, 5 + label]].float()  # objectness and class
         log_score = torch.nn.functional.logsigmoid(logits).sum()
-        maps = self._maps(log_score, layers, method)
-        heatmap = combine(maps, self.predictor.image_size)  # [S, S]
+        maps = [scale(np.maximum(layer, 0)) for layer in self._maps(log_score, layers, method)]
+        heatmap = sum(cv2.resize(layer, self.inputs.shape[2:]) for layer in maps)  # [S, S]
         left, top = self.placement[2:].astype(int)
         width, height = np.rint(self.placement[:2] * self.size).astype(int)
         return scale(heatmap[top : top + height, left : left + width])
@@ -159,25 +155,19 @@ class Explainer:
         """Return the map [G, G] of each layer."""
         if isinstance(self.predictor.model, OnnxModel):
             seeds = torch.autograd.grad(log_score, self.logits, retain_graph=True)
-            cams = zip("345", self.predictor.model.layercam(self.inputs, seeds), strict=True)
+            cams = zip("543", self.predictor.model.run(self.inputs, seeds)[3:], strict=True)
             return [cam[0].numpy(force=True) for stage, cam in cams if layers in ("all", stage)]
         features = [self.features[stage] for stage in self.features if layers in ("all", stage)]
         gradients = torch.autograd.grad(log_score, features, retain_graph=True)
         cam = CAMS[method](self.predictor.fused, target_layers=[])
-        maps = []
-        for tensors in zip(features, gradients, strict=True):
-            feature, gradient = (tensor.float().numpy(force=True) for tensor in tensors)
-            maps += [*cam.get_cam_image(None, None, None, feature, gradient, False)]  # [G, G]
-        return maps
-
-
-def combine(maps: list[np.ndarray], size: int) -> np.ndarray:
-    """Combine the maps M [G, G] of several layers into one heatmap [S, S], where S = size.
-
-    It is the sum over the layers of upsample(max(M, 0) / its maximum), bilinear. The library also
-    subtracts each map's minimum; here 0 keeps its meaning, no evidence.
-    """
-    return sum(cv2.resize(scale(np.maximum(layer, 0)), (size, size)) for layer in maps)
+        features, gradients = (
+            [tensor.float().numpy(force=True) for tensor in tensors]
+            for tensors in (features, gradients)
+        )
+        return [
+            cam.get_cam_image(None, None, None, feature, gradient, False)[0]
+            for feature, gradient in zip(features, gradients, strict=True)
+        ]
 
 
 def scale(heatmap: np.ndarray) -> np.ndarray:

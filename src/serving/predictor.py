@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,7 @@ class Detections:
     boxes: np.ndarray  # float32 [n, 4] xyxy in pixels of the image
     scores: np.ndarray  # float32 [n] objectness times class probability
     labels: np.ndarray  # int64 [n] index into the model's classes
-    index: (
-        np.ndarray
-    )  # int64 [n] index into the network's K predictions, as boxes.decode orders them
+    index: np.ndarray  # int64 [n] index into the network's K predictions, see boxes.decode
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -51,12 +48,10 @@ class Candidates:
 
         Raises ValueError if a threshold is not in 0..1.
         """
-        for name, value in (("confidence", confidence), ("iou_threshold", iou_threshold)):
-            if not (isinstance(value, Real) and 0 <= value <= 1):
-                raise ValueError(f"{name} must be a number in 0..1")
-        return self._select(
-            *nms(self.boxes, self.scores, max(confidence, MIN_SCORE), iou_threshold)
-        )
+        if not (0 <= confidence <= 1 and 0 <= iou_threshold <= 1):
+            raise ValueError("confidence and iou_threshold must be in 0..1")
+        kept = nms(self.boxes, self.scores, max(confidence, MIN_SCORE), iou_threshold)
+        return self._select(*kept)
 
     def top_candidate(self, label: int | None = None) -> Detections:
         """Return the candidate with the highest score, at any threshold; of one class if given."""
@@ -134,13 +129,8 @@ class Predictor:
     def _forward(self, images: Sequence) -> list[Candidates]:
         images = [load_image(image) for image in images]
         inputs, placements = zip(*map(self.preprocess, images), strict=True)
-        boxes, scores = self.decode(self.fused(torch.cat(inputs)))
-        return [
-            self.postprocess(*prediction, image.shape[1], image.shape[0])
-            for *prediction, image in zip(
-                boxes.cpu(), scores.cpu(), placements, images, strict=True
-            )
-        ]
+        logits = zip(*self.fused(torch.cat(inputs)), strict=True)  # per image
+        return list(map(self.postprocess, logits, placements, images))
 
     def preprocess(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """uint8 [H, W, 3] -> network input [1, 3, S, S] and the placement of `letterbox`."""
@@ -148,22 +138,19 @@ class Predictor:
         inputs = to_network_input(torch.from_numpy(square).permute(2, 0, 1)[None].to(self.device))
         return inputs.to(self.dtype), placement
 
-    def decode(self, logits: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """logits of the network -> boxes [B, K, 4] xyxy in 0..1 of its input, scores [B, K, C]."""
-        return decode(logits, self.model.anchors_at(self.image_size))
-
     def postprocess(
-        self, boxes: Tensor, scores: Tensor, placement: np.ndarray, width: int, height: int
+        self, logits: Sequence[Tensor], placement: np.ndarray, image: np.ndarray
     ) -> Candidates:
-        """Convert boxes [K, 4] and scores [K, C] of one image of width x height pixels.
+        """Convert the three logits [3, G, G, 5 + C] of one image.
 
         placement: what `letterbox` returned.
         """
+        anchors = self.model.anchors_at(self.image_size)
+        boxes, scores = decode([level[None].detach() for level in logits], anchors)
+        boxes, scores = boxes[0].cpu(), scores[0].cpu()
         best = scores.amax(dim=1)
-        kept = best > MIN_SCORE
-        kept[best.argmax()] = True  # so that there is always a top candidate
-        index = torch.nonzero(kept).flatten()
+        lowest = best.max().clamp(max=MIN_SCORE)  # so that there is always a top candidate
+        index = torch.nonzero(best >= lowest).flatten()
         boxes = boxes[index] * self.image_size - torch.from_numpy(placement[[2, 3, 2, 3]])
-        return Candidates(
-            boxes / torch.from_numpy(placement[[0, 1, 0, 1]]), scores[index], index, (width, height)
-        )
+        boxes = boxes / torch.from_numpy(placement[[0, 1, 0, 1]])
+        return Candidates(boxes, scores[index], index, image.shape[1::-1])

@@ -19,9 +19,9 @@ from src.serving.predictor import Detections, Predictor
 MAX_PIXELS = 50_000_000
 ALL_DETECTIONS = ("All detections", "all")
 BRIGHT_AREAS = (
-    "Bright areas are the pixels that are enough for the score: with only these, and the rest of "
-    "the image blurred, the detection would remain. They show what the network looks at, not "
-    "whether it is right."
+    "Bright areas are the pixels that matter most for the score: if only a quarter of the image, "
+    "the brightest, stays sharp, most of the score remains. They show what the network looks at, "
+    "not whether it is right."
 )
 LICENSE_TEXTS = {
     "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
