@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,18 @@ DATASETS = {
     "coco": "COCO data set",
     "shapes": "synthetic",
 }
-FRACTIONS = ("val_fraction", "mosaic_prob", "min_visibility", "warmup_fraction", "ema_decay")
-COUNTS = ("epochs", "batch_size", "accumulate_grad_batches", "multiscale_interval", "devices")
+LIMITS = {  # lowest and highest value of a setting
+    "val_fraction": (0, 1),
+    "mosaic_prob": (0, 1),
+    "min_visibility": (0, 1),
+    "warmup_fraction": (0, 1),
+    "ema_decay": (0, 1),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "accumulate_grad_batches": (1, math.inf),
+    "multiscale_interval": (1, math.inf),
+    "devices": (1, math.inf),
+}
 
 
 def atomic_write(
@@ -35,78 +46,34 @@ def atomic_write(
     keep_as: new name of the file that `path` replaces. options: of `open`.
     """
     part = path.with_name(path.name + ".part")
-    try:
-        with open(part, mode, **options) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with open(part, mode, **options) as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
     if keep_as and path.exists():
         os.replace(path, keep_as)
     os.replace(part, path)
 
 
 def setting(default, **metadata):
-    """Declare a field of `Settings`.
+    """Declare a field of `Config`.
 
-    default: a value, or a function that returns it.
     metadata: data=True if the field determines the batches: a data module made with another value
-    is refused; resumable=True if it may differ when a run is resumed; help for a command line.
+    is refused; resumable=True if it may differ when a run is resumed.
     """
-    kind = "default_factory" if callable(default) else "default"
-    return dataclasses.field(**{kind: default}, metadata=metadata)
-
-
-class Settings:
-    """Base of the dataclasses that hold a run's settings: copies and JSON files."""
-
-    @classmethod
-    def names(cls, **metadata: bool) -> list[str]:
-        """Return the names of the fields with this metadata, such as data=True; see `setting`."""
-        return [
-            field.name
-            for field in dataclasses.fields(cls)
-            if all(field.metadata.get(key, False) == value for key, value in metadata.items())
-        ]
-
-    def replace(self, **changes) -> "Settings":
-        """Return a copy with some settings changed."""
-        return dataclasses.replace(self, **changes)
-
-    def save(self, path: str | Path) -> None:
-        """Write the settings as JSON, atomically."""
-        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(Path(path), lambda file: file.write(text), "w", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Settings":
-        """Read settings written by `save`. Raises ValueError that names file and field."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a JSON file of settings: {error}.") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} is not a JSON file of settings: it has no names.")
-        if unknown := set(values) - set(cls.names()):
-            raise ValueError(
-                f"{path}: unknown settings {sorted(unknown)}. "
-                "Remove them, or use the version that wrote the file."
-            )
-        return cls(**values)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config:
     """Settings of one run, written as JSON into its folder; `Config.load` reads them back."""
 
     # data
     # "voc": files in data_root, also recognized as "yolo" or "coco"; "shapes": synthetic data set
     dataset: str = setting("voc", data=True)
-    data_root: str = setting(  # folder of VOCdevkit, data.yaml or COCO
-        lambda: os.environ.get("VOC_ROOT", DATA_ROOT), data=True, resumable=True
+    data_root: str = dataclasses.field(  # folder of VOCdevkit, data.yaml or COCO
+        default_factory=lambda: os.environ.get("VOC_ROOT", DATA_ROOT),
+        metadata={"data": True, "resumable": True},
     )
     train_splits: tuple[str, ...] = setting(("2007/trainval", "2012/trainval"), data=True)
     val_splits: tuple[str, ...] = setting(("2007/test",), data=True)  # empty: see val_fraction
@@ -164,20 +131,17 @@ class Config(Settings):
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _as_saved(getattr(self, field.name)))
-        for name in ("classes", "train_splits", "val_splits"):
-            if isinstance(getattr(self, name), str):  # ("mask") without its comma
-                object.__setattr__(self, name, (getattr(self, name),))
+            value = _as_saved(getattr(self, field.name))
+            if field.type == tuple[str, ...] and isinstance(value, str):  # ("mask") without a comma
+                value = (value,)
+            object.__setattr__(self, field.name, value)
         self._validate()
 
     def _validate(self) -> None:
         """Raise ValueError that names the first setting that can't be used."""
         for size in (self.image_size, *self.multiscale_sizes):
             if size < 32 or size % 32:
-                raise ValueError(
-                    f"Config: image size {size} is not a positive multiple of 32. "
-                    f"Use e.g. {max(32, size // 32 * 32)}."
-                )
+                raise ValueError(f"Config: image size {size} is not a positive multiple of 32.")
         if self.dataset not in DATASETS:
             raise ValueError(
                 f"Config.dataset is {self.dataset!r}. Use one of {', '.join(DATASETS)}."
@@ -186,21 +150,51 @@ class Config(Settings):
             raise ValueError(
                 f"Config.classes is {self.classes}. Name at least one class, each only once."
             )
-        for name in FRACTIONS:
-            if not 0 <= getattr(self, name) <= 1:
+        for name, (lowest, highest) in LIMITS.items():
+            if not lowest <= getattr(self, name) <= highest:
                 raise ValueError(
-                    f"Config.{name} is {getattr(self, name)}. Use a value from 0 to 1."
+                    f"Config.{name} is {getattr(self, name)}. Use a value from {lowest} to "
+                    f"{highest}."
                 )
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"Config.{name} is {getattr(self, name)}. Use at least 1.")
+
+    @classmethod
+    def names(cls, **metadata: bool) -> list[str]:
+        """Return the names of the fields with this metadata, such as data=True; see `setting`."""
+        return [
+            field.name
+            for field in dataclasses.fields(cls)
+            if all(field.metadata.get(key, False) == value for key, value in metadata.items())
+        ]
+
+    def replace(self, **changes) -> "Config":
+        """Return a copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the settings as JSON, atomically."""
+        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(path), lambda file: file.write(text), "w", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Config":
+        """Read settings written by `save`. Raises ValueError that names file and field."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a JSON file of settings: {error}.") from None
+        if unknown := set(values) - set(cls.names()):
+            raise ValueError(
+                f"{path}: unknown settings {sorted(unknown)}. "
+                "Remove them, or use the version that wrote the file."
+            )
+        return cls(**values)
 
     @property
     def pretrained_path(self) -> str:
         """`pretrained_weights`, or its absolute path if only the repository's folder has it."""
-        local = Path(self.pretrained_weights)
         shipped = REPOSITORY / self.pretrained_weights
-        is_local = local.is_file() or (local / "config.json").exists()
+        is_local = Path(self.pretrained_weights).exists()
         if self.pretrained_weights and shipped.exists() and not is_local:
             return str(shipped)
         return self.pretrained_weights

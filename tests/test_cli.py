@@ -1,8 +1,7 @@
-"""Prediction from the command line and from Python; the preset for small data sets; progress."""
+"""Prediction from the command line and from Python; the preset for small data sets."""
 
 import json
 import sys
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,7 +17,6 @@ from src.serving.gradcam import explain
 from src.serving.images import load_image
 from src.serving.predict import predict
 from src.serving.predictor import Detections, Predictor
-from src.training import callbacks
 from src.training.module import build_model
 from tests.planted import CLASSES, blurred_noise, planted_model
 
@@ -146,29 +144,3 @@ def test_small_preset_starts_from_the_shipped_detector_in_any_folder(tmp_path, m
         assert torch.equal(value, weights[f"backbone.{name}"].to(value.dtype)), name
     config.save(tmp_path / "config.json")
     assert str(REPOSITORY) not in (tmp_path / "config.json").read_text()
-
-
-def run_clock(monkeypatch, steps: int, seconds: float) -> list[str]:
-    """Return what Progress prints in two epochs of `steps` steps. The first takes 1000 s more."""
-    progress, lines, clock = callbacks.Progress(), [], [0.0]
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(progress, "write", lines.append)
-    config = Config(epochs=40)
-    trainer = SimpleNamespace(num_training_batches=steps, max_epochs=40, global_step=0)
-    for trainer.current_epoch in range(2):
-        for batch in range(steps):
-            progress.on_train_batch_start(trainer, SimpleNamespace(config=config), None, batch)
-            clock[0] += seconds + 1000 * (trainer.global_step == 0)
-            trainer.global_step += 1
-    return lines
-
-
-def test_time_estimate(monkeypatch):
-    """Once per run, without the slow first step; an epoch of two steps has no other."""
-    assert run_clock(monkeypatch, 2, 30) == []
-    assert run_clock(monkeypatch, 100, 3) == [
-        "Estimated time: 5.0 minutes per epoch, 3.3 hours for the remaining 40, plus validation."
-    ]
-    estimate, warning = run_clock(monkeypatch, 1000, 30)
-    assert "8.3 hours per epoch, 13.9 days" in estimate
-    assert "more than a day" in warning and 'PRESETS["small"]' in warning

@@ -1,36 +1,26 @@
 """Settings: validated, saved, loaded."""
 
-import dataclasses
-
 import pytest
 
 from src.config import VOC_CLASSES, Config
 from src.model.network import ANCHORS
 
 
-def test_saved_settings_load_unchanged(tmp_path):
-    config = Config(
-        dataset="shapes", classes=("a", "b"), multiscale_sizes=(256, 288), width=0.25, max_lr=0.003
-    )
-    config.save(tmp_path / "run" / "config.json")
-    assert Config.load(tmp_path / "run" / "config.json") == config
-
-
 def test_unknown_settings_and_broken_files_are_named(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text('{"widht": 1}')
-    with pytest.raises(ValueError, match=r"config\.json: unknown settings \['widht'\]"):
-        Config.load(path)
-    for text in ('{"width": ', "[1]"):
+    for text, message in (
+        ('{"widht": 1}', r"config\.json: unknown settings \['widht'\]"),
+        ('{"width": ', r"config\.json is not a JSON file of settings"),
+    ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json is not a JSON file of settings"):
+        with pytest.raises(ValueError, match=message):
             Config.load(path)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"image_size": 100}, "image size 100 is not a positive multiple of 32. Use e.g. 96"),
+        ({"image_size": 100}, "image size 100 is not a positive multiple of 32"),
         ({"multiscale_sizes": (256, 300)}, "image size 300"),
         ({"dataset": "imagenet"}, "Config.dataset is 'imagenet'"),
         ({"classes": ("a", "a")}, "Config.classes"),
@@ -51,22 +41,11 @@ def test_lists_paths_and_single_strings_become_what_is_saved(tmp_path):
         multiscale_sizes=range(64, 129, 32),
         run_dir=tmp_path / "run",
     )
-    assert (
-        config.classes == ("mask",)
-        and config.train_splits == ("2012/*",)
-        and config.multiscale_sizes == (64, 96, 128)
-    )
-    assert (
-        config.replace(anchors=[[list(anchor) for anchor in scale] for scale in config.anchors])
-        == config
-    )
-    config.save(tmp_path / "config.json")
-    assert Config.load(tmp_path / "config.json") == config
-
-
-def test_settings_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().width = 2
+    assert config.classes == ("mask",) and config.train_splits == ("2012/*",)
+    assert config.multiscale_sizes == (64, 96, 128)
+    assert config.replace(anchors=[list(map(list, scale)) for scale in ANCHORS]) == config
+    config.save(tmp_path / "new" / "config.json")
+    assert Config.load(tmp_path / "new" / "config.json") == config
 
 
 def test_data_root_comes_from_the_environment(monkeypatch):

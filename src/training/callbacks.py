@@ -4,7 +4,6 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -18,22 +17,23 @@ from src.config import atomic_write
 
 LR_INTERVAL = 10  # steps between two rows of the learning rate
 FINITE_CHECK_INTERVAL = 10  # steps between two checks of the loss: each makes the GPU wait
-TIMED_STEPS = 10  # from which the time of an epoch is estimated
-DURATIONS = ((86_400, "days"), (3_600, "hours"), (60, "minutes"))  # seconds and unit
 
 
 class MetricsCSV(pl.Callback):
     """Write metrics.csv: the learning rate every ten steps, and a row of all metrics per epoch.
 
-    The file is replaced once per epoch, before the epoch's checkpoint.
-    before: number of steps of the checkpoint to resume from; rows of later steps are dropped.
+    The file is replaced once per epoch, before the epoch's checkpoint. A resumed run keeps the rows
+    of the steps before its checkpoint.
     """
 
-    def __init__(self, path: Path, before: int = 0):
+    def __init__(self, path: Path):
         self.path, self.rows = path, []
-        if before and path.exists():
-            with open(path, encoding="utf-8", newline="") as lines:
-                self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) < before]
+
+    def on_train_start(self, trainer, module) -> None:
+        if self.path.exists():
+            with open(self.path, encoding="utf-8", newline="") as file:
+                rows = csv.DictReader(file)
+                self.rows = [row for row in rows if int(row["step"]) < trainer.global_step]
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         if trainer.global_step % LR_INTERVAL == 0:
@@ -74,11 +74,6 @@ class EMA(WeightAveraging):
         update(self._floats(self._average_model.module), self._floats(module), None)
         self._latest_update_step = trainer.global_step
 
-    def on_load_checkpoint(self, trainer, module, checkpoint) -> None:
-        """Let the average take its anchors from the checkpoint as the module does."""
-        super().on_load_checkpoint(trainer, module, checkpoint)
-        self._average_model.module.on_load_checkpoint(checkpoint)
-
     @staticmethod
     def _floats(module: pl.LightningModule) -> list[Tensor]:
         tensors = chain(module.parameters(), module.buffers())
@@ -105,23 +100,14 @@ class StopIfNotFinite(pl.Callback):
         self.finite = None
 
 
-def format_duration(seconds: float) -> str:
-    """Format a duration in the largest unit of which it has at least 1.5."""
-    for length, unit in DURATIONS:
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 class Progress(pl.Callback):
-    """One bar for the whole training, an estimate of its time, and one line of metrics per epoch.
+    """One bar for the whole training with its remaining time, and one line of metrics per epoch.
 
     The metrics are the module's `progress_columns`. Only the first process prints.
     """
 
     def __init__(self):
         self.bar = tqdm(disable=True)
-        self.timed_from, self.estimated = 0.0, False
 
     def on_train_start(self, trainer, module) -> None:
         self.bar = tqdm(
@@ -135,35 +121,7 @@ class Progress(pl.Callback):
             disable=not trainer.is_global_zero,
         )
         self.start = time.monotonic()
-        titles = ("epoch", *module.progress_columns, "minutes")
-        self.widths = [max(8, len(title) + 2) for title in titles]
-        self.write_row(titles)
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        """Time TIMED_STEPS steps, fewer in short epochs, but not the first, which is slower.
-
-        Before the first of them, and after ten, a GPU has just been waited for (StopIfNotFinite).
-        """
-        steps = min(TIMED_STEPS, trainer.num_training_batches - 2)
-        if batch_idx == 1 and not self.estimated:
-            self.timed_from = time.monotonic()
-        elif batch_idx == 1 + steps and not self.estimated:
-            self.estimated = True
-            seconds = (time.monotonic() - self.timed_from) / steps * trainer.num_training_batches
-            self.write_estimate(seconds, trainer.max_epochs - trainer.current_epoch)
-
-    def write_estimate(self, seconds: float, epochs: int) -> None:
-        """Print the time of an epoch and of the remaining ones; warn if that is more than a day."""
-        total = seconds * epochs
-        self.write(
-            f"Estimated time: {format_duration(seconds)} per epoch, {format_duration(total)} for "
-            f"the remaining {epochs}, plus validation."
-        )
-        if total > DURATIONS[0][0]:
-            self.write(
-                "Warning: that is more than a day. Use a GPU, or reduce Config.width, image_size "
-                'or epochs. PRESETS["small"] suits a CPU.'
-            )
+        self.write_row(module, ("epoch", *module.progress_columns, "minutes"))
 
     def on_train_batch_end(self, trainer, *_) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
@@ -173,7 +131,7 @@ class Progress(pl.Callback):
         for name, factor, digits in module.progress_columns.values():
             value = float(trainer.callback_metrics.get(name, math.nan))
             cells.append(f"{factor * value:.{digits}f}")
-        self.write_row([*cells, f"{(time.monotonic() - self.start) / 60:.1f}"])
+        self.write_row(module, (*cells, f"{(time.monotonic() - self.start) / 60:.1f}"))
 
     def on_train_end(self, *_) -> None:
         self.bar.close()
@@ -181,12 +139,11 @@ class Progress(pl.Callback):
     def on_exception(self, *_) -> None:
         self.bar.close()
 
-    def write_row(self, cells: Iterable) -> None:
-        """Print one cell per column, right-aligned to its title."""
-        row = (f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True))
-        self.write("".join(row))
-
-    def write(self, text: str) -> None:
-        """Print above the bar."""
+    def write_row(self, module, cells: tuple) -> None:
+        """Print one cell per column above the bar, right-aligned to its title."""
+        titles = ("epoch", *module.progress_columns, "minutes")
+        row = (
+            f"{cell:>{max(8, len(title) + 2)}}" for title, cell in zip(titles, cells, strict=True)
+        )
         if not self.bar.disable:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write("".join(row), file=sys.stdout)

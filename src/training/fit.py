@@ -1,23 +1,21 @@
 """Train, resume, load and evaluate."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training import run_folder
 from src.training.callbacks import EMA, MetricsCSV, Progress, StopIfNotFinite
-from src.training.devices import (
-    explain_out_of_memory,
-    free_trainer,
-    make_trainer,
-    run_in_processes,
-)
+from src.training.devices import explain_out_of_memory, free_trainer, make_trainer
 from src.training.lr_finder import find_lr
 from src.training.metrics import Evaluation, coco_average_precision, mean_average_precision
 from src.training.module import YOLOv3Module
@@ -33,7 +31,7 @@ def fit(
     Writes config.json, metrics.csv and checkpoints to `config.run_dir`: best.ckpt (highest VOC
     mAP), last.ckpt and previous.ckpt (of the epoch before). No other process can train there.
     With several devices in a notebook, new processes train and `data` is sent to them, see
-    `run_in_processes`.
+    `train_in_process`.
     ckpt_path: "last" resumes after the last complete epoch; a path resumes from that checkpoint;
     "auto" resumes if there is a checkpoint and starts otherwise; None starts. A start deletes the
     checkpoints and metrics.csv in `run_dir`; a checkpoint of another folder replaces them with the
@@ -46,82 +44,70 @@ def fit(
 
 
 def train(
-    module_class: type[OneCycleModule], config, data: pl.LightningDataModule, ckpt_path: str | None
+    module_class: type[OneCycleModule],
+    config: Config,
+    data: pl.LightningDataModule,
+    ckpt_path: str | None,
 ) -> OneCycleModule:
-    """Train `module_class(config)` on `data`, see `fit`.
-
-    config: a dataclass with the methods and training fields of Config.
-    """
-    with run_folder.run_lock(Path(config.run_dir)):
-        config, checkpoint = choose_start(config, data, ckpt_path)
+    """Train `module_class(config)` on `data`, see `fit`."""
+    folder = Path(config.run_dir)
+    with run_folder.run_lock(folder):
+        if rank_zero_only.rank:  # the first process has chosen
+            config = type(config).load(folder / run_folder.CONFIG)
+        else:
+            checkpoint = run_folder.find_checkpoint(folder, ckpt_path)
+            if checkpoint:
+                config = run_folder.config_for_resume(config, checkpoint)
+            elif not config.max_lr:
+                config = config.replace(max_lr=find_lr(config, data).suggestion)
         module = module_class(config)  # what can't be built raises before anything is deleted
         data.prepare_data()
         data.setup("fit")
         if not rank_zero_only.rank:
-            checkpoint = run_folder.write_start(config, checkpoint)
-        if checkpoint and checkpoint_progress(checkpoint)[1] >= config.epochs:
-            print(f"{checkpoint} is of the last epoch. There is nothing left to train.")
-            return load_average(module, checkpoint)
+            run_folder.write_start(config, checkpoint)
         if config.devices > 1 and hasattr(sys, "ps1"):  # in a notebook
             free_trainer(data)
-            run_in_processes(
-                config.devices, train_in_process, config, data, module_class, checkpoint
-            )
-            return load_average(module, Path(config.run_dir) / run_folder.LAST)
-        run_trainer(module, data, checkpoint)
+            arguments = (find_free_network_port(), config, data, module_class)
+            mp.spawn(train_in_process, arguments, nprocs=config.devices)
+        else:
+            run_trainer(module, data)
     if dist.is_initialized():
         dist.destroy_process_group()
         if rank_zero_only.rank:
             sys.exit()  # this process ran the script again only to share the training
-    return module
+    return load_average(module, folder / run_folder.LAST)
 
 
-def choose_start(
-    config, data: pl.LightningDataModule, ckpt_path: str | None
-) -> tuple[Config, Path | None]:
-    """Return the config to train by, and the checkpoint to resume from or None.
-
-    Runs the learning-rate range test if `max_lr` is 0. Raises what `find_checkpoint` and
-    `config_for_resume` raise.
-    """
-    folder = Path(config.run_dir)
-    if rank_zero_only.rank:  # the first process has chosen, and may have renamed the checkpoint
-        if ckpt_path not in (None, "auto") and not Path(ckpt_path).exists():
-            ckpt_path = "last"
-        checkpoint = run_folder.find_checkpoint(folder, ckpt_path)
-        return type(config).load(folder / run_folder.CONFIG), checkpoint
-    checkpoint = run_folder.find_checkpoint(folder, ckpt_path)
-    if checkpoint:
-        settings = checkpoint.with_name(run_folder.CONFIG)
-        config = run_folder.config_for_resume(config, settings)
-    elif not config.max_lr:
-        config = config.replace(max_lr=find_lr(config, data).suggestion)
-    return config, checkpoint
-
-
-@explain_out_of_memory
 def train_in_process(
-    config,
+    rank: int,
+    port: int,
+    config: Config,
     data: pl.LightningDataModule,
     module_class: type[OneCycleModule],
-    checkpoint: Path | None,
 ) -> None:
-    """Train in one of several new processes."""
-    run_trainer(module_class(config), data, checkpoint)
+    """Train in one of several new processes, for notebooks: Lightning can't run them again.
+
+    Processes are spawned, because a fork of a process that has used the GPU can't use it: the
+    classes of `data` and module must be importable, not defined in the notebook. Only the first
+    process prints. An error ends all processes and is raised with its traceback.
+    """
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        sys.stderr = sys.stdout
+    run_trainer(module_class(config), data)
 
 
-def run_trainer(
-    module: OneCycleModule, data: pl.LightningDataModule, checkpoint: Path | None
-) -> None:
-    """Train a new module, or resume from `checkpoint`, as `module.config` says."""
-    config, folder = module.config, Path(module.config.run_dir)
+def run_trainer(module: OneCycleModule, data: pl.LightningDataModule) -> None:
+    """Train a new module as `module.config` says, or resume if its `run_dir` has a last.ckpt."""
+    config = module.config
+    folder = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
     options = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = run_folder.RunCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options)
     # not the option save_last: it would save only when the best improves
     last = run_folder.RunCheckpoint(folder, "last", **options)
-    steps, _ = checkpoint_progress(checkpoint)
-    metrics = MetricsCSV(folder / run_folder.METRICS, before=steps)
+    metrics = MetricsCSV(folder / run_folder.METRICS)
     trainer = make_trainer(
         config,
         max_epochs=config.epochs,
@@ -130,15 +116,9 @@ def run_trainer(
         enable_checkpointing=True,
         callbacks=[Progress(), StopIfNotFinite(), EMA(config.ema_decay), metrics, best, last],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-
-
-def checkpoint_progress(checkpoint: Path | None) -> tuple[int, int]:
-    """Return the numbers of complete steps and epochs of a checkpoint, zeros for None."""
-    if not checkpoint:
-        return 0, 0
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return state["global_step"], state["epoch"] + 1
+    checkpoint = folder / run_folder.LAST
+    ckpt_path = checkpoint if checkpoint.exists() else None
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
 
 
 def load_average(module: OneCycleModule, checkpoint: Path) -> OneCycleModule:
@@ -178,13 +158,10 @@ def evaluate(detector: YOLOv3Module, data: DetectionDataModule) -> Evaluation:
     trainer = make_trainer(detector.config.replace(devices=1))
     trainer.validate(detector, data.val_dataloader(), verbose=False)
     detector.to(device)  # Lightning moves it to the CPU, but a Predictor may use the model
-    columns = {
-        "VOC AP@.5, area": "ap",
-        "VOC AP@.5, 11 points": "ap_11pt",
-        "course mAP@.5": "ap_course",
-    }
     precisions = {
-        name: mean_average_precision(detector.per_class, column) for name, column in columns.items()
+        "VOC AP@.5, area": mean_average_precision(detector.per_class),
+        "VOC AP@.5, 11 points": mean_average_precision(detector.per_class, "ap_11pt"),
+        "course mAP@.5": mean_average_precision(detector.per_class, "ap_course"),
     }
     precisions |= coco_average_precision(detector.predictions, detector.ground_truth)
     return Evaluation(

@@ -10,8 +10,6 @@ while read -r f c _; do mkdir -p $c; mv images/$f $c/; done < val_annotations.tx
 """
 
 import argparse
-import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 from torchvision.transforms import v2
 
-from src.config import Settings, setting
+from src.config import Config, setting
 from src.data.datamodule import SampleIdSampler, make_loader
 from src.model.network import YOLOv3
 from src.model.pretrained import save_backbone
@@ -34,62 +32,58 @@ from src.training.devices import make_trainer
 from src.training.fit import train
 from src.training.optimizer import OneCycleModule
 
+MIN_CROP = 0.35  # smallest random crop, as a fraction of the image's area
+LABEL_SMOOTHING = 0.1
+OPTIONS = {
+    "width": "width multiplier of the network",
+    "image_size": "width and height of the training images in pixels",
+    "final_size": "the same in the last epochs and in validation",
+    "final_epochs": "number of last epochs at --final-size",
+    "epochs": "epochs of training",
+    "batch_size": "images per batch and device",
+    "max_lr": "highest learning rate of OneCycle",
+    "num_workers": "loader processes per device",
+    "precision": "of Lightning, such as bf16-mixed",
+    "devices": "number of GPUs",
+    "run_dir": "folder for results",
+}
 CARD = """# Darknet-53, width {width:g}, pretrained to classify
 
 The backbone of a YOLOv3 in half precision: the exponential moving average (EMA) of the weights.
 Trained on {images:,} images of {classes:,} classes ({data}) for {epochs} epochs at {image_size}
 pixels, the last of them at {final_size} pixels.
 
-| validation, {final_size} pixels | |
-| --- | --- |
-| top-1 accuracy | {top1:.1%} |
-| top-5 accuracy | {top5:.1%} |
+Validation at {final_size} pixels: top-1 accuracy {top1:.1%}, top-5 accuracy {top5:.1%}.
 
 `Config(pretrained_weights="FOLDER", width={width:g})` starts a detector from this folder.
 """
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Settings):
-    """Settings of a pretraining run, written as JSON into its folder."""
+class PretrainConfig(Config):
+    """Settings of a pretraining run. It doesn't use `Config`'s settings of detection."""
 
-    data_root: str = setting("", resumable=True, help="folder in ImageNet's layout")
-    width: float = setting(0.25, help="width multiplier of the network")
-    image_size: int = setting(64, help="width and height of the training images in pixels")
-    final_size: int = setting(96, help="the same in the last epochs and in validation")
-    final_epochs: int = setting(3, help="number of last epochs at --final-size")
-    min_crop: float = setting(0.35, help="smallest random crop, as a fraction of the image's area")
-    num_workers: int = setting(1, resumable=True, help="loader processes per device")
-    epochs: int = setting(30, help="epochs of training")
-    batch_size: int = setting(256, help="images per batch and device")
-    accumulate_grad_batches: int = setting(1, help="batches per optimizer step")
-    max_lr: float = setting(4e-3, resumable=True, help="highest learning rate of OneCycle")
-    warmup_fraction: float = setting(0.1, help="fraction of the steps in which the rate rises")
-    weight_decay: float = setting(0.05, help="AdamW's weight decay of kernels")
-    gradient_clip_val: float = setting(10.0, help="largest L2 norm of the gradient; 0: any")
-    ema_decay: float = setting(0.999, help="decay per step of the averaged (EMA) weights")
-    label_smoothing: float = setting(0.1, help="smoothing of the labels in the loss")
-    precision: str = setting("auto", resumable=True, help="of Lightning, such as bf16-mixed")
-    devices: int = setting(1, help="number of GPUs")
-    seed: int = setting(0, help="of initial weights, order and crops")
-    run_dir: str = setting("runs/pretrain", resumable=True, help="folder for results")
+    width: float = 0.25
+    image_size: int = 64
+    final_size: int = 96
+    final_epochs: int = 3
+    num_workers: int = setting(1, resumable=True)
+    epochs: int = 30
+    batch_size: int = 256
+    max_lr: float = setting(4e-3, resumable=True)
+    ema_decay: float = 0.999
+    run_dir: str = setting("runs/pretrain", resumable=True)
 
-    def __post_init__(self):
-        if not self.max_lr > 0:
-            raise ValueError(
-                f"max_lr is {self.max_lr}. Use a value above 0: the range test is for detectors."
-            )
-
-    def size_at(self, epoch: int) -> int:
-        """Return the image size in an epoch, counted from 0."""
-        return self.final_size if epoch >= self.epochs - self.final_epochs else self.image_size
+    def _validate(self) -> None:
+        """Accept every image size: the classifier averages over the last grid."""
 
 
 class RandomCrops(ImageFolder):
     """Training samples (uint8 [3, S, S], label): random crops (Szegedy et al. 2015).
 
-    `dataset[sample_id]`, sample_id = epoch * len(dataset) + index. S is config.size_at(epoch). A
-    sample depends on (seed, sample_id) only, so a resumed run has the same.
+    `dataset[sample_id]`, sample_id = epoch * len(dataset) + index. S is `config.image_size`,
+    in the last epochs `final_size`. A sample depends on (seed, sample_id) only, so a resumed run
+    has the same.
     """
 
     def __init__(self, folder: Path, config: PretrainConfig):
@@ -99,10 +93,11 @@ class RandomCrops(ImageFolder):
     def __getitem__(self, sample_id: int) -> tuple[Tensor, int]:
         epoch, index = divmod(sample_id, len(self))
         path, label = self.samples[index]
-        size, scale = self.config.size_at(epoch), (self.config.min_crop, 1)
+        is_final = epoch >= self.config.epochs - self.config.final_epochs
+        size = self.config.final_size if is_final else self.config.image_size
         transform = v2.Compose(
             [
-                v2.RandomResizedCrop(size, scale, antialias=True),
+                v2.RandomResizedCrop(size, (MIN_CROP, 1), antialias=True),
                 v2.RandomHorizontalFlip(),
                 v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
                 v2.PILToTensor(),
@@ -118,7 +113,8 @@ class PretrainDataModule(pl.LightningDataModule):
     def __init__(self, config: PretrainConfig):
         super().__init__()
         self.config = config
-        root, size = Path(config.data_root), config.final_size
+        root = Path(config.data_root)
+        size = config.final_size
         center = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
         self.train_data = RandomCrops(root / "train", config)
         self.val_data = ImageFolder(root / "val", center)
@@ -131,15 +127,14 @@ class PretrainDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        drop_last = len(sampler) >= self.config.batch_size
-        return self._loader(self.train_data, sampler=sampler, drop_last=drop_last)
+        return self._loader(self.train_data, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_data)
 
     def _loader(self, dataset: ImageFolder, **options) -> DataLoader:
-        batch_size, num_workers = self.config.batch_size, self.config.num_workers
-        return make_loader(dataset, batch_size, num_workers, default_collate, **options)
+        batch_size = self.config.batch_size
+        return make_loader(dataset, batch_size, self.config.num_workers, default_collate, **options)
 
 
 class Darknet53Classifier(OneCycleModule):
@@ -168,10 +163,9 @@ class Darknet53Classifier(OneCycleModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images, labels = batch
-        smoothing = self.config.label_smoothing
-        loss = cross_entropy(self(to_network_input(images)), labels, label_smoothing=smoothing)
-        options = {"on_step": False, "on_epoch": True, "sync_dist": True}
-        self.log("train/loss", loss.detach(), batch_size=len(images), **options)
+        logits = self(to_network_input(images))
+        loss = cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
@@ -199,7 +193,7 @@ def pretrain(
     module.backbone.half().float()  # as written
     trainer = make_trainer(config.replace(devices=1, precision="32-true"))
     values = trainer.validate(module, data.val_dataloader(), verbose=False)[0]
-    facts = {
+    metadata = {
         "data": Path(config.data_root).name,
         "images": len(data.train_data),
         "classes": len(data.train_data.classes),
@@ -210,16 +204,10 @@ def pretrain(
         "top5": values["val/top5"],
     }
     folder = Path(config.run_dir) / "backbone"
-    save_backbone(module.backbone, folder, config.width, facts)
-    write_card(folder)
+    save_backbone(module.backbone, folder, config.width, metadata)
+    card = CARD.format(width=config.width, **metadata)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
-
-
-def write_card(folder: Path) -> None:
-    """Write README.md of a pretrained backbone, from its config.json."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = CARD.format(width=config["width"], **config["metadata"])
-    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -227,11 +215,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m src.training.pretrain", description=__doc__.splitlines()[0]
     )
-    first, *options = dataclasses.fields(PretrainConfig)
-    parser.add_argument(first.name, help=first.metadata["help"])
-    for field in options:
-        name, text = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} (%(default)s)"
-        parser.add_argument(name, type=field.type, default=field.default, help=text)
+    parser.add_argument("data_root", help="folder in ImageNet's layout")
+    for name, text in OPTIONS.items():
+        default = getattr(PretrainConfig, name)
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(
+            option, type=type(default), default=default, help=f"{text} (%(default)s)"
+        )
     try:
         print("Backbone:", pretrain(PretrainConfig(**vars(parser.parse_args()))))
     except (OSError, ValueError) as error:

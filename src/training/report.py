@@ -5,6 +5,7 @@ python -m src.training.report check FOLDER       measure exported weights again,
 """
 
 import argparse
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from src.config import DATA_ROOT, DATASETS, Config
 from src.data.datamodule import DetectionDataModule
 from src.serving.predictor import CONFIDENCE
 from src.training.fit import evaluate, load_detector
-from src.training.metrics import COURSE_THRESHOLD, STRICT_THRESHOLD, Evaluation
+from src.training.metrics import COURSE_THRESHOLD, STRICT_THRESHOLD, Evaluation, confusion
 from src.training.module import YOLOv3Module, training_metadata
 
 HEADER = (
@@ -23,10 +24,6 @@ HEADER = (
     f"at {COURSE_THRESHOLD}",
     f"at {STRICT_THRESHOLD}",
     "",
-)
-NOTE = (
-    f"Objectness thresholds {COURSE_THRESHOLD} and {STRICT_THRESHOLD}; "
-    f"the course target applies at {COURSE_THRESHOLD}."
 )
 NAMES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
 OWN_DATA = ("yolo", "coco")  # data sets that are only in the folder config.data_root
@@ -78,94 +75,78 @@ def course_targets(config: Config) -> dict[str, float]:
     return dict(zip(NAMES, values, strict=True))
 
 
-def result_rows(accuracies: dict[str, float], config: Config) -> list[dict]:
-    """Return a row per accuracy: "name", "target", "value", "strict" (fractions) and "passed".
-
-    "value" is at objectness threshold 0.05, "strict" at 0.5. Class accuracy has no threshold, so
-    both are the same.
-    """
-    rows = []
-    for key, target in course_targets(config).items():
-        value = accuracies.get(key, accuracies.get(f"{key}@{COURSE_THRESHOLD}"))
-        strict = accuracies.get(key, accuracies.get(f"{key}@{STRICT_THRESHOLD}"))
-        passed = value >= target
-        row = {"name": NAMES[key], "target": target, "value": value, "strict": strict}
-        rows.append(row | {"passed": passed})
-    return rows
-
-
 @dataclass(frozen=True)
 class ResultsTable:
     """The accuracies with the course targets, and the average precisions.
 
-    Text in a terminal, a table in a notebook.
+    The columns are objectness thresholds; the course target applies at 0.05. Class accuracy and
+    average precision don't depend on them.
     """
 
     evaluation: Evaluation
     config: Config
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """Return the cells of the rows: name, course target, value at both thresholds, verdict."""
+    def __repr__(self) -> str:
+        accuracies = self.evaluation.accuracies
         rows = []
-        for row in result_rows(self.evaluation.accuracies, self.config):
-            values = (f"{row[key]:.2%}" for key in ("target", "value", "strict"))
-            rows.append((row["name"], *values, "pass" if row["passed"] else "not yet"))
+        for key, target in course_targets(self.config).items():
+            value = accuracies.get(key, accuracies.get(f"{key}@{COURSE_THRESHOLD}"))
+            strict = accuracies.get(key, accuracies.get(f"{key}@{STRICT_THRESHOLD}"))
+            verdict = "pass" if value >= target else "not yet"
+            rows.append((NAMES[key], f"{target:.0%}", f"{value:.2%}", f"{strict:.2%}", verdict))
         for name, value in self.evaluation.precisions.items():
             rows.append((name, "", f"{value:.4f}", "", ""))
-        return rows
+        return markdown_table(HEADER, rows)
 
-    def _repr_markdown_(self) -> str:
-        return markdown_table(HEADER, self.rows()) + f"\n\n{NOTE}"
-
-    def __repr__(self) -> str:
-        lines = []
-        for name, target, value, strict, verdict in (HEADER, *self.rows()):
-            lines.append(f"{name:<22}{target:>14}{value:>10}{strict:>10}  {verdict}")
-        lines.insert(1, "-" * 65)
-        folder = f"Weights, metrics.csv and settings of this run: {self.config.run_dir}/"
-        return "\n".join([*lines, "", NOTE, folder])
+    _repr_markdown_ = __repr__
 
 
 def markdown_table(header: tuple, rows: list[tuple]) -> str:
-    """Format a table in Markdown."""
-    lines = (header, ("---",) * len(header), *rows)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    """Format a table in Markdown, with aligned columns to be read as text, too."""
+    columns = zip(header, ["---"] * len(header), *rows, strict=True)
+    padded = [[f"{cell:<{max(map(len, column))}}" for cell in column] for column in columns]
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*padded, strict=True))
 
 
 def write(run: Path, folder: Path) -> Evaluation:
     """Export the best checkpoint of `run` in half precision, measure it, and write its card.
 
-    Writes model.safetensors, config.json, run.json, metrics.csv and README.md.
+    Writes model.safetensors, config.json, run.json, metrics.csv, README.md, and validation.json:
+    the table per class and the confusion matrix.
     """
     config = Config.load(run / "config.json")
     model = load_detector(run).model.half()
     model.save_pretrained(folder)
-    # where VOC is differs between machines
-    data_root = config.data_root if config.dataset in OWN_DATA else DATA_ROOT
-    config.replace(data_root=data_root).save(folder / "run.json")
-    evaluation, data = measure(folder, data_root=config.data_root)
+    evaluation, data = measure(folder, config)
     map50 = evaluation.precisions["VOC AP@.5, area"]
     epochs = model.metadata["epochs"]
     model.metadata = training_metadata(evaluation.accuracies, map50, config, epochs)
     model.save_pretrained(folder)
     shutil.copyfile(run / "metrics.csv", folder / "metrics.csv")
+    write_validation(folder, evaluation)
     write_card(folder, model, config, evaluation, data)
+    # where VOC is differs between machines
+    data_root = config.data_root if config.dataset in OWN_DATA else DATA_ROOT
+    config.replace(data_root=data_root).save(folder / "run.json")
     return evaluation
 
 
-def measure(folder: Path, data_root: str = "") -> tuple[Evaluation, DetectionDataModule]:
-    """Evaluate weights exported by `write`, in float32, on the data that their run.json names.
-
-    data_root: default: run.json's for own data, Config's (so VOC_ROOT) for PASCAL VOC.
-    """
-    config = Config.load(folder / "run.json")
-    if not data_root:
-        data_root = config.data_root if config.dataset in OWN_DATA else Config().data_root
-    config = config.replace(
-        data_root=data_root, pretrained_weights=str(folder), precision="32-true"
-    )
+def measure(folder: Path, config: Config) -> tuple[Evaluation, DetectionDataModule]:
+    """Evaluate weights exported by `write`, in float32, on the data of `config`."""
+    config = config.replace(pretrained_weights=str(folder), precision="32-true")
     data = DetectionDataModule(config)
     return evaluate(YOLOv3Module(config), data), data
+
+
+def write_validation(folder: Path, evaluation: Evaluation) -> None:
+    """Write the table per class and the confusion matrix of an evaluation as JSON."""
+    table = [
+        {name: round(cell, 4) if isinstance(cell, float) else cell for name, cell in row.items()}
+        for row in evaluation.per_class
+    ]
+    matrix = confusion(evaluation.predictions, evaluation.ground_truth, len(table)).tolist()
+    text = json.dumps({"per_class": table, "confusion": matrix})
+    (folder / "validation.json").write_text(text, encoding="utf-8")
 
 
 def write_card(folder: Path, model, config: Config, evaluation: Evaluation, data) -> None:
@@ -173,7 +154,9 @@ def write_card(folder: Path, model, config: Config, evaluation: Evaluation, data
     val_data = ", ".join(config.val_splits) or f"{config.val_fraction:.0%} of the training images"
     if config.dataset == "shapes":
         val_data = "images of another seed"
-    classes = [(row["class"], row["num_gt"], f"{row['ap']:.3f}") for row in evaluation.per_class]
+    classes = [
+        (row["class"], str(row["num_gt"]), f"{row['ap']:.3f}") for row in evaluation.per_class
+    ]
     text = CARD.format(
         config=config,
         parameters=model.num_parameters / 1e6,
@@ -182,7 +165,7 @@ def write_card(folder: Path, model, config: Config, evaluation: Evaluation, data
         val_images=len(data.val_records),
         val_data=f"{DATASETS[config.dataset]} {val_data}",
         start=Path(config.pretrained_weights).name or "random",
-        results=markdown_table(HEADER, ResultsTable(evaluation, config).rows()),
+        results=ResultsTable(evaluation, config),
         classes=markdown_table(("class", "objects", "AP"), classes),
         confidence=CONFIDENCE,
     )
@@ -203,13 +186,16 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "write":
+            config = Config.load(arguments.run / "config.json")
             evaluation = write(arguments.run, arguments.folder)
         else:
-            evaluation, _ = measure(arguments.folder)
+            config = Config.load(arguments.folder / "run.json")
+            if config.dataset not in OWN_DATA:
+                config = config.replace(data_root=Config().data_root)
+            evaluation, _ = measure(arguments.folder, config)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    config = Config.load(arguments.folder / "run.json")
-    print(ResultsTable(evaluation, config.replace(run_dir=str(arguments.folder))))
+    print(ResultsTable(evaluation, config))
 
 
 if __name__ == "__main__":

@@ -72,57 +72,39 @@ def find_corruption(path: Path) -> str:
     return ""
 
 
-def latest_valid_checkpoint(folder: Path) -> Path | None:
-    """Return last.ckpt, or previous.ckpt with a message if last.ckpt is damaged.
-
-    Returns None if there is no checkpoint. Raises ValueError if all are damaged.
-    """
-    candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
-    for path in candidates:
-        problem = find_corruption(path)
-        if not problem:
-            return path
-        print(f"{path} is damaged: {problem}. Trying the checkpoint before it.")
-    if candidates:
-        raise ValueError(
-            f"Every checkpoint to resume from in {folder} is damaged. Start again without "
-            f'ckpt_path, or resume from the best one: fit(config, ckpt_path="{folder}/{BEST}").'
-        )
-    return None
-
-
 def find_checkpoint(folder: Path, ckpt_path: str | Path | None) -> Path | None:
     """Return the path of a valid checkpoint.
 
-    ckpt_path: "last", "auto" (None if there is no checkpoint), a path, or None.
-    Raises FileNotFoundError if "last" or the path is missing, ValueError if it is damaged.
+    ckpt_path: "last" or "auto": last.ckpt, or previous.ckpt with a message if last.ckpt is damaged;
+    "auto" returns None if there is no checkpoint. Or a path, or None.
+    Raises FileNotFoundError if the checkpoint is missing, ValueError if it is damaged.
     """
     if not ckpt_path:
         return None
-    if ckpt_path in ("last", "auto"):
-        path = latest_valid_checkpoint(folder)
-        if not path and ckpt_path == "last":
-            raise FileNotFoundError(
-                f"{folder / LAST} is missing, so there is no run to resume. Train first."
-            )
-        return path
-    path = Path(ckpt_path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing. Train first, or give the path of a checkpoint."
-        )
-    if problem := find_corruption(path):
+    is_name = ckpt_path in ("last", "auto")
+    paths = [folder / LAST, folder / PREVIOUS] if is_name else [Path(ckpt_path)]
+    found = [path for path in paths if path.exists()]
+    for path in found:
+        problem = find_corruption(path)
+        if not problem:
+            return path
+        print(f"{path} is damaged: {problem}.")
+    if found:
         raise ValueError(
-            f'{path} is damaged: {problem}. Use another checkpoint of the run, such as "last".'
+            f"{path} is damaged: {problem}. Start again without ckpt_path, or resume from another "
+            f'checkpoint, such as the best: fit(config, ckpt_path="{folder}/{BEST}").'
         )
-    return path
+    if ckpt_path == "auto":
+        return None
+    raise FileNotFoundError(f"{paths[0]} is missing. Train first, or give a checkpoint's path.")
 
 
-def config_for_resume(config: Config, path: Path) -> Config:
-    """Return `config` with the learning rate of the run whose settings are at `path`.
+def config_for_resume(config: Config, checkpoint: Path) -> Config:
+    """Return `config` with the peak learning rate of the run of `checkpoint`.
 
     Raises ValueError that names the first field that differs and isn't resumable, see `setting`.
     """
+    path = checkpoint.with_name(CONFIG)
     saved = type(config).load(path)
     for name in config.names(resumable=False):
         if getattr(saved, name) != getattr(config, name):
@@ -133,23 +115,23 @@ def config_for_resume(config: Config, path: Path) -> Config:
     return config.replace(max_lr=saved.max_lr)
 
 
-def write_start(config: Config, checkpoint: Path | None) -> Path | None:
-    """Prepare `config.run_dir` for training, and return the path of the checkpoint to resume from.
+def write_start(config: Config, checkpoint: Path | None) -> None:
+    """Prepare `config.run_dir` for training: last.ckpt exists if there is a run to resume.
 
     Writes config.json. Without a checkpoint, deletes the former run; a checkpoint of another folder
-    also brings the best.ckpt and metrics.csv beside it.
+    replaces it, with the best.ckpt and metrics.csv beside it.
     """
     folder = Path(config.run_dir)
-    if checkpoint == folder / PREVIOUS:  # the next epoch would replace it by a damaged last.ckpt
-        checkpoint = checkpoint.replace(folder / LAST)
     if not (checkpoint and checkpoint.parent.samefile(folder)):
         for name in (BEST, LAST, PREVIOUS, METRICS):
             (folder / name).unlink(missing_ok=True)
         for name in (BEST, METRICS) if checkpoint else ():
             if checkpoint.with_name(name).exists():
                 shutil.copyfile(checkpoint.with_name(name), folder / name)
+    if checkpoint and checkpoint != folder / LAST:
+        content = checkpoint.read_bytes()
+        atomic_write(folder / LAST, lambda file: file.write(content))
     config.save(folder / CONFIG)
-    return checkpoint
 
 
 @contextmanager
