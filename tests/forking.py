@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import signal
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
@@ -22,12 +20,3 @@ def begin(target, *args) -> tuple[multiprocessing.Process, Connection]:
         process.start()
     sender.close()
     return process, receiver
-
-
-def end_second_process(folder: Path) -> None:
-    """Kill the second of two processes. The first waits. Each writes its process id to `folder`."""
-    rank = os.environ["LOCAL_RANK"]
-    (folder / rank).write_text(str(os.getpid()))
-    while rank == "0" or len(list(folder.iterdir())) < 2:
-        time.sleep(0.1)
-    os.kill(os.getpid(), signal.SIGKILL)
