@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from src.config import PRESETS, REPOSITORY, Config
+from src.config import PRESETS, REPOSITORY
 from src.serving import predict as cli
 from src.serving.drawing import draw_detections, draw_explanation
 from src.serving.gradcam import explain

@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.config import VOC_CLASSES, Config
+from src.config import REPOSITORY, VOC_CLASSES, Config
 from src.model.network import ANCHORS
 
 
@@ -57,3 +57,11 @@ def test_voc_classes_and_anchors():
     assert len(VOC_CLASSES) == 20 and list(VOC_CLASSES) == sorted(VOC_CLASSES)
     areas = [[w * h for w, h in scale] for scale in ANCHORS]
     assert min(areas[0]) > max(areas[1]) > min(areas[1]) > max(areas[2])
+
+
+def test_pretrained_weights_of_the_current_folder_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(pretrained_weights="weights/backbone")
+    assert config.pretrained_path == str(REPOSITORY / "weights/backbone")
+    (tmp_path / "weights/backbone").mkdir(parents=True)
+    assert config.pretrained_path == "weights/backbone" and Config().pretrained_path == ""

@@ -3,28 +3,22 @@
 import warnings
 import weakref
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 
 from src.data.datamodule import DetectionDataModule
-from src.model.network import ANCHORS
 from src.serving.predictor import Predictor
 from src.training.callbacks import EMA, StopIfNotFinite
 from src.training.devices import make_trainer
 from src.training.fit import evaluate, fit
 from src.training.loss import YOLOLoss
 from src.training.lr_finder import find_lr
-from src.training.metrics import CellAccuracy
-from src.training.module import YOLOv3Module, build_model
+from src.training.module import YOLOv3Module
 from tests.runs import epoch_rows, equal, tiny
 from tests.simulated_gpu import GPU, simulate_gpu
 from tests.test_training import fail_in
@@ -62,43 +56,27 @@ def test_float16_gives_the_loss_curve_of_float32(tmp_path, monkeypatch):
     assert losses(tmp_path / "float16") != losses(tmp_path / "float32")
 
 
-def test_overflowing_steps_are_skipped(tmp_path, monkeypatch):
+def test_overflowing_steps_are_skipped_and_the_scale_is_resumed(tmp_path, monkeypatch):
     """The first steps overflow at a scale of 2**22: no warning, and the weights don't change."""
-    config, overflows, start = tiny(tmp_path), [], {}
     use_float16(monkeypatch, 2.0**22)
-    update = torch.amp.GradScaler.update
+    scales, weights = [2.0**22], [YOLOv3Module(tiny(tmp_path)).model.backbone.stem[0].weight]
 
-    def record(self, *args):
-        before = self.get_scale()
-        update(self, *args)
-        overflows.append(self.get_scale() < before)
+    def record(self, trainer, module, *_):
+        scales.append(trainer.precision_plugin.scaler.get_scale())
+        weights.append(module.model.backbone.stem[0].weight.detach().clone())
 
-    def on_train_batch_end(self, trainer, module, *_):
-        weights = {name: value.clone() for name, value in module.named_parameters()}
-        if start and overflows[-1]:
-            assert all(torch.equal(start[name], value) for name, value in weights.items())
-        start.update(weights)
-
-    monkeypatch.setattr(torch.amp.GradScaler, "update", record)
-    monkeypatch.setattr(StopIfNotFinite, "on_train_batch_end", on_train_batch_end)
-    with warnings.catch_warnings():
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(StopIfNotFinite, "on_train_batch_end", record)
         warnings.filterwarnings("error", message=".*lr_scheduler.step.*")
-        fit(config)
-    assert overflows[0] and not overflows[-1] and len(overflows) == 12
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    for part in ("state_dict", "current_model_state"):
-        assert all(value.isfinite().all() for value in checkpoint[part].values())
-    assert checkpoint["MixedPrecision"]["scale"] == 2.0 ** (22 - sum(overflows))
-
-
-def test_resuming_restores_the_gradient_scaler(tmp_path, monkeypatch):
-    use_float16(monkeypatch, 2.0**20)
-    uninterrupted = fit(tiny(tmp_path / "uninterrupted"))
+        uninterrupted = fit(tiny(tmp_path / "uninterrupted"))
+    skipped = [now < before for before, now in pairwise(scales)]
+    assert skipped == [torch.equal(*two) for two in pairwise(weights)]
+    assert skipped[0] and not skipped[-1] and len(skipped) == 12
+    assert all(value.isfinite().all() for value in uninterrupted.state_dict().values())
     with monkeypatch.context() as patch:
         fail_in(patch, epoch=1)
         with pytest.raises(ConnectionError):
             fit(tiny(tmp_path / "resumed"))
-    assert scaler_state(tmp_path / "resumed")["scale"] < 2.0**20
     resumed = fit(tiny(tmp_path / "resumed"), ckpt_path="last")
     assert scaler_state(tmp_path / "resumed") == scaler_state(tmp_path / "uninterrupted")
     assert equal(uninterrupted.state_dict(), resumed.state_dict())
@@ -179,45 +157,19 @@ def test_simulated_gpu_counts_waits_and_refuses_mixed_devices():
                 mixed()
 
 
-def test_predictor_on_the_gpu(tmp_path):
-    model = build_model(tiny(tmp_path)).eval()
-    image = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    expected = Predictor(model, device="cpu")(image, confidence=0)
-    with simulate_gpu():
-        candidates = Predictor(model, device=GPU).candidates(image)
-        detections = candidates.detections(0)
-    assert candidates.boxes.is_cpu and candidates.scores.is_cpu
-    np.testing.assert_allclose(detections.boxes, expected.boxes, rtol=1e-3, atol=1e-3)
-    np.testing.assert_array_equal(detections.labels, expected.labels)
-
-
-def test_an_evaluation_leaves_the_network_on_the_gpu(tmp_path):
-    """A Predictor uses the detector's network before and after."""
+def test_predictor_on_the_gpu_also_after_an_evaluation(tmp_path):
+    """Lightning moves the detector's network to the CPU, the evaluation back to the GPU."""
     detector = YOLOv3Module(tiny(tmp_path, shapes_val=2))
-    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    expected = Predictor(detector.model, device="cpu")(image, confidence=0)
     with simulate_gpu():
-        before = Predictor(detector.model, device=GPU)
-        scores = before.candidates(image).scores
+        predictor = Predictor(detector.model, device=GPU)
+        before = predictor.candidates(image).detections(0)
         evaluate(detector, DetectionDataModule(detector.config))
-        for predictor in (before, Predictor(detector.model, device=GPU)):
-            torch.testing.assert_close(predictor.candidates(image).scores, scores)
-
-
-def test_training_step_on_fake_cuda_tensors(tmp_path):
-    """FakeTensorMode raises if devices are mixed, or if a shape or a number depends on data."""
-    config = tiny(tmp_path, width=0.0625)
-    with FakeTensorMode(), torch.device("cuda"):
-        model, metric = build_model(config), CellAccuracy()
-        anchors, images, targets = torch.tensor(ANCHORS), torch.rand(2, 3, 64, 64), torch.rand(5, 6)
-        logits = model(images)
-        loss = YOLOLoss(config)(logits, targets, [2, 3], anchors)["loss"]
-        metric.update(logits, targets, anchors)
-        assert {tensor.device.type for tensor in (*logits, loss, *metric.compute().values())} == {
-            "cuda"
-        }
-        for wait in (lambda: loss.item(), lambda: images[images > 0], lambda: images.nonzero()):
-            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-                wait()
+        after = predictor.candidates(image).detections(0)
+    for detections in (before, after):
+        np.testing.assert_allclose(detections.boxes, expected.boxes, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(detections.labels, expected.labels)
 
 
 def test_out_of_memory_names_the_settings_and_frees_the_memory(tmp_path, monkeypatch):

@@ -13,14 +13,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from src.config import SHAPE_CLASSES, atomic_write
 from src.model.network import ANCHORS, YOLOv3
-from src.training.callbacks import MetricsCSV, Progress
+from src.training.callbacks import Progress
 from src.training.fit import fit, load_detector
 from src.training.run_folder import (
     BEST,
@@ -65,6 +64,7 @@ def test_damaged_checkpoint_is_detected_and_the_previous_one_used(trained, copy,
         resumed = fit(tiny(copy), ckpt_path="last")
         assert equal(resumed.state_dict(), trained[1].state_dict())
         assert not find_corruption(copy / LAST)
+        assert metrics_rows(copy) == metrics_rows(trained[0])
 
 
 def test_damaged_or_missing_checkpoints_are_named(copy):
@@ -179,26 +179,6 @@ def test_a_run_resumed_in_another_folder_is_the_same(trained, tmp_path, monkeypa
     assert equal(resumed.state_dict(), uninterrupted.state_dict())
     assert (tmp_path / "new" / BEST).read_bytes() == (folder / BEST).read_bytes()
     assert len(metrics_rows(tmp_path / "new")) == len(metrics_rows(folder))
-
-
-def test_metrics_before_the_checkpoint_are_kept(tmp_path):
-    """A new metric is a new column. The file changes only when an epoch ends."""
-
-    def log(rows: MetricsCSV, epoch: int, **values) -> None:
-        metrics = {name: torch.tensor(value) for name, value in values.items()}
-        trainer = {"global_step": 2 * epoch + 2, "current_epoch": epoch, "is_global_zero": True}
-        rows.on_train_epoch_end(SimpleNamespace(callback_metrics=metrics, **trainer), None)
-
-    metrics = MetricsCSV(tmp_path / METRICS)
-    for epoch in range(4):
-        log(metrics, epoch, a=epoch + 0.5)
-    resumed = MetricsCSV(tmp_path / METRICS)
-    resumed.on_train_start(SimpleNamespace(global_step=4), None)
-    assert len(metrics_rows(tmp_path)) == 4
-    log(resumed, 2, c=7.0)
-    rows = metrics_rows(tmp_path)
-    assert [(row["step"], row["a"]) for row in rows] == [("1", "0.5"), ("3", "1.5"), ("5", "")]
-    assert rows[2]["c"] == "7.0"
 
 
 def test_run_folder_is_locked(tmp_path):
