@@ -49,7 +49,8 @@ def test_best_checkpoint_and_accumulated_batches(trained_run, tmp_path, monkeypa
         accumulated = fit(tiny(tmp_path, batch_size=2, accumulate_grad_batches=2))
     assert writes.call_count == 3
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[-2] for line in lines if line[0] in "123"] == ["0.100", "0.300", "0.200"]
+    printed = [(line[0], line[-2]) for line in lines if len(line) == 8]
+    assert printed == [("1", "0.100"), ("2", "0.300"), ("3", "0.200")]
     best, last = (load(tmp_path / f"{name}.ckpt") for name in ("best", "last"))
     assert (best["epoch"], last["epoch"]) == (1, 2)
     assert accumulated.trainer.global_step == 12 and accumulated.lr_schedulers().total_steps == 12
