@@ -4,9 +4,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from src.data.records import first_existing, is_hidden, to_number
+from src.data.records import first_existing, to_number
 
-SECTIONS = ("images", "annotations", "categories")
+SECTIONS = (b'"images"', b'"annotations"', b'"categories"')
 OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_")
 # The folder of a file with one of these names is named after the split:
 UNNAMED = ("_annotations.coco", "annotations", "labels", "instances", "coco")
@@ -19,55 +19,48 @@ class COCOReader:
     Raises ValueError if a file that names all SECTIONS is not valid.
     """
 
-    format = "coco"
-
     def __init__(self, root: str | Path):
         root = Path(root).absolute()
         self.classes = ()
         self.content = {}  # image entry, its annotations and the categories, by annotation
         self.images = {}  # (image, annotation) pairs by split
-        paths = [*sorted(root.glob("*.json")), *sorted(root.glob("*/*.json"))]
+        paths = [*sorted(root.glob("[!.]*.json")), *sorted(root.glob("[!.]*/[!.]*.json"))]
         for path in [root] if root.is_file() else paths:
-            if path.name.startswith(OTHER_TASKS) or is_hidden(path, root):
-                continue
-            text = path.read_bytes()
-            if all(f'"{section}"'.encode() in text for section in SECTIONS):
+            text = b"" if path.name.startswith(OTHER_TASKS) else path.read_bytes()
+            if all(section in text for section in SECTIONS):
                 split = path.parent.name if path.stem in UNNAMED else path.stem
                 self._load(path, text, split.removeprefix("instances_"))
         self.splits = list(self.images)
 
     def _load(self, path: Path, text: bytes, split: str) -> None:
-        """Read a file, and find its images. Raises ValueError."""
-        objects = defaultdict(list)
         try:
             data = json.loads(text)
-            categories = data["categories"]
-            names = {str(item["id"]): item["name"].strip() for item in categories}
+            names = {str(item["id"]): item["name"].strip() for item in data["categories"]}
             # Roboflow's parent of all other categories has no objects.
-            parents = {item.get("supercategory") for item in categories} - {"none"}
+            parents = {item.get("supercategory") for item in data["categories"]} - {"none"}
             own = [
                 item["name"].strip()
-                for item in categories
+                for item in data["categories"]
                 if item.get("supercategory") != "none" or item["name"] not in parents
             ]
-            entries = {str(item["id"]): item for item in data["images"]}
+            images = {str(item["id"]): item for item in data["images"]}
+            if len(images) < len(data["images"]):
+                raise ValueError("an id of `images` is there twice")
+            objects = defaultdict(list)  # annotations by image
             for item in data["annotations"]:
                 objects[str(item["image_id"])].append(item)
-            if len(entries) < len(data["images"]):
-                raise ValueError("an id of `images` is there twice")
+            files = {number: str(item["file_name"]) for number, item in images.items()}
         except Exception as error:  # of many types: a JSON file can contain anything
             raise ValueError(f"{path} is not a valid COCO file: {error!r}.") from None
         self.classes = tuple(dict.fromkeys((*self.classes, *own)))
         base = path.parent.parent if path.parent.name == "annotations" else path.parent
         folders = (base, base / split, base / "images", base / "images" / split, base / "data")
         self.images[split] = []
-        for number in entries | objects:
+        for number, file in files.items():
             source = f"{path}: image {number}"
-            entry = entries.get(number, {})
-            name = str(entry.get("file_name", f"{source} has no `file_name`"))
-            image = first_existing([folder / name for folder in folders])
+            image = first_existing([folder / file for folder in folders])
             self.images[split].append((image, source))
-            self.content[source] = (entry, objects[number], names)
+            self.content[source] = (images[number], objects[number], names)
 
     def list_images(self, split: str) -> list[tuple[Path, str]]:
         """Return (image, annotation) of each image of a split, also without objects."""
@@ -82,15 +75,14 @@ class COCOReader:
         entry, annotations, names = self.content[source]
         objects = []
         for annotation in annotations:
-            where = f"annotation {annotation.get('id')}"
             category = str(annotation.get("category_id"))
             values = annotation.get("bbox")
             if category not in names or not isinstance(values, list) or len(values) != 4:
                 raise ValueError(
-                    f"{where}: `bbox` is {str(values)[:60]}, not x, y, width, height, or "
+                    f"`bbox` is {str(values)[:60]}, not x, y, width, height, or "
                     f"`category_id` {category[:20]} is not in `categories`."
                 )
-            x, y, width, height = (to_number(value, f"{where}: `bbox`") for value in values)
-            is_crowd = bool(annotation.get("iscrowd"))
-            objects.append((names[category], (x, y, x + width, y + height), is_crowd))
+            x, y, width, height = (to_number(value, "`bbox`") for value in values)
+            box = (x, y, x + width, y + height)
+            objects.append((names[category], box, bool(annotation.get("iscrowd"))))
         return objects, (entry.get("width"), entry.get("height"))

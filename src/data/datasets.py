@@ -1,31 +1,28 @@
 """Data sets: recognize the format, take settings from it, read the splits.
 
-A reader is a class with a `format`, the data set's own `classes` (empty if it names none), the
-names of its `splits`, `list_images(split)`: (image, annotation) pairs, and `read(annotation,
+A reader is a class with the data set's own `classes` (empty if it names none), the names of its
+`splits`, `list_images(split)`: (image, annotation) pairs, and `read(annotation,
 image size)`: objects (class name, box xyxy in pixels, difficult), and the stated image size or
 None. It only reads: `make_records` decides what is used.
 """
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from src.config import VOC_CLASSES, Config
 from src.data.coco import COCOReader
-from src.data.records import BAD_FILES, OTHER_CLASSES, ImageRecord, count_names, make_records
+from src.data.records import BAD_FILES, OTHER_CLASSES, ImageRecord, make_records
 from src.data.voc import VOCReader
 from src.data.yolo import YOLOReader
 
-READERS = {reader.format: reader for reader in (VOCReader, YOLOReader, COCOReader)}
-Reader = VOCReader | YOLOReader | COCOReader
+READERS = {"voc": VOCReader, "yolo": YOLOReader, "coco": COCOReader}
 
 
-def open_dataset(config: Config) -> tuple[Reader | None, Config]:
+def open_dataset(config: Config) -> tuple:
     """Return the reader of a data set, and the config with its format, splits and classes.
 
     Only defaults are replaced, and VOC's fit a VOC tree with lists. The synthetic data set has no
@@ -34,15 +31,15 @@ def open_dataset(config: Config) -> tuple[Reader | None, Config]:
     if config.dataset == "shapes":
         return None, config
     names = READERS if config.dataset == "voc" else [config.dataset]
-    readers = (READERS[name](config.data_root) for name in names)
-    reader = next((reader for reader in readers if reader.splits), VOCReader(config.data_root))
+    readers = ((name, READERS[name](config.data_root)) for name in names)
+    default = ("voc", VOCReader(config.data_root))
+    dataset, reader = next((pair for pair in readers if pair[1].splits), default)
     train, val = train_val_splits(reader.splits)
-    if reader.format == "voc" and not any(split.endswith("/*") for split in train):
+    if dataset == "voc" and not any(split.endswith("/*") for split in train):
         return reader, config
-    own_classes = reader.classes or VOC_CLASSES
     return reader, config.replace(
-        dataset=reader.format,
-        classes=own_classes if config.classes == VOC_CLASSES else config.classes,
+        dataset=dataset,
+        classes=reader.classes or VOC_CLASSES if config.classes == VOC_CLASSES else config.classes,
         train_splits=train
         if train and config.train_splits == Config.train_splits
         else config.train_splits,
@@ -56,27 +53,35 @@ def train_val_splits(splits: Sequence[str]) -> tuple[tuple[str, ...], tuple[str,
     Without a name that says "train", those that say neither "val" nor "test" are for training.
     None may be for validation.
     """
-    by_role = {"train": [], "val": [], "test": [], "": []}
+    by_role = {"train": (), "val": (), "test": (), "": ()}
     for split in splits:
-        role = re.search(r"(?:^|[-_./ ])(train|val|test)", split.lower())  # starts a word
-        by_role[role[1] if role else ""].append(split)
-    return tuple(by_role["train"] or by_role[""]), tuple(by_role["val"])
+        role = re.search(r"(?:^|[-_./ ])(train|val|test)|$", split.lower())[1]  # starts a word
+        by_role[role or ""] += (split,)
+    return by_role["train"] or by_role[""], by_role["val"]
 
 
-def read_splits(reader: Reader, config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
+def read_splits(reader, config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Read the training and validation records.
 
     Without `val_splits`, a random fraction `val_fraction` of the training images is used for
     validation. Training leaves out COCO's crowds: the box of many objects is no example of one.
     Raises FileNotFoundError or ValueError that names what is missing or unusable.
     """
-    train, other_classes = read_records(reader, config.train_splits, config)
+    train, other_classes, _ = read_records(reader, config.train_splits, config)
     check_classes(train, other_classes, reader, config)
     if config.val_splits:
-        val, _ = read_records(reader, config.val_splits, config)
+        val, *_ = read_records(reader, config.val_splits, config)
     else:
-        train, val = split_records(train, config)
-    if reader.format == "coco":
+        count = min(len(train) - 1, max(1, round(config.val_fraction * len(train))))
+        print(
+            f"{config.data_root} has no validation split. {count:,} of {len(train):,} images are "
+            f"used for validation (Config.val_fraction = {config.val_fraction:g}, random with seed "
+            f"{config.seed})."
+        )
+        order = np.random.default_rng(config.seed).permutation(len(train))
+        val = [train[index] for index in sorted(order[:count])]
+        train = [train[index] for index in sorted(order[count:])]
+    if config.dataset == "coco":
         train = [
             ImageRecord(record.image, *(column[~record.difficult] for column in record[1:]))
             for record in train
@@ -85,10 +90,13 @@ def read_splits(reader: Reader, config: Config) -> tuple[list[ImageRecord], list
 
 
 def read_records(
-    reader: Reader, splits: tuple[str, ...], config: Config
-) -> tuple[list[ImageRecord], list[str]]:
-    """Return the records of some splits, and the class of each object of other classes."""
-    all_records, other_classes = [], []
+    reader, splits: Sequence[str], config: Config, check: bool = False
+) -> tuple[list[ImageRecord], list[str], list[str]]:
+    """Return records, the class of each object of other classes, and the images left out.
+
+    check: see `make_records`; any image may be left out.
+    """
+    all_records, other_classes, bad_files = [], [], []
     for split in splits:
         items = reader.list_images(split)
         if not items:
@@ -99,22 +107,23 @@ def read_records(
                 "(before Python starts, the environment variable VOC_ROOT) to the folder that "
                 'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes").'
             )
-        records, cases = make_records(reader, split, items, config.classes)
-        if cases[BAD_FILES] and not (config.skip_bad_files and records):
-            command = shlex.join(("python", "-m", "src.data.check", config.data_root))
+        records, cases = make_records(reader, split, items, config.classes, check)
+        if cases[BAD_FILES] and not check and not (config.skip_bad_files and records):
             raise ValueError(
                 f"{len(cases[BAD_FILES]):,} of {len(items):,} images of {split} can't be used:\n  "
                 + "\n  ".join(cases[BAD_FILES][:10])
-                + f"\nList all with `{command}`. Config(skip_bad_files=True) leaves them out"
+                + f"\nList all with `python -m src.data.check {config.data_root!r}`. "
+                "Config(skip_bad_files=True) leaves them out"
                 + (", but no image is left." if config.skip_bad_files else ".")
             )
         all_records += records
         other_classes += cases[OTHER_CLASSES]
-    return all_records, other_classes
+        bad_files += cases[BAD_FILES]
+    return all_records, other_classes, bad_files
 
 
 def check_classes(
-    records: list[ImageRecord], other_classes: list[str], reader: Reader, config: Config
+    records: list[ImageRecord], other_classes: list[str], reader, config: Config
 ) -> None:
     """Raise ValueError if a class has no object in the training split: a typing mistake, perhaps.
 
@@ -125,29 +134,9 @@ def check_classes(
     if absent and not (found and set(config.classes) == set(reader.classes)):
         raise ValueError(
             f"The training split of {config.data_root} has no objects of {', '.join(absent)}, "
-            f"but of {count_names(found + Counter(other_classes)) or 'no class'}. Correct "
-            "Config.classes."
+            f"but of {dict((found + Counter(other_classes)).most_common()) or 'no class'}. "
+            "Correct Config.classes."
         )
-
-
-def split_records(
-    records: list[ImageRecord], config: Config
-) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Split records into training and validation, `val_fraction` of them at random."""
-    count = max(1, round(config.val_fraction * len(records)))
-    if count >= len(records):
-        raise ValueError(
-            f"{config.data_root} has {len(records)} images: too few to use {count} of them for "
-            "validation."
-        )
-    print(
-        f"{config.data_root} has no validation split. {count:,} of {len(records):,} images are "
-        f"used for validation (Config.val_fraction = {config.val_fraction:g}, random with seed "
-        f"{config.seed})."
-    )
-    chosen = set(np.random.default_rng(config.seed).permutation(len(records))[:count].tolist())
-    train = [record for index, record in enumerate(records) if index not in chosen]
-    return train, [record for index, record in enumerate(records) if index in chosen]
 
 
 def check(root: str | Path, classes: tuple[str, ...] = VOC_CLASSES) -> list[str]:
@@ -155,19 +144,11 @@ def check(root: str | Path, classes: tuple[str, ...] = VOC_CLASSES) -> list[str]
 
     classes: the default stands for those of data.yaml or of the COCO files, or VOC's.
     Returns the images that can't be used. Raises FileNotFoundError or ValueError if a file of the
-    data set itself is not valid, or if a class has no object in the training splits.
+    data set itself is not valid, or if a class has no object in any split.
     """
     reader, config = open_dataset(Config(data_root=root, classes=classes))
     if not reader.splits:
         raise FileNotFoundError(f"{root} has no VOCdevkit folder, no data.yaml and no COCO file.")
-    train_splits, _ = train_val_splits(reader.splits)
-    train_records, other_classes, bad_files = [], [], []
-    for split in reader.splits:
-        progress = tqdm(reader.list_images(split), unit="image", leave=False, disable=None)
-        records, cases = make_records(reader, split, progress, config.classes, check=True)
-        bad_files += cases[BAD_FILES]
-        if split in train_splits:
-            train_records += records
-            other_classes += cases[OTHER_CLASSES]
-    check_classes(train_records, other_classes, reader, config)
+    records, other_classes, bad_files = read_records(reader, reader.splits, config, check=True)
+    check_classes(records, other_classes, reader, config)
     return bad_files

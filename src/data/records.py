@@ -1,12 +1,13 @@
 """Image records, and the one policy for what people's data sets contain."""
 
 import math
-import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from src.serving.images import get_image_size, load_image
 
@@ -50,26 +51,23 @@ def make_records(
     Returns the records, and the cases by kind: texts, or the class names for OTHER_CLASSES.
     """
     records, cases = [], defaultdict(list)
-    for image, source in items:
-        where = image
+    for image, source in tqdm(items, split, leave=False, disable=None, unit="image"):
         try:
             size = read_size(image, decode=check)
-            where = source
             objects, stated_size = reader.read(source, size)
         except Exception as error:  # decoders and parsers raise any type on damaged files
-            cases[BAD_FILES].append(f"{where}: {error}")
+            cases[BAD_FILES].append(f"{image}, {source}: {error}")
             continue
         if stated_size and all(stated_size) and tuple(stated_size) != size:
             text = "{}: {} x {} is stated, {} x {} found".format(source, *stated_size, *size)
             cases["images of another size than stated"].append(f"{text} (after EXIF rotation)")
         kept = keep_objects(objects, size, classes, source, cases)
-        columns = ([item[column] for item in kept] for column in range(3))
-        records.append(make_record(str(image), *columns))
-    num_objects = sum(len(record.labels) for record in records)
-    print(f"{split}: {len(records):,} images, {num_objects:,} objects{summarize(cases)}")
+        records.append(make_record(str(image), *(zip(*kept, strict=True) if kept else 3 * [[]])))
+    counts = f"{len(records):,} images, {sum(len(record.labels) for record in records):,} objects"
+    print(f"{split}: {counts}{summarize(cases)}")
     if check:
-        lists = [cases[kind] for kind in cases if kind != OTHER_CLASSES]
-        print("".join(f"  {text}\n" for texts in lists for text in texts), end="")
+        texts = (text for kind in cases if kind != OTHER_CLASSES for text in cases[kind])
+        print("".join(f"  {text}\n" for text in texts), end="")
     return records, cases
 
 
@@ -83,13 +81,12 @@ def keep_objects(objects: list, size: tuple, classes: tuple, source, cases: dict
         if name not in classes:
             cases[OTHER_CLASSES].append(name)
             continue
-        left, top, right, bottom = box
-        clipped = (max(left, 0.0), max(top, 0.0), min(right, size[0]), min(bottom, size[1]))
+        clipped = np.clip(box, 0, size * 2)
         case = f"{source}: object {number} ({name[:40]}): {box} in {size} pixels"
-        if min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < MIN_SIDE:
+        if min(clipped[2:] - clipped[:2]) < MIN_SIDE:
             cases["boxes left out, empty or outside the image"].append(case)
             continue
-        if any(abs(new - old) > ROUNDING for new, old in zip(clipped, box, strict=True)):
+        if np.abs(clipped - box).max() > ROUNDING:
             cases["boxes clipped to the image"].append(case)
         kept.append((clipped, classes.index(name), difficult))
     return kept
@@ -98,49 +95,34 @@ def keep_objects(objects: list, size: tuple, classes: tuple, source, cases: dict
 def summarize(cases: dict[str, list[str]]) -> str:
     """Return for example "; 3 boxes clipped to the image (such as ...)", or ""."""
     details = {kind: f"such as {texts[0]}" for kind, texts in cases.items()}
-    if OTHER_CLASSES in cases:
-        details[OTHER_CLASSES] = count_names(Counter(cases[OTHER_CLASSES]))
+    details[OTHER_CLASSES] = dict(Counter(cases.get(OTHER_CLASSES)).most_common())
     return "".join(f"; {len(cases[kind]):,} {kind} ({details[kind]})" for kind in cases)
-
-
-def count_names(counts: Counter) -> str:
-    """Return for example "chair 1,210, dog 400"."""
-    return ", ".join(f"{name[:40]!r} {count:,}" for name, count in counts.most_common())
 
 
 def read_size(path: Path, decode: bool = False) -> tuple[int, int]:
     """Return the (width, height) of an image that is not truncated. Raises any exception if not.
 
-    A JPEG with its end marker counts as complete. Other files are decoded; with `decode`, all are.
+    A file that ends with a JPEG's end marker counts as complete. Others are decoded; with
+    `decode`, all are.
     """
     with open(path, "rb") as file:
-        start = file.read(2)
         file.seek(max(0, file.seek(0, 2) - 1024))
-        is_complete = start == b"\xff\xd8" and b"\xff\xd9" in file.read()
-    if decode or not is_complete:
-        load_image(path)
+        if decode or b"\xff\xd9" not in file.read():
+            load_image(path)
     return get_image_size(path)
 
 
 def to_number(value, where: str) -> float:
     """Convert a value to a finite number. Raises ValueError that says where it is."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{where} is {str(value)[:40]!r}, not a number.")
-    return number
+    with suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(float(value)):
+            return float(value)
+    raise ValueError(f"{where} is {str(value)[:40]!r}, not a number.")
 
 
 def first_existing(paths: list[Path]) -> Path:
     """Return the first path that exists, or else the first."""
-    return next((path for path in paths if os.path.exists(path)), paths[0])
-
-
-def is_hidden(path: Path, folder: Path) -> bool:
-    """Return whether a part of the path below `folder` is hidden: ._a.jpg, .ipynb_checkpoints."""
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def read_list(path: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from src.config import DATA_ROOT, VOC_CLASSES
@@ -13,14 +13,13 @@ from src.serving.images import IMAGE_SUFFIXES
 SUFFIXES = (".jpg", ".JPG", *IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
 # Each published archive may have its own VOCdevkit; a hidden folder is an unfinished download:
 DEPTHS = ("", "[!.]*/", "[!.]*/*/", "[!.]*/*/*/")
+EDGES = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
 KAGGLE_INPUTS = Path("/kaggle/input")
-PUBLISHED = re.compile(r"(2007|2012)/(train|val|trainval)|2007/test")
 
 
 class VOCReader:
     """Reader of VOCdevkit trees. Splits are "year/name", and "year/*" without any list."""
 
-    format = "voc"
     classes = ()  # a tree has no list of its classes
 
     def __init__(self, root: str | Path):
@@ -52,55 +51,38 @@ class VOCReader:
 
         VOC counts pixels from 1, both ends included. Raises an exception if it is not valid.
         """
-        parser = ElementTree.XMLParser(target=_NoDoctype())
-        root = ElementTree.fromstring(path.read_bytes(), parser)
+        text = path.read_bytes()
+        if b"<!DOCTYPE" in text.replace(b"\0", b""):  # its entities can be endless
+            raise ValueError("a DOCTYPE is not allowed. Remove it.")
+        root = ElementTree.fromstring(text)
         if root.tag != "annotation":
             raise ValueError(f"the root element is <{root.tag[:40]}>, not <annotation>.")
         objects = []
         for number, element in enumerate(root.findall("object"), start=1):
             where = f"object {number}"
             name = _text(element, "name", where)
+            left, top, right, bottom = _numbers(element, EDGES, where)
             has_flag = element.find("difficult") is not None
-            flag = _text(element, "difficult", where) if has_flag else "0"
-            if not name or flag not in ("0", "1"):
-                fields = f"<name> is {name[:40]!r} and <difficult> {flag[:40]!r}"
-                raise ValueError(f"{where}: {fields}, not a name and 0 or 1.")
-            edges = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
-            left, top, right, bottom = _numbers(element, edges, where)
-            objects.append((name, (left - 1, top - 1, right, bottom), flag == "1"))
-        has_size = root.find("size") is not None
-        return objects, _numbers(root, ("size/width", "size/height"), "it") if has_size else None
-
-
-class _NoDoctype(ElementTree.TreeBuilder):
-    """Tree builder that refuses a DOCTYPE, and with it all entities, in any encoding."""
-
-    def doctype(self, *_) -> None:
-        raise ValueError("A DOCTYPE is not allowed. Remove it.")
+            difficult = has_flag and _numbers(element, ["difficult"], where) != [0]
+            objects.append((name, (left - 1, top - 1, right, bottom), difficult))
+        sizes = [_numbers(item, ("width", "height"), "its size") for item in root.findall("size")]
+        return objects, sizes[0] if sizes else None
 
 
 def _text(parent: ElementTree.Element, field: str, where: str) -> str:
-    """Return the text of the element `field`. Raises ValueError if there is not exactly one."""
-    elements = parent.findall(field)
-    if len(elements) != 1:
-        raise ValueError(f"{where} has {len(elements) or 'no'} <{field}>, but needs exactly one.")
-    return (elements[0].text or "").strip()
+    texts = [(element.text or "").strip() for element in parent.findall(field)]
+    if len(texts) != 1 or not texts[0]:
+        raise ValueError(f"{where} has {len(texts)} <{field}>, but needs exactly one with a value.")
+    return texts[0]
 
 
-def _numbers(parent: ElementTree.Element, fields: tuple[str, ...], where: str) -> list[float]:
+def _numbers(parent: ElementTree.Element, fields: Iterable[str], where: str) -> list[float]:
     return [to_number(_text(parent, field, where), f"{where}: <{field}>") for field in fields]
 
 
-def _find_image(folder: Path, line: str) -> tuple[Path, Path]:
-    """Return the image and the annotation of a line of a list, in a folder VOC2007 or VOC2012.
-
-    In lists of single classes -1, 0 or 1 follows the name.
-    """
-    flagged = re.fullmatch(r"(.*\S)\s+-?[01]", line)
-    if flagged and not (folder / "Annotations" / f"{line}.xml").exists():
-        line = flagged[1]
-    images = [folder / "JPEGImages" / f"{line}{suffix}" for suffix in SUFFIXES]
-    return first_existing(images), folder / "Annotations" / f"{line}.xml"
+def _find_image(folder: Path, name: str) -> tuple[Path, Path]:
+    images = [folder / "JPEGImages" / f"{name}{suffix}" for suffix in SUFFIXES]
+    return first_existing(images), folder / "Annotations" / f"{name}.xml"
 
 
 def find_in_trees(root: Path, pattern: str) -> Iterator[Path]:
@@ -126,7 +108,8 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
         year, _, name = split.partition("/")
         archive = {"test"} if name == "test" else {"train", "val", "trainval"}
         lists = find_in_trees(root, f"VOC{year}/ImageSets/Main/*.txt")
-        if not PUBLISHED.fullmatch(split) or not archive.isdisjoint(path.stem for path in lists):
+        published = re.fullmatch(r"(2007|2012)/(train|val|trainval)|2007/test", split)
+        if not published or not archive.isdisjoint(path.stem for path in lists):
             continue
         other_data = [p.name for p in root.glob("*") if not p.name.startswith((".", "VOC"))]
         if root != Path(DATA_ROOT) and (other_data or not root.exists()):
@@ -138,11 +121,10 @@ def download_voc(root: str | Path, splits: tuple[str, ...]) -> None:
                 "of a YOLO data set. To download VOC (2.9 GB), set it to an empty folder."
             )
         print(f"VOC {split} is not under {root}. Downloading it.")
-        folder = root / f"VOC{year}-{'test' if name == 'test' else 'trainval'}"
-        unfinished = root / f".{folder.name}"
+        unfinished = root / f".VOC{year}-{'test' if name == 'test' else 'trainval'}"
         try:
             VOCDetection(unfinished, year=year, image_set=name, download=True)
-            unfinished.rename(folder)
+            unfinished.rename(root / unfinished.name[1:])
         except (OSError, RuntimeError, ValueError) as error:
             raise RuntimeError(
                 f"VOC {split} can't be downloaded into {root.resolve()} ({error}). Set Config."
