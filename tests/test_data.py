@@ -280,21 +280,6 @@ def test_letterbox_keeps_the_aspect_ratio():
     assert (square[:16] == PAD).all() and (square[16:48] == 0).all() and (square[48:] == PAD).all()
 
 
-def test_cache_reads_each_image_once(tmp_path):
-    first_cache = ImageCache(tmp_path / "images.u8", count=3, size=64)
-    reads = []
-
-    def read(value):
-        reads.append(value)
-        return np.full((40, 64, 3), value, np.uint8), (400, 250)
-
-    first = first_cache.fetch(1, read, 7)
-    again = ImageCache(tmp_path / "images.u8", 3, 64).fetch(1, read, 8)
-    assert reads == [7] and first[1] == again[1] == (400, 250)
-    assert np.array_equal(first[0], again[0])
-    assert first_cache.fetch(2, read, 9)[0].max() == 9
-
-
 def test_cache_does_not_change_samples(tmp_path):
     uncached = MosaicDataset(records(), settings())
     cached = MosaicDataset(records(), settings(), ImageCache(tmp_path / "c.u8", 4, 96))
@@ -312,46 +297,52 @@ def files(tmp_path, monkeypatch):
     return paths
 
 
-def test_caches_of_changed_and_of_missing_images_are_deleted(files):
-    def cached() -> list[str]:
-        return sorted(path.name[:3] for path in cache.FOLDER.iterdir())
+def test_cache_reads_each_image_once(files):
+    reads = []
 
-    for name, images in (("one", files), ("two", files[:1]), ("one", files)):
-        assert open_cache(images, name, 64, max_gb=1)
-    assert cached() == ["one", "one", "two", "two"]  # of each, pixels and list of images
-    os.utime(files[1], (1, 1))
-    assert open_cache(files, "new", 64, max_gb=1)
-    assert cached() == ["new", "new", "two", "two"]
-    os.remove(files[0])
-    assert open_cache(files[1:], "end", 64, max_gb=1)
-    assert cached() == ["end", "end"]
+    def read(value):
+        reads.append(value)
+        return np.full((40, 64, 3), value, np.uint8), (400, 250)
+
+    first = open_cache(files, "one", 64, max_gb=1)
+    status = os.stat(first.path)
+    assert status.st_size == 2 * (64 * 64 * 3 + 16) <= status.st_blocks * 512  # reserved
+    assert first.fetch(1, read, 7)[0].max() == 7 and first.fetch(0, read, 9)[0].max() == 9
+    image, size = open_cache(files, "one", 64, max_gb=1).fetch(1, read, 8)
+    assert reads == [7, 9] and size == (400, 250)
+    assert image.shape == (40, 64, 3) and (image == 7).all()
+
+
+def test_another_cache_of_the_name_replaces_the_former(files):
+    opened = [open_cache(files, "two", 64, max_gb=1)]
+    for images in (files, files[:1]):
+        os.utime(files[0], (len(images), 1))
+        opened.append(open_cache(images, "one", 64, max_gb=1))
+    assert {*cache.FOLDER.iterdir()} == {opened[0].path, opened[2].path}
+    assert opened[1].fetch(0, load_pixels, 3)[0].max() == 3  # of a run that goes on
+
+
+def load_pixels(value: int) -> tuple:
+    return np.full((8, 8, 3), value, np.uint8), (8, 8)
 
 
 @pytest.mark.parametrize(
-    ("problem", "message"),
+    ("max_gb", "name", "value", "message"),
     [
-        ("limit", "cache_gb allows 1e-06"),
-        ("folder", "Not a directory"),
-        ("margin", "GB free"),
-        ("full disk", "no space"),
-        ("map", "no shared maps"),
+        (1e-6, "cache.DISK_MARGIN", 0, "allow 0.0 GB"),
+        (1, "cache.DISK_MARGIN", 1e18, "allow 0.0 GB"),
+        (1, "cache.FOLDER", Path("/dev/null/cache"), "Not a directory"),
+        (1, "cache.os.posix_fallocate", Mock(side_effect=OSError("no space")), "no space"),
     ],
 )
-def test_training_continues_without_a_cache(files, monkeypatch, capsys, problem, message):
-    """Writing to a mapped file on a full disk is a bus error, so its space is reserved first."""
-    if problem == "folder":
-        monkeypatch.setattr(cache, "FOLDER", Path("/dev/null/cache"))
-    if problem == "margin":
-        monkeypatch.setattr(cache, "DISK_MARGIN", 1e18)
-    if problem == "full disk":
-        fail = Mock(side_effect=OSError("no space"))
-        monkeypatch.setattr(os, "posix_fallocate", fail, raising=False)
-    if problem == "map":
-        monkeypatch.setattr(np, "memmap", Mock(side_effect=OSError("no shared maps")))
-    assert open_cache(files, "one", 64, max_gb=1e-6 if problem == "limit" else 1) is None
+def test_training_continues_without_a_cache(
+    files, monkeypatch, capsys, max_gb, name, value, message
+):
+    monkeypatch.setattr(f"src.data.{name}", value, raising=False)
+    assert open_cache(files, "one", 64, max_gb) is None
     output = capsys.readouterr().out
     assert message in output and "Each epoch decodes them again" in output
-    assert problem == "folder" or list(cache.FOLDER.iterdir()) == []
+    assert not list(Path(files[0]).parent.glob("cache/*"))
 
 
 def test_no_cache_is_needed_for_arrays_or_wanted_at_zero(files, capsys):

@@ -1,16 +1,15 @@
-"""Loader processes with little shared memory, folders without write permission."""
+"""Number of loader processes, folders without write permission."""
 
 import os
 import shutil
 import tempfile
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from src.config import Config
-from src.data import cache, datamodule
+from src.data import cache
 from src.data.datamodule import DetectionDataModule
 from tests.test_voc import obj
 
@@ -22,26 +21,6 @@ def test_loader_processes_share_the_available_cores(monkeypatch):
         for devices in (1, 2, 8)
     ]
     assert workers == [6, 3, 1]
-
-
-@pytest.mark.parametrize(("megabytes", "num_workers"), [(64, 0), (70, 1), (250, 6), (2000, 8)])
-def test_loader_processes_fit_in_shared_memory(monkeypatch, capsys, megabytes, num_workers):
-    """Docker's default is 64 MB. If it fills up, a loader process dies of a bus error."""
-    usage = namedtuple("usage", "total used free")(0, 0, megabytes * 10**6)
-    monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda _: usage)
-    data = DetectionDataModule(Config(image_size=416, batch_size=32, num_workers=8))
-    assert (
-        data.num_workers == num_workers
-        and DetectionDataModule(Config(num_workers=0)).num_workers == 0
-    )
-    assert (f"Using {num_workers}." in capsys.readouterr().out) == (num_workers < 8)
-
-
-def test_cache_reserves_disk_space(tmp_path):
-    image_cache = cache.ImageCache(tmp_path / "images.u8", count=50, size=64)
-    image_cache.open()
-    status = os.stat(image_cache.path)
-    assert status.st_size == 50 * (64 * 64 * 3 + 16) <= status.st_blocks * 512
 
 
 def test_read_only_voc_tree(monkeypatch):

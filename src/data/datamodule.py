@@ -1,9 +1,7 @@
 """Validation samples, batches and loaders."""
 
 import os
-import shutil
 from collections.abc import Callable
-from functools import cached_property
 
 import cv2
 import numpy as np
@@ -21,9 +19,6 @@ from src.data.records import ImageRecord
 from src.data.shapes import draw_shapes
 from src.data.voc import download_voc
 from src.serving.images import get_image_size, letterbox, letterbox_placement, load_image
-
-# Loader processes pass their batches through it. Docker's default size is 64 MB.
-SHARED_MEMORY = "/dev/shm"
 
 
 class ValDataset(RecordDataset):
@@ -153,12 +148,15 @@ class DetectionDataModule(pl.LightningDataModule):
         else:
             self.train_records, self.val_records = read_splits(self.reader, config)
             self.reader = None  # frees the content of COCO files
-        images = [record.image for record in self.train_records]
-        cache = open_cache(images, "training", config.canvas_size, config.cache_gb)
-        self.train_data = MosaicDataset(self.train_records, config, cache)
-        images = [record.image for record in self.val_records]
-        cache = open_cache(images, "validation", config.image_size, config.cache_gb)
-        self.val_data = ValDataset(self.val_records, config, cache)
+        caches = [
+            open_cache([record.image for record in records], name, size, config.cache_gb)
+            for records, name, size in (
+                (self.train_records, "training", config.canvas_size),
+                (self.val_records, "validation", config.image_size),
+            )
+        ]
+        self.train_data = MosaicDataset(self.train_records, config, caches[0])
+        self.val_data = ValDataset(self.val_records, config, caches[1])
 
     def train_dataloader(self) -> DataLoader:
         """Return the training loader, without an incomplete last batch unless there is only one."""
@@ -174,24 +172,8 @@ class DetectionDataModule(pl.LightningDataModule):
     def _loader(self, dataset: Dataset, **options) -> DataLoader:
         return make_loader(dataset, self.config.batch_size, self.num_workers, collate, **options)
 
-    @cached_property
+    @property
     def num_workers(self) -> int:
-        """Number of loader processes: Config.num_workers, or fewer if shared memory is small.
-
-        A full SHARED_MEMORY kills them by a bus error. It holds two finished batches per process,
-        and two more.
-        """
-        requested = self.config.num_workers
-        if requested < 0:
-            requested = min(8, max(1, available_cores() // self.config.devices))
-        if not os.path.isdir(SHARED_MEMORY):
-            return requested
-        batch = 3 * self.config.canvas_size**2 * self.config.batch_size * self.config.devices
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        possible = max(0, free // (2 * batch) - 1)
-        if possible < requested:
-            print(
-                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for {requested} loader "
-                f"processes. Using {possible}. In Docker, `docker run --shm-size=2g` provides more."
-            )
-        return min(requested, possible)
+        """Number of loader processes: Config.num_workers, or from the available cores."""
+        automatic = min(8, max(1, available_cores() // self.config.devices))
+        return automatic if self.config.num_workers < 0 else self.config.num_workers

@@ -117,21 +117,24 @@ class MosaicDataset(RecordDataset):
     def __getitem__(self, sample_id: int) -> Sample:
         random, is_mosaic = self._begin(sample_id)
         index = sample_id % len(self)
+        size = self.config.canvas_size
+        canvas = np.empty((size, size, 3), np.uint8)
         if is_mosaic:
-            canvas, boxes, labels = self._mosaic(index, random)
+            boxes, labels = self._mosaic(canvas, index, random)
         else:
-            canvas, boxes, labels = self._single(index, random)
+            scales = self.config.image_scale
+            boxes, labels = self._place(canvas, (0, 0, size, size), index, scales, random)
         self.augment.set_random_seed(int(random.integers(2**31)))
         augmented = self.augment(image=canvas, bboxes=boxes, labels=labels)
         boxes = np.float32(augmented["bboxes"]).reshape(-1, 4)
         return to_sample(augmented["image"], boxes, np.int64(augmented["labels"]))
 
-    def _mosaic(self, index: int, random: Generator) -> tuple:
-        """Join four images around a random point: canvas, boxes, labels.
+    def _mosaic(self, canvas: np.ndarray, index: int, random: Generator) -> tuple:
+        """Draw four images around a random point of the canvas and return boxes and labels.
 
         YOLOv4 (Bochkovskiy et al. 2020, https://arxiv.org/abs/2004.10934), section 3.3.
         """
-        size = self.config.canvas_size
+        size = len(canvas)
         x, y = (random.uniform(0.25, 0.75, 2) * size).astype(int).tolist()
         quadrants = [  # (region, its corner at the common point as fractions of width and height)
             ((0, 0, x, y), (1, 1)),
@@ -140,20 +143,12 @@ class MosaicDataset(RecordDataset):
             ((x, y, size, size), (0, 0)),
         ]
         indices = [index, *random.integers(len(self), size=3)]
-        canvas = np.empty((size, size, 3), np.uint8)
         placed = [
             self._place(canvas, region, image_index, self.config.mosaic_scale, random, corner)
             for image_index, (region, corner) in zip(indices, quadrants, strict=True)
         ]
         boxes, labels = zip(*placed, strict=True)
-        return canvas, np.concatenate(boxes), np.concatenate(labels)
-
-    def _single(self, index: int, random: Generator) -> tuple:
-        """Place one image at a random position: canvas, boxes, labels."""
-        size = self.config.canvas_size
-        canvas = np.empty((size, size, 3), np.uint8)
-        scales = self.config.image_scale
-        return canvas, *self._place(canvas, (0, 0, size, size), index, scales, random)
+        return np.concatenate(boxes), np.concatenate(labels)
 
     def _place(
         self,
