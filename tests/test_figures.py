@@ -18,7 +18,6 @@ from src.data.shapes import draw_shapes
 from src.figures import curves, images
 from src.figures.source import show
 from src.model.network import ANCHORS
-from src.serving import drawing
 from src.serving.drawing import class_colours
 from src.serving.predictor import Detections
 from src.training.lr_finder import LRFinderResult
@@ -181,19 +180,6 @@ def test_source_is_shown_as_python():
     text = show(MosaicDataset.is_mosaic, draw_shapes).data
     assert text.startswith("```python\ndef is_mosaic(self") and "\n\n\ndef draw_shapes(" in text
     assert text.endswith("\n```")
-
-
-def test_letters_besides_ascii_are_drawn(monkeypatch):
-    """Pillow's own font shows all letters that it lacks as the same empty square."""
-    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    monkeypatch.setattr(drawing, "SYSTEM_FONTS", (font,))
-    drawing._font.cache_clear()
-    canvas, box = np.zeros((64, 128, 3), np.uint8), np.float32([[10, 30, 100, 60]])
-    drawn = [
-        drawing.draw_boxes(canvas, box, [(255, 255, 255)], [text]) for text in ("кошка", "собак")
-    ]
-    drawing._font.cache_clear()
-    assert not np.array_equal(*drawn)
 
 
 def test_the_anchor_assignment_figure_has_three_boxes_per_object_and_scale():

@@ -1,8 +1,6 @@
 """Draw on images: boxes with labels, in one colour per class, and heatmaps."""
 
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import cache
 
 import cv2
 import numpy as np
@@ -10,8 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from src.serving.predictor import Detections
 
-# Pillow searches the system for them:
-SYSTEM_FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 LABEL_SCALES = (1, 0.85, 0.7)  # of the font, tried in this order
 
 # The first seven are by Okabe and Ito (2008, https://jfly.uni-koeln.de/color), for any colour
@@ -98,15 +94,6 @@ def draw_detections(
     return draw_boxes(image, boxes, colours, texts if labels else (), font_size=font_size)
 
 
-@cache
-def _font(size: float, is_ascii: bool) -> ImageFont.FreeTypeFont:
-    """Return Pillow's own font for ASCII, which is nearly all that it has, or one of the system."""
-    for name in () if is_ascii else SYSTEM_FONTS:
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
 def _draw_box(
     draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple, line: int, size: tuple[int, int]
 ) -> None:
@@ -134,7 +121,7 @@ def place_label(
     """
     places = []
     for scale in LABEL_SCALES:
-        font = _font(max(8.0, scale * font_size), text.isascii())
+        font = ImageFont.load_default(max(8.0, scale * font_size))
         extent = np.array([font.getlength(text) + font_size / 3, 1.1 * sum(font.getmetrics())])
         corners = _label_corners(boxes[number], *extent)
         corners = np.clip(corners, 0, np.maximum(np.array(size) - extent, 0))

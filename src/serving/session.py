@@ -163,26 +163,21 @@ def model_facts_html(predictor: Predictor, links: dict[str, str]) -> str:
     )
 
 
-def read_licenses(folder: str | Path) -> dict[str, dict[str, str]]:
-    """Read LICENSES.txt: file name -> "author", "licence", "source" of each image in the folder.
-
-    An entry starts with the file's name; lines such as "  author: NASA" follow. Returns {} if the
-    folder has no such file.
-    """
-    path = Path(folder) / LICENSES
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    entries = re.findall(r"^(\S+).*\n((?:  .*\n?)+)", text, re.M)
-    licenses = {name: dict(re.findall(r"^  (\w+): (.+)", lines, re.M)) for name, lines in entries}
-    return {name: facts for name, facts in licenses.items() if (path.parent / name).is_file()}
-
-
 def credits_html(samples: str | Path) -> str:
-    """Name the authors of the example images, by licence, with links to sources and licences."""
+    """Name the authors of the example images, by licence, with links to sources and licences.
+
+    They are read from LICENSES.txt in the images' folder, if it has one. An entry starts with the
+    file's name; the lines "  author: ...", "  licence: ..." and "  source: ..." follow.
+    """
+    path = Path(samples) / LICENSES
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     credits = {}
-    for name, facts in sorted(read_licenses(samples).items()):
-        author = f"{Path(name).stem} by {facts.get('author', 'unknown')}"
-        link = _link(author, facts.get("source", ""))
-        credits.setdefault(facts.get("licence", "unknown licence"), []).append(link)
+    for name, lines in sorted(re.findall(r"^(\S+).*\n((?:  .*\n?)+)", text, re.M)):
+        if (path.parent / name).is_file():
+            facts = dict(re.findall(r"^  (\w+): (.+)", lines, re.M))
+            author = f"{Path(name).stem} by {facts.get('author', 'unknown')}"
+            link = _link(author, facts.get("source", ""))
+            credits.setdefault(facts.get("licence", "unknown licence"), []).append(link)
     return "".join(
         f"<p>{_link(licence, LICENSE_TEXTS.get(licence, ''))}: {', '.join(links)}</p>"
         for licence, links in sorted(credits.items())

@@ -157,17 +157,14 @@ def write_samples(samples: Sequence[str | Path | np.ndarray], folder: Path) -> N
     Raises ValueError if one is not an image.
     """
     folder.mkdir()
-    licenses = {}
     for number, sample in enumerate(samples, start=1):
         image = load_image(sample)
         if isinstance(sample, np.ndarray):
             Image.fromarray(image).save(folder / f"{number:02d}.png")
             continue
         shutil.copyfile(sample, folder / Path(sample).name)
-        stated = Path(sample).with_name(LICENSES)
-        if stated.is_file():
-            licenses[stated] = stated.read_text(encoding="utf-8")
-    (folder / LICENSES).write_text("\n".join(licenses.values()), encoding="utf-8")
+        if Path(sample).with_name(LICENSES).is_file():
+            shutil.copyfile(Path(sample).with_name(LICENSES), folder / LICENSES)
 
 
 def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:
