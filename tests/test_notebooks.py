@@ -65,8 +65,7 @@ def test_notebook_runs_and_writes_its_files(name, settings, text, files, tmp_pat
     source = tmp_path / f"copy of {name}"  # a link would run in the repository
     source.write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     assert run(source, tmp_path / "executed.ipynb", settings) == ""
-    printed = check_outputs(nbformat.read(tmp_path / "executed.ipynb", as_version=4))
-    assert text in printed
+    assert text in check_outputs(nbformat.read(tmp_path / "executed.ipynb", as_version=4))
     assert all((tmp_path / file).exists() for file in files)
 
 
@@ -100,7 +99,6 @@ def test_all_notebooks_have_the_same_set_up_cell():
 
 
 def execute(folder: Path, *cells) -> list:
-    """Execute cells with the command. Returns the process and the executed cells."""
     nbformat.write(new_notebook(cells=cells), folder / "in.ipynb")
     files = [str(folder / name) for name in ("in.ipynb", "out.ipynb")]
     command = [sys.executable, "-m", "tools.notebook", "run", *files]
@@ -124,7 +122,6 @@ print()"""
 
 
 def test_widgets_are_removed_and_progress_bars_keep_their_last_state(tmp_path):
-    """What an output widget captures isn't sent to the kernel, where it could hide a cell's end."""
     sources = (
         "from ipywidgets import IntSlider, Output\nout = Output()\ndisplay(IntSlider())",
         "with out:\n    print('captured')",
