@@ -101,7 +101,8 @@ def test_heatmaps_are_those_of_torch(layers, model, file):
             for predictor in (Predictor(model, device="cpu"), Predictor.load(file, device="cpu"))
         ]
         assert maps[0].max() == 1 and np.corrcoef(*map(np.ravel, maps))[0, 1] > 0.99
-    with pytest.raises(ValueError, match="Unknown method 'gradcam' for this model. Choose one of layercam"):
+    message = "Unknown method 'gradcam' for this model. Choose one of layercam"
+    with pytest.raises(ValueError, match=message):
         explain(Predictor.load(file), images[0], method="gradcam")
 
 
