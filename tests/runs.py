@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from src.config import SHAPE_CLASSES, Config
+from src.training.callbacks import StopIfNotFinite
 
 
 def tiny(folder: Path, **changes) -> Config:
@@ -43,3 +44,13 @@ def epoch_rows(folder: Path) -> list[dict]:
 def equal(one: dict, other: dict) -> bool:
     """Return whether two state dicts are identical."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def fail_in(monkeypatch, epoch: int):
+    """Raise ConnectionError in the middle of an epoch."""
+
+    def crash(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.current_epoch == epoch and batch_idx == 2:
+            raise ConnectionError("machine lost")
+
+    monkeypatch.setattr(StopIfNotFinite, "on_train_batch_end", crash)

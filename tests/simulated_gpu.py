@@ -5,9 +5,7 @@ backward pass without a driver.
 """
 
 import sys
-from collections import Counter
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -33,10 +31,6 @@ INDEXING = (
     aten.index_put_.default,
     aten._index_put_impl_.default,
 )
-PACKAGES = tuple(
-    str(Path(path).parent)
-    for path in (pl.__file__, Path(__file__).parents[1] / "src" / "config.py")
-)
 
 
 class GPUTensor(torch.Tensor):
@@ -59,67 +53,45 @@ class GPUTensor(torch.Tensor):
         raise RuntimeError(f"{func} was called outside of simulate_gpu()")
 
 
-def first_caller() -> str:
-    """The innermost function of src or Lightning, such as "callbacks.on_train_batch_end"."""
-    frame = sys._getframe(1)
-    while frame and not frame.f_code.co_filename.startswith(PACKAGES):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}" if frame else "outside"
-
-
 class Dispatch(TorchDispatchMode):
-    """Run each operation on the CPU, refuse mixed devices, and count in `waits` who waits."""
+    """Run each operation on the CPU, refuse mixed devices, and list in `waits` what waits."""
 
     def __init__(self):
         super().__init__()
-        self.waits = Counter()
+        self.waits = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [
-            value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
-        ]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         from_gpu = any(isinstance(tensor, GPUTensor) for tensor in tensors)
-        on_cpu = [
-            tensor for tensor in tensors if not isinstance(tensor, GPUTensor) and tensor.dim()
-        ]
+        on_cpu = any(not isinstance(tensor, GPUTensor) and tensor.dim() for tensor in tensors)
         if from_gpu and on_cpu and func not in COPIES:
             raise RuntimeError(f"{func}: a tensor on the CPU meets one on the GPU")
         to_gpu = from_gpu
         if kwargs.get("device") is not None:
-            to_gpu, kwargs["device"] = torch.device(kwargs["device"]) == GPU, torch.device("cpu")
+            to_gpu = torch.device(kwargs["device"]) == GPU
+            kwargs["device"] = torch.device("cpu")
         if func is aten.copy_.default:
             to_gpu = isinstance(args[0], GPUTensor)
-        if self._waits(func, args, kwargs, from_gpu, to_gpu):
-            self.waits[first_caller()] += 1
+            from_gpu = isinstance(args[1], GPUTensor)
+        if waits(func, args, kwargs, from_gpu, to_gpu):
+            self.waits.append(str(func))
         values = tree_map_only(GPUTensor, lambda tensor: tensor.data_on_cpu, (args, kwargs))
         result = func(*values[0], **values[1])
         if to_gpu:
             result = tree_map_only(torch.Tensor, GPUTensor, result)
-        return (
-            return_and_correct_aliasing(func, args, kwargs, result)
-            if from_gpu and to_gpu
-            else result
-        )
+        if from_gpu and to_gpu:
+            return return_and_correct_aliasing(func, args, kwargs, result)
+        return args[0] if func is aten.copy_.default else result
 
-    @staticmethod
-    def _waits(func, args, kwargs, from_gpu: bool, to_gpu: bool) -> bool:
-        if func in COPIES:
-            both = (
-                all(isinstance(tensor, GPUTensor) for tensor in args[:2])
-                if func is aten.copy_.default
-                else from_gpu and to_gpu
-            )
-            return (
-                (from_gpu or to_gpu)
-                and not both
-                and not (kwargs.get("non_blocking") or args[2:] == (True,))
-            )
-        if func in INDEXING:
-            return from_gpu and any(
-                index is not None and index.dtype == torch.bool for index in args[1]
-            )
-        return from_gpu and func in READS
+
+def waits(func, args: tuple, kwargs: dict, from_gpu: bool, to_gpu: bool) -> bool:
+    """Return whether the CPU has to wait for the GPU's result, or for a copy."""
+    if func in COPIES:
+        return from_gpu != to_gpu and not (kwargs.get("non_blocking") or args[2:] == (True,))
+    if func in INDEXING:
+        return from_gpu and any(mask is not None and mask.dtype == torch.bool for mask in args[1])
+    return from_gpu and func in READS
 
 
 class Functions(TorchFunctionMode):
@@ -143,7 +115,7 @@ class SimulatedAccelerator(CPUAccelerator):
 
 @contextmanager
 def simulate_gpu():
-    """Yield the `waits` of the code within, by caller. Trainers use the GPU, in float32."""
+    """Yield the `waits` of the code within. Trainers use the GPU, in float32."""
     make, dispatch = pl.Trainer, Dispatch()
 
     def make_trainer(**options) -> pl.Trainer:

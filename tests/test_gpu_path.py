@@ -2,7 +2,6 @@
 
 import warnings
 import weakref
-from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -19,9 +18,8 @@ from src.training.fit import evaluate, fit
 from src.training.loss import YOLOLoss
 from src.training.lr_finder import find_lr
 from src.training.module import YOLOv3Module
-from tests.runs import epoch_rows, equal, tiny
+from tests.runs import epoch_rows, equal, fail_in, tiny
 from tests.simulated_gpu import GPU, simulate_gpu
-from tests.test_training import fail_in
 
 MULTISCALE = {"multiscale_sizes": (32, 64), "multiscale_interval": 1}
 
@@ -85,46 +83,37 @@ def test_overflowing_steps_are_skipped_and_the_scale_is_resumed(tmp_path, monkey
 class TrainingWaits(pl.Callback):
     """Collect what the GPU waits for between the start of a training epoch and the validation."""
 
-    def __init__(self, waits: Counter):
-        self.waits, self.training = waits, Counter()
+    def __init__(self, waits: list[str]):
+        self.waits = waits
 
     def on_train_epoch_start(self, *_) -> None:
-        self.before = self.waits.copy()
+        self.waits.clear()
 
     def on_validation_start(self, *_) -> None:
-        self.training = self.waits - self.before
+        self.training = self.waits.copy()
 
 
-def train_one_epoch(config, waits: Counter) -> tuple[YOLOv3Module, Counter, dict]:
+def train_one_epoch(config, waits: list[str]) -> tuple[YOLOv3Module, list[str], dict]:
     """Train one epoch with fit's callbacks; return the module, the steps' waits and the metrics."""
     recorder, module = TrainingWaits(waits), YOLOv3Module(config)
-    trainer = make_trainer(
-        config, max_epochs=1, callbacks=[recorder, StopIfNotFinite(), EMA(config.ema_decay)]
-    )
+    callbacks = [recorder, StopIfNotFinite(), EMA(config.ema_decay)]
+    trainer = make_trainer(config, max_epochs=1, callbacks=callbacks)
     trainer.fit(module, datamodule=DetectionDataModule(config))
-    return (
-        module,
-        recorder.training,
-        {name: float(value) for name, value in trainer.callback_metrics.items()},
-    )
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return module, recorder.training, metrics
 
 
 def test_training_steps_never_wait_for_the_gpu(tmp_path, monkeypatch):
     """Except to check the loss, at the first and the last of 3 steps. Results equal the CPU's."""
-    monkeypatch.setattr(
-        "src.training.metrics.MIN_SCORE", 1e-5
-    )  # an untrained network scores about 1e-4
+    monkeypatch.setattr("src.training.metrics.MIN_SCORE", 1e-5)  # untrained networks score 1e-4
     config = tiny(tmp_path, width=0.0625, shapes_train=12, shapes_val=2, epochs=2, **MULTISCALE)
-    on_cpu, _, expected = train_one_epoch(config, Counter())
+    on_cpu, _, expected = train_one_epoch(config, [])
     with simulate_gpu() as waits:
         module, training, metrics = train_one_epoch(config, waits)
-    assert training == {"callbacks.on_train_batch_end": 2}
-    assert (
-        metrics == pytest.approx(expected, rel=1e-4)
-        and "train/loss" in metrics
-        and "val/mAP50" in metrics
-    )
-    assert waits["boxes.nms"]  # the validation may wait
+    assert len(training) == 2, training
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    assert {"train/loss", "val/mAP50"} <= metrics.keys()
+    assert len(waits) > 2  # the validation may wait
     np.testing.assert_allclose(module.ground_truth, on_cpu.ground_truth)
     assert len(module.predictions) == len(on_cpu.predictions) > 0
 
@@ -147,7 +136,7 @@ def test_simulated_gpu_counts_waits_and_refuses_mixed_devices():
             start=1,
         ):
             wait()
-            assert waits.total() == number
+            assert len(waits) == number
         for mixed in (
             lambda: values + torch.ones(4),
             lambda: values[torch.arange(2)],

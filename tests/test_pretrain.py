@@ -14,7 +14,7 @@ from src.training import pretrain as pretraining
 from src.training.module import build_model
 from src.training.pretrain import PretrainConfig, PretrainDataModule, pretrain
 from src.training.run_folder import LAST
-from tests.runs import equal
+from tests.runs import equal, fail_in
 
 
 def write_image(path, label, seed):
@@ -118,15 +118,8 @@ def test_accuracies_count_the_best_and_the_five_best_classes(folder, tmp_path, m
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(folder, run, tmp_path, monkeypatch):
-    steps = iter(range(100))
-
-    def crash(self, batch, number, step=pretraining.Darknet53Classifier.training_step):
-        if next(steps) == 15:
-            raise ConnectionError("machine lost")
-        return step(self, batch, number)
-
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining.Darknet53Classifier, "training_step", crash)
+        fail_in(patch, epoch=2)
         with pytest.raises(ConnectionError):
             pretrain(tiny(folder, tmp_path))
     pretrain(tiny(folder, tmp_path))

@@ -6,12 +6,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from src.config import Config
 from src.data import cache
 from src.data.datamodule import DetectionDataModule
-from tests.test_voc import obj
+from tests.test_voc import obj, write_tree
 
 
 def test_loader_processes_share_the_available_cores(monkeypatch):
@@ -23,32 +22,24 @@ def test_loader_processes_share_the_available_cores(monkeypatch):
     assert workers == [6, 3, 1]
 
 
+def load_batches(config: Config) -> None:
+    data = DetectionDataModule(config)
+    data.prepare_data()
+    data.setup()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert len(next(iter(loader))["images"]) == 1
+
+
 def test_read_only_voc_tree(monkeypatch):
     """Kaggle's input folders are read-only."""
-    root = Path(tempfile.mkdtemp())
-    folder = root / "VOCdevkit" / "VOC2007"
-    for name in ("ImageSets/Main", "JPEGImages", "Annotations"):
-        (folder / name).mkdir(parents=True)
-    Image.new("RGB", (100, 80)).save(folder / "JPEGImages" / "1.jpg")
-    (folder / "Annotations" / "1.xml").write_text(f"<annotation>{obj()}</annotation>")
-    (folder / "ImageSets" / "Main" / "train.txt").write_text("1\n")
+    root = write_tree(Path(tempfile.mkdtemp()), "2007", {"train": {"1": obj()}})
     for path in (root, *root.rglob("*")):
         path.chmod(0o555)
     monkeypatch.setattr(cache, "FOLDER", root / "cache")
     splits = {"train_splits": ("2007/train",), "val_splits": ("2007/train",)}
     settings = {"classes": ("cat",), "image_size": 64, "num_workers": 0, "batch_size": 1}
     config = Config(data_root=str(root), **settings, **splits)
-
-    def load_batches(config: Config) -> None:
-        data = DetectionDataModule(config)
-        data.prepare_data()
-        data.setup()
-        for loader in (data.train_dataloader(), data.val_dataloader()):
-            assert len(next(iter(loader))["images"]) == 1
-
-    load_batches(
-        config.replace(cache_gb=0)
-    )  # imports all modules: the user nobody can't read root's Python
+    load_batches(config.replace(cache_gb=0))  # imports modules that the user nobody can't read
     user = os.geteuid()
     try:
         os.seteuid(65534 if user == 0 else user)

@@ -1,6 +1,7 @@
 """Training: the files it writes, resuming, and the errors it raises."""
 
 import copy
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,11 +20,10 @@ from src.training import callbacks, lr_finder
 from src.training.callbacks import EMA
 from src.training.devices import make_trainer, resolve_precision
 from src.training.fit import evaluate, fit, load_detector
-from src.training.loss import assign_targets
 from src.training.lr_finder import find_lr
 from src.training.module import YOLOv3Module, build_model, sample_image_size
 from src.training.optimizer import OneCycleModule
-from tests.runs import epoch_rows, equal, metrics_rows, tiny
+from tests.runs import epoch_rows, equal, fail_in, metrics_rows, tiny
 
 
 def test_run_writes_config_metrics_and_checkpoints(trained_run):
@@ -168,16 +168,6 @@ def test_weight_decay_applies_to_kernels_only(trained):
     assert decays == {4: 0.05, 1: 0.0}
 
 
-def fail_in(monkeypatch, epoch: int):
-    """Raise ConnectionError in the middle of an epoch."""
-
-    def crash(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.current_epoch == epoch and batch_idx == 2:
-            raise ConnectionError("machine lost")
-
-    monkeypatch.setattr(callbacks.StopIfNotFinite, "on_train_batch_end", crash)
-
-
 def test_interrupted_run_gives_the_same_result(trained, tmp_path, monkeypatch):
     folder, uninterrupted = trained
     with monkeypatch.context() as patch:
@@ -190,12 +180,19 @@ def test_interrupted_run_gives_the_same_result(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"epochs": 5}, {"mosaic_prob": 0.5}, {"devices": 2}, {"ema_decay": 0.9}]
+    "change",
+    [
+        {"classes": ("a", "b")},
+        {"epochs": 5},
+        {"mosaic_prob": 0.5},
+        {"devices": 2},
+        {"ema_decay": 0.9},
+    ],
 )
 def test_resuming_needs_the_same_settings(trained_run, change):
     ((name, value),) = change.items()
     before = (trained_run / "config.json").read_text()
-    message = rf"Config.{name} is {value}, but .*config.json was started with .*Set it back"
+    message = rf"Config.{name} is {re.escape(str(value))}, but .*config.json was started with "
     with pytest.raises(ValueError, match=message):
         fit(tiny(trained_run, **change), ckpt_path="last")
     assert (trained_run / "config.json").read_text() == before
@@ -221,13 +218,6 @@ def test_data_module_of_another_config_is_refused(tmp_path):
     DetectionDataModule(config).check_matches(
         config.replace(max_lr=0.1, run_dir="elsewhere", num_workers=1)
     )
-
-
-def test_checkpoint_of_other_classes_is_refused(trained):
-    folder, _ = trained
-    other = YOLOv3Module(tiny(folder, classes=("a", "b")))
-    with pytest.raises(ValueError, match=r"Config.classes is \['a', 'b'\]"):
-        other.on_load_checkpoint(load(folder / "last.ckpt"))
 
 
 def test_range_test_has_the_effective_batch_of_all_devices_and_no_side_effects(tmp_path):
@@ -292,44 +282,25 @@ def test_every_size_is_sampled_and_kept_for_the_interval(tmp_path):
 def test_resized_batch_equals_a_batch_read_at_that_size(size):
     """Compare training_step's resize of a batch of 448 pixels with a data set of `size` pixels."""
     config = Config(dataset="shapes", classes=SHAPE_CLASSES, width=0.125, multiscale_sizes=(size,))
-    smooth = (
-        np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)
-    )  # width and height are multiples of 13
+    smooth = np.linspace(0, 255, 1664 * 832 * 3).reshape(832, 1664, 3).astype(np.uint8)
     corners = np.random.default_rng(size).uniform(0, 700, (20, 2))
-    record = make_record(
-        smooth,
-        np.hstack((corners, corners + np.geomspace(30, 130, 20)[:, None])),
-        [0] * 20,
-        [False] * 20,
-    )
+    boxes = np.hstack((corners, corners + np.geomspace(30, 130, 20)[:, None]))
+    record = make_record(smooth, boxes, [0] * 20, [False] * 20)
     batch, expected = (
         collate([ValDataset([record], config.replace(image_size=s))[0]]) for s in (448, size)
     )
-    torch.testing.assert_close(batch["targets"], expected["targets"], atol=1e-6, rtol=0)
-
-    calls, model = [], build_model(config)
-    model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
-    detector = SimpleNamespace(
-        config=config,
-        model=model,
-        trainer=SimpleNamespace(global_step=0),
-        current_epoch=0,
-        log_dict=lambda *_, **__: None,
-        loss=lambda *inputs: calls.append(inputs) or {"loss": torch.zeros(1)},
-    )
-    YOLOv3Module.training_step(detector, batch, 0)
+    detector, calls = YOLOv3Module(config), []
+    detector.model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    detector.loss.forward = lambda *inputs: calls.append(inputs) or {"loss": torch.zeros(1)}
+    detector._trainer = SimpleNamespace(global_step=0, current_epoch=0)
+    detector.log_dict = lambda *_, **__: None
+    detector.training_step(batch, 0)
     images, (logits, targets, counts, anchors) = calls
-    assert counts == [20]
-    assert (
-        images.shape[-1] == size
-        and (images - to_network_input(expected["images"])).abs().mean() < 0.005
-    )
-    grids = [level.shape[2] for level in logits]
-    assert grids == [size // 32, size // 16, size // 8]
+    assert counts == [20] and images.shape[-1] == size
+    assert (images - to_network_input(expected["images"])).abs().mean() < 0.005
+    torch.testing.assert_close(targets, expected["targets"], atol=1e-6, rtol=0)
     torch.testing.assert_close(anchors * size, torch.tensor(ANCHORS) * 416)  # the same in pixels
-    resized, read = (assign_targets(t, grids, anchors, 1) for t in (targets, expected["targets"]))
-    for one, other in zip(resized, read, strict=True):
-        assert torch.equal(one.positive, other.positive) and torch.equal(one.ignored, other.ignored)
+    assert [level.shape[2] for level in logits] == [size // 32, size // 16, size // 8]
 
 
 def test_frozen_backbone_epochs(tmp_path):
@@ -376,9 +347,10 @@ def test_classes_in_common_keep_their_logits():
             assert all(torch.equal(after[:, one], given[:, other]) for one, other in rows.values())
 
 
-def test_precision_depends_on_the_machine(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_precision(Config()) == "16-mixed"
-    assert resolve_precision(Config(precision="32-true")) == "32-true"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_precision(Config()) in ("bf16-mixed", "32-true")
+@pytest.mark.parametrize(
+    "gpu, precisions", [(True, ["16-mixed"]), (False, ["bf16-mixed", "32-true"])]
+)
+def test_precision_depends_on_the_machine(monkeypatch, gpu, precisions):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert resolve_precision(Config()) in precisions
+    assert resolve_precision(Config(precision="64-true")) == "64-true"

@@ -98,7 +98,7 @@ def notebook(tmp_path_factory):
     fork = partial(torch.multiprocessing.start_processes, start_method="forkserver")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setattr(fitting.mp, "spawn", fork)
+        patch.setattr(torch.multiprocessing, "spawn", fork)
         patch.setattr(sys, "ps1", ">>> ", raising=False)
         patch.setattr(fitting, "YOLOv3Module", LoggedModule)
         yield run, fit(CONFIG.replace(run_dir=str(run)))
@@ -125,25 +125,16 @@ def script(tmp_path_factory, notebook):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines if line[:1] in (["epoch"], ["2"])] == ["epoch", "2"]
-    return run
-
-
-def test_a_stopped_run_that_a_script_resumes_has_the_same_result(notebook, script):
-    folder, detector = notebook
-    for run in (folder, script):
-        assert equal(detector.state_dict(), load_detector(run, "last").state_dict())
-    rows = metrics_rows(folder)
-    assert rows == metrics_rows(script) and len(rows) == 3  # one of the learning rate
-    assert load_detector(script, "last").model.metadata["epochs"] == "2 of 2"
+    return run, load_detector(run, "last")
 
 
 @pytest.mark.parametrize(("run", "steps"), [("notebook", range(4)), ("script", range(2, 4))])
-def test_two_processes_give_the_results_of_one(notebook, script, run, steps):
+def test_two_processes_give_the_results_of_one(request, run, steps):
     """Each validation image counts once, although one process has three and the other two.
 
     Only one process writes.
     """
-    folder = {"notebook": notebook[0], "script": script}[run]
+    folder, _ = request.getfixturevalue(run)
     sizes = [[str(step), str(sample_image_size(CONFIG, step, step // 2))] for step in steps]
     assert [events(folder, "size", rank) for rank in (0, 1)] == [sizes, sizes]
     data = DetectionDataModule(CONFIG.replace(devices=1))
@@ -158,3 +149,10 @@ def test_two_processes_give_the_results_of_one(notebook, script, run, steps):
     assert {name: float(last[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
     assert {"metrics.csv", LAST} <= {name for (name,) in events(folder, "wrote", 0)}
     assert not events(folder, "wrote", 1)
+
+
+def test_a_stopped_run_that_a_script_resumes_has_the_same_result(notebook, script):
+    assert equal(notebook[1].state_dict(), script[1].state_dict())
+    rows = metrics_rows(notebook[0])
+    assert rows == metrics_rows(script[0]) and len(rows) == 3  # one of the learning rate
+    assert script[1].model.metadata["epochs"] == "2 of 2"

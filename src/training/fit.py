@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -68,11 +66,11 @@ def train(
         if config.devices > 1 and hasattr(sys, "ps1"):  # in a notebook
             free_trainer(data)
             arguments = (find_free_network_port(), config, data, module_class)
-            mp.spawn(train_in_process, arguments, nprocs=config.devices)
+            torch.multiprocessing.spawn(train_in_process, arguments, nprocs=config.devices)
         else:
             run_trainer(module, data)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
         if rank_zero_only.rank:
             sys.exit()  # this process ran the script again only to share the training
     return load_average(module, folder / run_folder.LAST)

@@ -154,17 +154,9 @@ class YOLOv3Module(OneCycleModule):
             epochs = f"{self.current_epoch + 1} of {self.config.epochs}"
             metadata = training_metadata(self.accuracies, self.map50, self.config, epochs)
             self.model.metadata = metadata
-        checkpoint["classes"] = list(self.config.classes)
         checkpoint["anchors"] = self.model.anchor_sizes
         checkpoint["metadata"] = self.model.metadata
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        classes = list(self.config.classes)
-        if checkpoint["classes"] != classes:
-            raise ValueError(
-                f"This checkpoint was trained on the classes {checkpoint['classes']}, "
-                f"Config.classes is {classes}. "
-                "Set Config.classes to the checkpoint's, or start a new Config.run_dir."
-            )
         self.model.set_anchors(torch.tensor(checkpoint["anchors"]))
         self.model.metadata = checkpoint["metadata"]

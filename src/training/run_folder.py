@@ -44,7 +44,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
         """Write a checkpoint. Raises OSError if that fails, for example on a full disk."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         keep_as = path.with_name(PREVIOUS) if path.name == LAST else None
         try:
             atomic_write(path, lambda file: torch.save(checkpoint, file), keep_as=keep_as)
