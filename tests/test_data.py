@@ -213,6 +213,9 @@ def test_boxes_with_low_visibility_are_dropped():
 
 
 def test_same_seed_gives_same_samples_and_epochs_differ():
+    sampler = SampleIdSampler(MosaicDataset(records(), settings()), seed=0)
+    sampler.set_epoch(5)
+    assert sorted(sampler) == [20, 21, 22, 23]  # each image once
     one, again, other = (MosaicDataset(records(), settings(seed=seed)) for seed in (3, 3, 4))
     for sample_id in range(8):
         assert all(map(torch.equal, one[sample_id], again[sample_id]))
@@ -234,12 +237,6 @@ def test_worker_count_does_not_change_samples():
     assert torch.equal(no_workers, two_workers)
     both = torch.cat((two_workers, images(2, 1))).flatten(1)
     assert len(torch.unique(both, dim=0)) == len(both) == 32
-
-
-def test_an_epoch_has_each_image_once():
-    sampler = SampleIdSampler(MosaicDataset(records(), settings()), seed=0)
-    sampler.set_epoch(5)
-    assert sorted(sampler) == [20, 21, 22, 23]
 
 
 def test_collate():
@@ -339,13 +336,10 @@ def test_training_continues_without_a_cache(
     files, monkeypatch, capsys, max_gb, name, value, message
 ):
     monkeypatch.setattr(f"src.data.{name}", value, raising=False)
+    assert open_cache([np.zeros((8, 8, 3))], "one", 64, max_gb) is None
+    assert open_cache(files, "one", 64, max_gb=0) is None
+    assert capsys.readouterr().out == ""  # not needed, or not wanted
     assert open_cache(files, "one", 64, max_gb) is None
     output = capsys.readouterr().out
     assert message in output and "Each epoch decodes them again" in output
     assert not list(Path(files[0]).parent.glob("cache/*"))
-
-
-def test_no_cache_is_needed_for_arrays_or_wanted_at_zero(files, capsys):
-    assert open_cache([np.zeros((8, 8, 3))], "one", 64, max_gb=1) is None
-    assert open_cache(files, "one", 64, max_gb=0) is None
-    assert capsys.readouterr().out == ""

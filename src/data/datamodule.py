@@ -98,11 +98,6 @@ def single_thread_worker(_: int) -> None:
     cv2.setNumThreads(0)
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may use, or all where Python can't read that."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class DetectionDataModule(pl.LightningDataModule):
     """Training and validation split of a data set, and their loaders.
 
@@ -123,12 +118,12 @@ class DetectionDataModule(pl.LightningDataModule):
         """
         names = config.names(data=True)
         for name in names:
-            own = getattr(self.given, name)
-            given = getattr(config, name)
-            if given not in (own, getattr(self.config, name)):
+            own = (getattr(self.given, name), getattr(self.config, name))
+            if getattr(config, name) not in own:
                 raise ValueError(
-                    f"The data module was created with Config.{name} = {own!r}, but the config "
-                    f"has {given!r}. Create a new one with DetectionDataModule(config)."
+                    f"The data module was created with Config.{name} = {own[0]!r}, but the config "
+                    f"has {getattr(config, name)!r}. Create a new one with "
+                    "DetectionDataModule(config)."
                 )
         return config.replace(**{name: getattr(self.config, name) for name in names})
 
@@ -175,5 +170,8 @@ class DetectionDataModule(pl.LightningDataModule):
     @property
     def num_workers(self) -> int:
         """Number of loader processes: Config.num_workers, or from the available cores."""
-        automatic = min(8, max(1, available_cores() // self.config.devices))
-        return automatic if self.config.num_workers < 0 else self.config.num_workers
+        if self.config.num_workers >= 0:
+            return self.config.num_workers
+        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        return min(8, max(1, cores // self.config.devices))
