@@ -45,7 +45,7 @@ def test_layercam_is_that_of_autograd(scale, model, file):
     features = [net.backbone.stem(images)]
     for stage in net.backbone.stages:
         features.append(stage(features[-1]))
-    _, logits = net.forward_heads((features[5], features[4], features[3]))
+    logits = net.forward_heads((features[5], features[4], features[3]))
     seeds = [torch.randn_like(level) * (scale in (i, "all")) for i, level in enumerate(logits)]
     gradients = torch.autograd.grad(
         logits, features[3:], seeds, allow_unused=True, materialize_grads=True

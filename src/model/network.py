@@ -29,14 +29,16 @@ WEIGHTS = "model.safetensors"
 CARD = """---
 {{ card_data }}
 ---
-# YOLOv3, width {{ width }}, {{ image_size }} px
+# YOLOv3, width {{ model.width }}, {{ model.image_size }} px
 
-Detects: {{ classes }}.
+Detects: {{ model.classes | join(", ") }}.
 
 | | |
 | --- | --- |
-{{ facts }}
-
+| parameters | {{ "{:,}".format(model.num_parameters) }} |
+{% for name, value in facts.items() -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
 ```python
 from src.model.network import YOLOv3
 model = YOLOv3.from_pretrained(".")  # this folder, or the model's id on the Hub
@@ -130,9 +132,8 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.lateral is not None:
-            upsampled = nn.functional.interpolate(
-                self.lateral(coarser), scale_factor=2.0
-            )  # nearest
+            coarser = self.lateral(coarser)
+            upsampled = nn.functional.interpolate(coarser, scale_factor=2.0)  # nearest neighbour
             features = torch.cat((upsampled, features), dim=1)
         neck = self.neck(features)  # [B, in/2, G, G]
         logits = self.predict(self.expand(neck))  # [B, A * (5 + C), G, G]
@@ -168,14 +169,7 @@ class YOLOv3(
     ):
         super().__init__()
         if classes and len(classes) != num_classes:
-            raise ValueError(
-                f"YOLOv3: num_classes is {num_classes}, but classes has {len(classes)} names"
-            )
-        if num_classes < 1 or not 0 < width <= 4:
-            raise ValueError(
-                "YOLOv3: num_classes must be at least 1 and width in 0..4, "
-                f"not {num_classes} and {width}"
-            )
+            raise ValueError(f"YOLOv3: {num_classes} classes, but {len(classes)} names of classes")
         self.classes = list(classes or map("class {}".format, range(num_classes)))
         self.width = width
         self.image_size = image_size
@@ -196,17 +190,16 @@ class YOLOv3(
                 "YOLOv3 takes images [B, 3, S, S] with S a multiple of 32, "
                 f"not {list(images.shape)}"
             )
-        return self.forward_heads(self.backbone(images))[1]
+        return self.forward_heads(self.backbone(images))
 
-    def forward_heads(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Compute the necks and the logits of all scales from the backbone's features."""
+    def forward_heads(self, features: list[Tensor]) -> list[Tensor]:
+        """Compute the logits of all scales from the backbone's features."""
         neck = None
-        necks, logits = [], []
-        for head, level_features in zip(self.heads, features, strict=True):
-            neck, level = head(level_features, neck)
-            necks.append(neck)
-            logits.append(level)
-        return necks, logits
+        logits = []
+        for head, level in zip(self.heads, features, strict=True):
+            neck, level_logits = head(level, neck)
+            logits.append(level_logits)
+        return logits
 
     def _apply(self, fn, *args, **kwargs) -> "YOLOv3":
         """Move the anchors with the weights. They are no buffer, because EMA averages buffers."""
@@ -232,13 +225,8 @@ class YOLOv3(
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         """Return the README.md that `save_pretrained` and `push_to_hub` write if there is none."""
-        facts = {"parameters": f"{self.num_parameters:,}", **format_metadata(self.metadata)}
-        return super().generate_model_card(
-            width=f"{self.width:g}",
-            image_size=self.image_size,
-            classes=", ".join(self.classes),
-            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        )
+        facts = format_metadata(self.metadata)
+        return super().generate_model_card(model=self, facts=facts)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config.json and the weights, for `save_pretrained` and `push_to_hub`."""
@@ -255,34 +243,33 @@ class YOLOv3(
         (save_directory / CONFIG).write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options) -> "YOLOv3":
+    def from_pretrained(cls, source: str | Path) -> "YOLOv3":
         """Load a folder written by `save_pretrained`, or a model of the Hub by its id.
 
-        Reads safetensors only, never a pickle. options: as for huggingface_hub.snapshot_download.
-        Raises FileNotFoundError if there is neither, ValueError if the weights don't fit.
+        Reads safetensors only, never a pickle. Raises FileNotFoundError if there is neither,
+        ValueError if the weights don't fit.
         """
         folder = Path(source)
         if not folder.is_dir():
-            files = {"allow_patterns": [WEIGHTS, CONFIG]}
             try:
-                folder = Path(snapshot_download(str(source), **files, **options))
+                folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG]))
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
                     f"{source} is not a folder here, and can't be loaded from the Hub. Give a "
                     "folder written by YOLOv3.save_pretrained, or the id of a model (owner/name). "
                     f"{error}"
                 ) from None
-        for path in (folder / WEIGHTS, folder / CONFIG):
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"{path} is missing. Give a folder written by YOLOv3.save_pretrained."
-                )
+        path = folder / WEIGHTS
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing. Give a folder written by YOLOv3.save_pretrained."
+            )
         model = cls(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
+            model.load_state_dict(load_file(path))
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"{folder / WEIGHTS} does not fit a YOLOv3 of {len(model.classes)} classes at "
+                f"{path} does not fit a YOLOv3 of {len(model.classes)} classes at "
                 f"width {model.width:g}, as in {CONFIG} beside it. {error}"
             ) from None
         return model.eval()

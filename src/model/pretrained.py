@@ -1,5 +1,6 @@
 """Files of weights, and how a network starts from those of a backbone or of another detector."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -26,30 +27,16 @@ def save_backbone(backbone: nn.Module, folder: str | Path, width: float, metadat
     """Write the weights of a `Darknet53` in half precision, and a config.json beside them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in backbone.state_dict().items()
-    }
-    write_weights(weights, folder / BACKBONE)
+    write_weights(copy.deepcopy(backbone).half().state_dict(), folder / BACKBONE)
     config = {"architecture": "Darknet-53", "width": width, "metadata": metadata}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def is_backbone(folder: str | Path) -> bool:
-    """Return whether the folder was written by `save_backbone`."""
-    return (Path(folder) / BACKBONE).is_file()
-
-
-def read_metadata(folder: str | Path) -> dict:
-    """Return the metadata of a folder written by `save_backbone` or `YOLOv3.save_pretrained`."""
-    return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["metadata"]
-
-
 def format_metadata(metadata: dict) -> dict:
     """Return the metadata of weights with its metrics in one level, floats with three digits."""
-    flat = metadata | metadata.get("metrics", {})
-    flat.pop("metrics", None)
-    return {name: f"{v:.3g}" if isinstance(v, float) else v for name, v in flat.items()}
+    facts = {name: value for name, value in metadata.items() if name != "metrics"}
+    facts |= metadata.get("metrics", {})
+    return {name: f"{v:.3g}" if isinstance(v, float) else v for name, v in facts.items()}
 
 
 def load_backbone(model: nn.Module, folder: str | Path) -> str:

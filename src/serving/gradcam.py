@@ -73,7 +73,7 @@ class Explainer:
             stage3 = torch.nn.Sequential(stem, *stages[:3])(self.inputs).requires_grad_()
         stage4 = stages[3](stage3)  # [1, C4, S/16, S/16]
         stage5 = stages[4](stage4)  # [1, C5, S/32, S/32]
-        _, logits = predictor.fused.forward_heads((stage5, stage4, stage3))
+        logits = predictor.fused.forward_heads((stage5, stage4, stage3))
         self.features = {"3": stage3, "4": stage4, "5": stage5}
         return logits
 

@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import resize
 from src.config import DATASETS, Config
 from src.model.darknet import load_darknet
 from src.model.network import YOLOv3
-from src.model.pretrained import is_backbone, load_backbone, transfer_weights
+from src.model.pretrained import BACKBONE, load_backbone, transfer_weights
 from src.serving.images import to_network_input
 from src.training.loss import YOLOLoss
 from src.training.metrics import (
@@ -42,7 +42,7 @@ def build_model(config: Config) -> YOLOv3:
         return model
     if Path(source).is_file():
         loaded = load_darknet(model, source)
-    elif is_backbone(source):
+    elif (Path(source) / BACKBONE).is_file():
         loaded = load_backbone(model, source)
     else:
         loaded = transfer_weights(model, YOLOv3.from_pretrained(source))
