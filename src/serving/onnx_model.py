@@ -29,7 +29,7 @@ class HeatmapGraph(nn.Module):
 
     def forward(self, images: Tensor, *seeds: Tensor) -> tuple[Tensor, ...]:
         features = self.model.backbone(images)
-        _, logits = self.model.forward_heads(features)
+        logits = self.model.forward_heads(features)
         gradients = torch.autograd.grad(logits, features, seeds)
         pairs = zip(features, gradients, strict=True)
         return *logits, *[(x * gradient.relu()).sum(dim=1).relu() for x, gradient in pairs]
