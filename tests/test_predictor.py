@@ -4,6 +4,7 @@ import copy
 import io
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -77,7 +78,6 @@ GREYS = {
     "16-bit png": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 257), "PNG"),
     "16-bit tiff": saved(Image.fromarray(grey_quarters().astype(np.uint16) * 257), "TIFF"),
     "32-bit tiff": saved(Image.fromarray(grey_quarters().astype(np.int32)), "TIFF"),
-    "float tiff": saved(Image.fromarray(grey_quarters().astype(np.float32)), "TIFF"),
 }
 
 
@@ -86,22 +86,14 @@ def predictor():
     return Predictor(planted_model(), device="cpu")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *GREYS])
 def test_every_file_format_gives_the_same_image(kind, tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(KINDS[kind].getvalue())
-    loaded = load_image(path)
+    (tmp_path / "file").write_bytes((KINDS | GREYS)[kind].getvalue())
+    loaded = load_image(tmp_path / "file")
     assert loaded.dtype == np.uint8 and loaded.shape == (HEIGHT, WIDTH, 3)
-    assert np.abs(loaded.astype(int) - quarters()).mean() < 4
-
-
-@pytest.mark.parametrize("kind", GREYS)
-def test_every_grey_format_gives_the_same_image(kind, tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(GREYS[kind].getvalue())
-    loaded = load_image(path)
-    assert loaded.shape == (HEIGHT, WIDTH, 3)
-    assert np.abs(loaded.astype(int) - grey_quarters()[..., None]).max() <= 6
+    expected = quarters() if kind in KINDS else grey_quarters()[..., None]
+    error = np.abs(loaded.astype(int) - expected)
+    assert error.mean() < 4 if kind in KINDS else error.max() <= 6
 
 
 def test_arrays_and_pil_images_are_accepted():
@@ -118,11 +110,6 @@ def test_arrays_and_pil_images_are_accepted():
             load_image(other)
     with pytest.raises(ValueError, match="can't be read as an image"):
         load_image(None)
-
-
-def test_bilevel_images_are_black_and_white(tmp_path):
-    Image.fromarray(grey_quarters() > 128).save(tmp_path / "x.png")
-    assert np.array_equal(load_image(tmp_path / "x.png")[..., 0] == 255, grey_quarters() > 128)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "palette"])
@@ -146,29 +133,25 @@ def test_images_are_upright(orientation, tmp_path):
         assert get_image_size(tmp_path / name) == image.shape[1::-1]
 
 
-def test_unreadable_files_are_named(tmp_path):
-    jpeg, png = KINDS["jpeg"].getvalue(), KINDS["png"].getvalue()
-    bad = {
+@pytest.mark.parametrize(
+    ("name", "content"),
+    {
         "text.jpg": b"not an image",
         "empty.png": b"",
-        "short.jpg": jpeg[: len(jpeg) // 2],
-        "short.png": png[:60],
-    }
-    for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}.*JPEG or PNG"):
-            load_image(tmp_path / name)
+        "short.jpg": KINDS["jpeg"].getvalue()[:500],
+        "short.png": KINDS["png"].getvalue()[:60],
+        "bomb.png": saved(Image.new("1", (14_000, 14_000)), "PNG").getvalue(),  # in 24 kB
+    }.items(),
+)
+def test_unreadable_files_are_named(name, content, tmp_path):
     with pytest.raises(FileNotFoundError):
-        load_image(tmp_path / "missing.jpg")
+        load_image(tmp_path / name)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*JPEG or PNG"):
+        load_image(tmp_path / name)
 
 
-def test_decompression_bombs_are_refused_before_decoding(tmp_path):
-    header = saved(
-        Image.new("1", (14_000, 14_000)), "PNG"
-    ).getvalue()  # 196 million pixels in 24 kB
-    (tmp_path / "bomb.png").write_bytes(header)
-    with pytest.raises(ValueError, match=r"bomb.png"):
-        load_image(tmp_path / "bomb.png")
+def test_larger_images_are_refused():
     with pytest.raises(ValueError, match="48 x 32 pixels, more than"):
         load_image(RGB, max_pixels=WIDTH * HEIGHT - 1)
     assert load_image(RGB, max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
@@ -178,83 +161,53 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path):
     "size", [(96, 96), (150, 40), (33, 97), (8, 8), (1, 1), (1, 300), (700, 500)]
 )
 def test_boxes_are_in_pixels_of_the_image(size, predictor):
+    """Slow: from the letterboxed square to the image, box by box."""
     width, height = size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     detections = predictor(image, confidence=0.3)
-    assert (
-        len(detections)
-        and (detections.boxes >= 0).all()
-        and (detections.boxes <= [width, height, width, height]).all()
-    )
-    # slow: from the letterboxed square to the image, box by box
-    square, _ = letterbox(image, predictor.image_size)
+    square, _ = letterbox(image, 96)
+    inputs = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
-        inputs = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
-        boxes, scores = decode(
-            predictor.model(inputs), predictor.model.anchors_at(predictor.image_size)
-        )
-    inner = max(1, round(width * 96 / max(size))), max(1, round(height * 96 / max(size)))
-    left, top = (96 - inner[0]) // 2, (96 - inner[1]) // 2
-    for box, score, label, index in zip(
-        detections.boxes, detections.scores, detections.labels, detections.index, strict=True
-    ):
-        x1, y1, x2, y2 = (boxes[0, index] * 96).tolist()
-        x1, x2 = ((x - left) * width / inner[0] for x in (x1, x2))
-        y1, y2 = ((y - top) * height / inner[1] for y in (y1, y2))
-        expected = [
-            min(max(x1, 0), width),
-            min(max(y1, 0), height),
-            min(max(x2, 0), width),
-            min(max(y2, 0), height),
-        ]
-        assert box == pytest.approx(expected, abs=1e-2)
-        assert score == pytest.approx(scores[0, index, label].item(), abs=1e-5)
+        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(96))
+    inner = np.array([max(1, round(side * 96 / max(size))) for side in size])
+    start = (96 - inner) // 2
+    for n, index in enumerate(detections.index):
+        corners = (boxes[0, index].reshape(2, 2).numpy() * 96 - start) * size / inner
+        assert detections.boxes[n] == pytest.approx(corners.clip(0, size).flatten(), abs=1e-2)
+        score = scores[0, index, detections.labels[n]].item()
+        assert detections.scores[n] == pytest.approx(score, abs=1e-5)
+    assert len(detections)
 
 
 def test_batch_prediction_equals_single_images():
     predictor = Predictor(planted_model(64), device="cpu")
-    images = [
-        np.random.default_rng(n).integers(256, size=(40 + 9 * n, 70, 3), dtype=np.uint8)
-        for n in range(3)
-    ]
-    batch = predictor.batch(images)
-    assert sum(map(len, batch)) > 0
-    for image, detections in zip(images, batch, strict=True):
+    shapes = [(40 + 9 * n, 70, 3) for n in range(3)]
+    images = [np.random.default_rng(0).integers(256, size=s, dtype=np.uint8) for s in shapes]
+    for image, detections in zip(images, predictor.batch(images), strict=True):
         single = predictor(image)
-        np.testing.assert_array_equal(detections.labels, single.labels)
+        assert detections.labels.tolist() == single.labels.tolist() != []
         np.testing.assert_allclose(detections.boxes, single.boxes, atol=0.05)
 
 
 def test_thresholds_need_no_further_forward_pass(predictor):
-    calls = []
-    hooks = [
-        network.register_forward_hook(lambda *_: calls.append(1))
-        for network in (predictor.model, predictor.fused)
-    ]
     candidates = predictor.candidates(quarters())
-    counts = [
-        len(candidates.detections(confidence, 0.45)) for confidence in (0.01, 0.3, 0.4, 0.5, 0.99)
-    ]
-    kept = [len(candidates.detections(0.3, iou_threshold)) for iou_threshold in (0.1, 0.45, 0.9)]
-    for hook in hooks:
-        hook.remove()
-    assert len(calls) == 1
-    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 0
+    with mock.patch("torch.nn.Module.__call__", side_effect=AssertionError("a forward pass")):
+        counts = [len(candidates.detections(limit, 0.45)) for limit in (0.99, 0.5, 0.4, 0.3, 0.01)]
+        kept = [
+            len(candidates.detections(0.3, iou_threshold)) for iou_threshold in (0.1, 0.45, 0.9)
+        ]
+    assert counts == sorted(counts) and counts[0] == 0 < counts[-1]
     assert kept == sorted(kept) and kept[0] < kept[-1]
 
 
 def test_candidates_contain_everything_above_min_score(predictor):
     inputs, _ = predictor.preprocess(quarters())
     with torch.no_grad():
-        boxes, scores = decode(
-            predictor.model(inputs), predictor.model.anchors_at(predictor.image_size)
-        )
+        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(96))
     index, labels = nms(boxes[0], scores[0], 2 * MIN_SCORE, 0.45)
     detections = predictor.candidates(quarters()).detections(2 * MIN_SCORE, 0.45)
-    assert (
-        detections.index.tolist() == index.tolist()
-        and detections.labels.tolist() == labels.tolist()
-    )
+    assert detections.index.tolist() == index.tolist()
+    assert detections.labels.tolist() == labels.tolist()
 
 
 def test_without_detections_there_is_a_top_candidate():
@@ -302,19 +255,15 @@ def shipped():
 
 def test_fused_batch_norms_change_scores_by_rounding_only(shipped):
     """On the shipped weights, whose batch norms are trained; float64 is the reference."""
-    images = [load_image(path) for path in SAMPLES[::3]]
-    inputs = torch.cat([shipped.preprocess(image)[0] for image in images])
+    inputs = torch.cat([shipped.preprocess(load_image(path))[0] for path in SAMPLES[::3]])
     exact = copy.deepcopy(shipped.model).double()
     anchors = shipped.model.anchors_at(shipped.image_size)
     with torch.no_grad():
         boxes, scores = decode(exact(inputs.double()), anchors)
-        for network in (shipped.model, shipped.fused):
-            its_boxes, its_scores = decode(network(inputs), anchors)
-            difference = (its_scores - scores).abs().max().item()
-            print(f"largest score difference {difference:.1e}")
-            assert difference < 1e-5
-            confident = scores.amax(dim=2) > MIN_SCORE
-            assert (its_boxes - boxes)[confident].abs().max() * shipped.image_size < 0.01  # pixels
+        its_boxes, its_scores = decode(shipped.fused(inputs), anchors)
+    assert (its_scores - scores).abs().max() < 1e-5
+    confident = scores.amax(dim=2) > MIN_SCORE
+    assert (its_boxes - boxes)[confident].abs().max() * shipped.image_size < 0.01  # pixels
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in shipped.fused.modules())
 
 
@@ -330,17 +279,3 @@ def test_fusing_does_not_change_the_model(tmp_path):
     assert [parameter.requires_grad for parameter in model.parameters()] == training
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == before.keys()
-
-
-def test_fusing_changes_detections_by_rounding_only(shipped):
-    unfused = Predictor(shipped.model)
-    unfused.fused = unfused.model
-    for path in SAMPLES:
-        exact, fused = unfused(path), shipped(path)
-        assert (
-            exact.index.tolist() == fused.index.tolist()
-            and exact.labels.tolist() == fused.labels.tolist()
-        )
-        assert exact.scores == pytest.approx(
-            fused.scores, abs=1e-5
-        ) and exact.boxes == pytest.approx(fused.boxes, abs=0.05)
