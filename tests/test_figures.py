@@ -162,8 +162,8 @@ def test_images_are_ranked_by_their_errors_and_these_described():
     assert sorted(number for number, _ in ranked) == list(range(6)) and costs == sorted(costs)
     total = confusion(predictions, GROUND_TRUTH, COUNT)
     np.testing.assert_array_equal(sum(counts for _, counts in ranked), total)
-    text = images.describe_errors(np.array([[2, 1, 0], [0, 0, 1], [0, 0, 0]]), ["star", "ring"])
-    assert text == "2 correct, star taken for ring, ring taken for background"
+    text = images.describe_errors(np.array([[2, 1, 0], [0, 0, 1], [0, 1, 0]]), ["star", "ring"])
+    assert text == "2 correct, star taken for ring, ring missed, false ring"
 
 
 def test_a_mosaic_is_shown_beside_its_four_sources():

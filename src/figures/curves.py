@@ -57,7 +57,7 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
     axis.set(yscale="log", ylim=(1, 110), yticks=ticks, yticklabels=ticks)
     axis.set(xlabel="width, in % of the image size", ylabel="height, in % of the image size")
     axis.set_title("Width and height of objects (grey) and anchors")
-    axis.legend(loc="lower right")
+    axis.legend()
     return axis.figure
 
 
@@ -97,16 +97,20 @@ def plot_training_curves(path: str | Path, config: Config) -> Figure:
         axis = axes[name.removeprefix("train/").removeprefix("val/").partition("@")[0]]
         filled = ~np.isnan(rows[name])
         line = "--" if name.startswith("train/") else ":" if name.endswith("@0.5") else "-"
-        style = {"color": TRAIN if line == "--" else VAL, "marker": "."}
-        label = name.removeprefix("val/accuracy/")
+        style = {"color": TRAIN if line == "--" else VAL, "marker": "" if name == "lr" else "."}
+        threshold = name.partition("@")[2]
+        loss_label = "training (mosaics)" if line == "--" else "validation"
+        label = f"threshold {threshold}" if threshold else loss_label
         axis.plot(epochs[filled], rows[name][filled], line, label=label, **style)
     for key, target in course_targets(config).items():
         axis = axes[f"accuracy/{key}"]
-        axis.axhline(target, color=TARGET, linestyle="--", label=f"target: {target:.0%}")
+        axis.axhline(target, color=TARGET, linestyle="--", label=f"target {target:.0%}")
         axis.legend()
     for panel, axis in axes.items():
-        axis.axvline(config.close_mosaic_epoch, color=SOFT, linestyle=":", label="mosaics end")
-        axis.set(title=titles[panel], xlabel="epoch", ylim=(0, None))
+        label = "mosaics end" if panel == "loss" else ""
+        axis.axvline(config.close_mosaic_epoch, color=SOFT, linestyle=":", label=label)
+        top = 1 if panel == "mAP50" or panel.startswith("accuracy") else None
+        axis.set(title=titles[panel], xlabel="epoch", ylim=(0, top))
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes["loss"].legend()
     axes["accuracy/no_object"].set_ylim(0.9, 1)

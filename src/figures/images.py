@@ -161,11 +161,16 @@ def rank_by_errors(evaluation: Evaluation, number_of_images: int) -> list[tuple[
 
 
 def describe_errors(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """Say what a confusion matrix counts: "2 correct, heart taken for ring"."""
-    names = [*classes, "background"]
-    pairs = [(names[true], names[found]) for true, found in np.argwhere(counts) if true != found]
-    errors = [f", {true} taken for {found}" for true, found in pairs]
-    return f"{counts.trace()} correct" + "".join(errors)
+    """Say what a confusion matrix counts: "2 correct, star missed, heart taken for ring"."""
+    texts = [f"{counts.trace()} correct"]
+    for true, found in np.argwhere(counts):
+        if found == len(classes):
+            texts.append(f"{classes[true]} missed")
+        elif true == len(classes):
+            texts.append(f"false {classes[found]}")
+        elif true != found:
+            texts.append(f"{classes[true]} taken for {classes[found]}")
+    return ", ".join(texts)
 
 
 def plot_gradcam(
