@@ -1,4 +1,4 @@
-"""`python -m benchmarks heatmaps [--per-stride N] [--default]`: insertion and deletion.
+"""`python -m benchmarks heatmaps [--detections N] [--default]`: insertion and deletion.
 
 Measures the shipped weights on PASCAL VOC's validation splits if VOC_ROOT is set, else the weights
 of `make run` on the synthetic validation split. Two maps that explain nothing are measured beside
@@ -7,7 +7,9 @@ the methods: a Gaussian at the detection's box, and random values.
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -40,32 +42,25 @@ def load() -> tuple[Predictor, list]:
     return predictor, [data.val_records[i].image for i in order]
 
 
-def select(predictor: Predictor, images: list, per_stride: int) -> list[tuple]:
-    """Take each image's best detection at each stride, until there are `per_stride` of each.
-
-    Returns (image, row of the detection, stride).
-    """
+def select(predictor: Predictor, images: list) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield each image that has a detection, and the stride of its best one."""
     ends = np.cumsum([3 * (predictor.image_size // stride) ** 2 for stride in STRIDES])
-    found = {stride: [] for stride in STRIDES}
     for image in map(load_image, images):
-        scales = np.searchsorted(ends, predictor(image, CONFIDENCE).index, side="right")
-        for scale, row in zip(*np.unique(scales, return_index=True), strict=True):
-            found[STRIDES[scale]].append((image, int(row), STRIDES[scale]))
-        if all(len(samples) >= per_stride for samples in found.values()):
-            break
-    return [sample for samples in found.values() for sample in samples[:per_stride]]
+        index = predictor(image, CONFIDENCE).index
+        if len(index):
+            yield image, STRIDES[np.searchsorted(ends, index[0], side="right")]
 
 
-def heatmaps(explainer: Explainer, row: int, stride: int, default: bool) -> Iterator[tuple]:
-    """Yield name and heatmap [H, W] of each map of a detection; if `default`, of few methods."""
+def heatmaps(explainer: Explainer, stride: int, default: bool) -> Iterator[tuple]:
+    """Yield name and heatmap [H, W] of each map of the best detection; if `default`, of few."""
     combinations = [(layers, method) for method in METHODS for layers in LAYERS]
     for layers, method in [("all", "layercam")] if default else combinations:
-        heatmap = explainer.explain(row, layers, method, CONFIDENCE).heatmap
+        heatmap = explainer.explain(0, layers, method, CONFIDENCE).heatmap
         yield f"{METHODS[method]}, {LAYERS[layers]}", heatmap
     own_stage = {8: "3", 16: "4", 32: "5"}[stride]
-    heatmap = explainer.explain(row, own_stage, "hirescam", CONFIDENCE).heatmap
+    heatmap = explainer.explain(0, own_stage, "hirescam", CONFIDENCE).heatmap
     yield "HiResCAM, the detection's own stage", heatmap
-    box, (width, height) = explainer.candidates.detections(CONFIDENCE).boxes[row], explainer.size
+    box, (width, height) = explainer.candidates.detections(CONFIDENCE).boxes[0], explainer.size
     yield "Gaussian at the box", gaussian(box, width, height)
     yield "random", np.random.default_rng(0).random((height, width))
 
@@ -81,18 +76,19 @@ def gaussian(box: np.ndarray, width: int, height: int) -> np.ndarray:
 def main(arguments: list[str]) -> None:
     """Measure, and print the means over the detections."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks heatmaps")
-    parser.add_argument("--per-stride", type=int, default=20, help="detections at each stride")
+    parser.add_argument("--detections", type=int, default=60, help="the best of as many images")
     parser.add_argument("--default", action="store_true", help="measure the default map alone")
     options = parser.parse_args(arguments)
     predictor, images = load()
     results = {}  # map -> (stride, insertion, deletion) of each detection
-    for image, row, stride in select(predictor, images, options.per_stride):
+    for image, stride in islice(select(predictor, images), options.detections):
         explainer = Explainer(predictor, image)
         detections = explainer.candidates.detections(CONFIDENCE)
-        for name, heatmap in heatmaps(explainer, row, stride, options.default):
-            measured = insertion_deletion(predictor, image, detections, row, heatmap)
+        for name, heatmap in heatmaps(explainer, stride, options.default):
+            measured = insertion_deletion(predictor, image, detections, 0, heatmap)
             results.setdefault(name, []).append((stride, *measured))
-    print(f"{len(results['random'])} detections")
+    strides = [sample[0] for sample in results["random"]]
+    print(f"{len(strides)} detections; by stride: {dict(Counter(strides))}")
     print(markdown([HEADER, *(cells(name, np.array(rows)) for name, rows in results.items())]))
 
 
