@@ -1,12 +1,9 @@
-"""The app without a browser: its functions, its endpoint, and many requests at once."""
+"""The app without a browser: its functions, and what is drawn on images."""
 
-import io
-import json
 import re
 from types import SimpleNamespace
 from unittest import mock
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,14 +37,6 @@ def image_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("images") / "wide.png"
     Image.fromarray(blurred_noise(150, 90)).save(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def address(predictor):
-    page = build_app(predictor)
-    page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
-    yield page.local_url
-    page.close()
 
 
 def objects(boxes, labels=None, scores=None) -> Detections:
@@ -259,29 +248,3 @@ def test_every_shipped_photograph_has_an_author_and_a_free_licence():
     assert "unknown" not in text
     licences = set(re.findall(r"<p>(?:<a [^>]*>)?([^:<]+)", text))
     assert licences <= {"Public Domain", "CC0-1.0", "CC-BY-4.0"}
-
-
-def test_many_requests_at_once_are_answered_in_order(address):
-    """All are in the queue of one session, whose stream shows the exact order of the answers."""
-    with httpx.Client(base_url=f"{address}gradio_api/", timeout=60) as http:
-        functions = http.get("../config").json()["dependencies"]
-        detect = next(each["id"] for each in functions if each["api_name"] == "detect")
-        uploads = []
-        for number in range(50):
-            file = io.BytesIO()
-            Image.new("RGB", (100 + number, 60)).save(file, "PNG")
-            answer = http.post("upload", files={"files": (f"{number}.png", file.getvalue())})
-            uploads.append({"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}})
-        events = []
-        for upload in uploads:
-            request = {"data": [upload, 0.3, 0.5], "fn_index": detect, "session_hash": "many"}
-            events.append(http.post("queue/join", json=request).json()["event_id"])
-        answers = []
-        with http.stream("GET", "queue/data", params={"session_hash": "many"}) as stream:
-            for line in stream.iter_lines():
-                message = json.loads(line.removeprefix("data:") or "{}")
-                if message.get("msg") == "process_completed":
-                    answers.append((message["event_id"], message["output"]["data"][0]["width"]))
-                if len(answers) == 50:
-                    break
-    assert answers == [(event, 100 + number) for number, event in enumerate(events)]
