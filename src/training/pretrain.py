@@ -213,7 +213,9 @@ def pretrain(
 def main() -> None:
     """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m src.training.pretrain", description=__doc__.splitlines()[0]
+        prog="python -m src.training.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("data_root", help="folder in ImageNet's layout")
     for name, text in OPTIONS.items():
