@@ -17,26 +17,23 @@ def loop_mask(level, targets, anchors):
     """Compare each object with all predictions of its image."""
     mask = torch.zeros(level.shape[:4], dtype=torch.bool)
     boxes = cell_boxes(level, anchors)
-    areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
     for row in targets:
-        image, target = int(row[0]), cxcywh_to_xyxy(row[2:6])
-        low = torch.maximum(boxes[image, ..., :2], target[:2])
-        high = torch.minimum(boxes[image, ..., 2:], target[2:])
-        intersection = (high - low).clamp(min=0).prod(dim=-1)
-        mask[image] |= intersection > IGNORE_IOU * (areas[image] + row[4] * row[5] - intersection)
+        image, target = int(row[0]), cxcywh_to_xyxy(row[None, 2:6])
+        overlap = box_iou(target, boxes[image].flatten(0, 2)) > IGNORE_IOU
+        mask[image] |= overlap.view(level.shape[1:4])
     return mask
 
 
 def objects(kind, count, random):
     """Targets [count, 6], sorted by image: usual sizes, or tiny, thin, and partly outside."""
+    image = torch.randint(IMAGES, (count, 1), generator=random).sort(dim=0).values
     size = torch.rand(count, 2, generator=random) * 0.6 + 0.02
     centre = torch.rand(count, 2, generator=random)
     if kind == "extreme":
-        choices = torch.tensor([1e-4, 1e-3, 0.024, 0.5, 1.0, 1.0])
-        size = choices[torch.randint(len(choices), (count, 2), generator=random)]
+        sizes = torch.tensor([1e-4, 1e-3, 0.024, 0.5, 1.0, 1.0])
+        size = sizes[torch.randint(len(sizes), (count, 2), generator=random)]
         border = torch.tensor([0.0, 0.5, 1.0, 7 / 13, 5 / 52])
         centre = border[torch.randint(len(border), (count, 2), generator=random)]
-    image = torch.randint(IMAGES, (count, 1), generator=random).sort(dim=0).values
     return torch.cat((image, torch.zeros_like(image), centre, size), dim=1)
 
 

@@ -101,23 +101,6 @@ def test_no_loss_for_a_prediction_that_fits_an_object_from_another_cell():
     assert compute_loss(logits, target)["background"] > 1
 
 
-def complete_iou(one, two):
-    """Return 1 - CIoU of two xyxy boxes (Zheng et al. 2020, equations 8 to 11), and their IoU."""
-    inner = [max(a, b) for a, b in zip(one[:2], two[:2], strict=True)]
-    outer = [min(a, b) for a, b in zip(one[2:], two[2:], strict=True)]
-    intersection = max(0, outer[0] - inner[0]) * max(0, outer[1] - inner[1])
-    sizes = [(b[2] - b[0], b[3] - b[1]) for b in (one, two)]
-    iou = intersection / (sizes[0][0] * sizes[0][1] + sizes[1][0] * sizes[1][1] - intersection)
-    left, top = min(one[0], two[0]), min(one[1], two[1])
-    right, bottom = max(one[2], two[2]), max(one[3], two[3])
-    diagonal = (right - left) ** 2 + (bottom - top) ** 2
-    dx = (one[0] + one[2] - two[0] - two[2]) / 2
-    dy = (one[1] + one[3] - two[1] - two[3]) / 2
-    angles = [math.atan(w / h) for w, h in sizes]
-    v = 4 / math.pi**2 * (angles[1] - angles[0]) ** 2
-    return 1 - iou + (dx**2 + dy**2) / diagonal + v * v / (1 - iou + v + 1e-7), iou
-
-
 def cross_entropy(logit, target):
     p = 1 / (1 + math.exp(-logit))
     return -(target * math.log(p) + (1 - target) * math.log(1 - p))
@@ -142,8 +125,9 @@ def test_loss_equals_the_loop(grids, anchors):
             objects = cxcywh_to_xyxy(targets[targets[:, 0] == image, 2:])
             if place in positives:
                 target = targets[positives[place]]
-                box_loss, iou = complete_iou(box.tolist(), cxcywh_to_xyxy(target[2:]).tolist())
-                sums["box"] += box_loss
+                corners = cxcywh_to_xyxy(target[2:])
+                sums["box"] += complete_box_iou_loss(box, corners).item()
+                iou = box_iou(box[None], corners[None]).item()
                 sums["objectness"] += cross_entropy(prediction[0], iou)
                 classes = [label == int(target[1]) for label in range(4)]
                 sums["class"] += sum(map(cross_entropy, prediction[5:], classes))

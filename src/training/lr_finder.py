@@ -38,14 +38,12 @@ def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFi
     """
     config = data.check_matches(config)
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
+    accumulate = config.accumulate_grad_batches * config.devices
+    one_device = config.replace(devices=1, accumulate_grad_batches=accumulate, max_lr=1e-3)
     options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
-    one_device = {
-        "devices": 1,
-        "accumulate_grad_batches": config.accumulate_grad_batches * config.devices,
-    }
-    trainer = make_trainer(config.replace(**one_device), callbacks=[test], **options)
-    trainer.fit(YOLOv3Module(config.replace(max_lr=1e-3)), datamodule=data)
-    losses = smooth_until_divergence(np.array(test.losses))
+    trainer = make_trainer(one_device, callbacks=[test], **options)
+    trainer.fit(YOLOv3Module(one_device), datamodule=data)
+    losses = smooth_until_divergence(np.array([np.mean(loss) for loss in test.losses]))
     rates = test.rates[: len(losses)].tolist()
     return LRFinderResult(rates, losses.tolist(), rates[suggest_lr(losses)])
 
@@ -78,31 +76,22 @@ def suggest_lr(losses: np.ndarray) -> int:
 
 
 class RangeTest(pl.Callback):
-    """Train each step at the next of `rates`; collect its loss, the mean over its batches."""
+    """Train each step at the next of `rates`; collect the losses of its batches."""
 
     def __init__(self, rates: np.ndarray):
-        self.rates, self.losses, self.batch_losses = rates, [], []
-        self.bar = tqdm(
-            total=len(rates),
-            desc="learning rates",
-            unit="step",
-            file=sys.stdout,
-            mininterval=2,
-            ncols=90,
-        )
+        self.rates = rates
+        self.losses = [[] for _ in rates]
+        self.bar = tqdm(total=len(rates), desc="learning rates", file=sys.stdout, mininterval=2)
 
     def on_train_batch_start(self, trainer, *_) -> None:
+        self.step = trainer.global_step
         for group in trainer.optimizers[0].param_groups:
-            group["lr"] = self.rates[trainer.global_step]
+            group["lr"] = self.rates[self.step]
 
     def on_train_batch_end(self, trainer, module, outputs, *_) -> None:
-        self.batch_losses.append(
-            float(outputs["loss"]) * trainer.accumulate_grad_batches
-        )  # Lightning has divided it
-        if trainer.global_step > len(self.losses):
-            self.losses.append(np.mean(self.batch_losses))
-            self.batch_losses = []
-            self.bar.update()
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning has divided it
+        self.losses[self.step].append(loss)
+        self.bar.update(trainer.global_step - self.step)
 
     def on_train_end(self, *_) -> None:
         self.bar.close()

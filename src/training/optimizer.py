@@ -21,20 +21,23 @@ class OneCycleModule(pl.LightningModule):
         self.config = config
 
     def configure_optimizers(self) -> dict:
-        """Decay kernels only, not biases and batch norm; change the learning rate every step."""
-        config = self.config
-        steps = int(self.trainer.estimated_stepping_batches)
+        """Create AdamW, and OneCycle, which changes its learning rate every step.
+
+        Weight decay applies to kernels only, not to biases and batch norm.
+        """
         kernels = [p for p in self.parameters() if p.dim() > 1]
         others = [p for p in self.parameters() if p.dim() <= 1]
         groups = [
-            {"params": kernels, "weight_decay": config.weight_decay},
+            {"params": kernels, "weight_decay": self.config.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = AdamW(groups, lr=config.max_lr, fused=True)
-        warmup = config.warmup_fraction
+        optimizer = AdamW(groups, lr=self.config.max_lr, fused=True)
+
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = self.config.warmup_fraction
         if warmup * steps == 1:  # OneCycleLR divides by zero
             warmup = 1.001 / steps
-        schedule = OneCycleLR(optimizer, config.max_lr, steps, pct_start=warmup)
+        schedule = OneCycleLR(optimizer, self.config.max_lr, steps, pct_start=warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, *_, **__) -> None:
