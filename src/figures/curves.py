@@ -19,7 +19,6 @@ from src.figures.style import (
     colours,
     with_style,
 )
-from src.model.network import STRIDES
 from src.serving.images import get_image_size
 from src.training.lr_finder import LRFinderResult
 from src.training.metrics import match, precision_recall
@@ -45,11 +44,11 @@ def plot_dataset_summary(records: Sequence, classes: Sequence[str]) -> Figure:
 
 @with_style
 def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
-    """Plot width against height of all objects, and of the anchors [3][3], in % of the image."""
+    """Plot width against height of all objects, and of the anchors, in % of the image."""
     axis = NotebookFigure(4.3, width=5.4).add_subplot(aspect="equal")
     sizes = [(r.boxes[:, 2:] - r.boxes[:, :2]) / max(get_image_size(r.image)) for r in records]
     axis.scatter(*100 * np.concatenate(sizes).T, s=6, color=SOFT, alpha=0.3, linewidths=0)
-    for scale, stride, marker in zip(anchors, STRIDES, "s^o", strict=True):
+    for scale, stride, marker in zip(anchors, (32, 16, 8, 4, 2), "s^oDv", strict=False):
         percent = 100 * np.transpose(scale)
         axis.scatter(*percent, s=60, marker=marker, label=f"anchors of stride {stride}")
     ticks = [1, 3, 10, 30, 100]

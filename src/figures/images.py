@@ -16,7 +16,6 @@ from src.data.mosaic import MosaicDataset
 from src.data.records import ImageRecord, make_record
 from src.figures.style import DPI, FONT_POINTS, WIDTH, NotebookFigure, colours, with_style
 from src.model.boxes import cxcywh_to_xyxy
-from src.model.network import STRIDES
 from src.serving.drawing import draw_boxes, draw_detections, draw_explanation, label_colours
 from src.serving.images import load_image, resize_long_side
 from src.serving.predictor import Detections
@@ -206,23 +205,23 @@ def _alternate(left: Sequence, right: Sequence) -> list:
 
 @with_style
 def plot_anchor_assignment(sample: tuple, anchors: Tensor, classes: Sequence[str]) -> Figure:
-    """Plot the ground truth of a sample, and each object's cell and anchor on all three grids.
+    """Plot the ground truth of a sample, and each object's cell and anchor per scale.
 
-    anchors: [3, 3, 2], width and height as fractions of the image.
+    anchors: [scales, A, 2], width and height as fractions of the image.
     """
     image, boxes, labels = sample[:3]
-    grids = [image.shape[-1] // stride for stride in STRIDES]
+    grids = [image.shape[-1] * 2**scale // 32 for scale in range(len(anchors))]
     targets = torch.cat((torch.zeros(len(labels), 1), labels[:, None], boxes), dim=1)
     scales = assign_targets(targets, grids, anchors, batch=1)
     figure = NotebookFigure(3.6, jpeg=True)
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, len(anchors), squeeze=False)[0]
     for axis, grid, assigned, sizes in zip(axes, grids, scales, anchors, strict=True):
         axis.imshow(image.permute(1, 2, 0).numpy(), extent=(0, grid, grid, 0))  # a unit is a cell
         axis.set(title=f"stride {image.shape[-1] // grid}: {grid} × {grid} cells", axisbelow=False)
         axis.set(xticks=range(grid + 1), xticklabels=[], yticks=range(grid + 1), yticklabels=[])
         cells = torch.stack((assigned.column, assigned.row), dim=1) + 0.5
         shapes = sizes[assigned.anchor] * grid
-        for number, colour in enumerate(colours(len(classes))[labels]):
+        for number, colour in enumerate(colours(len(classes))[labels.numpy()]):
             centre, size = (boxes[number] * grid).split(2)
             _add_box(axis, centre, size, edgecolor=colour, linestyle="--")
             _add_box(axis, cells[number], torch.ones(2), facecolor=(*colour, 0.5))
