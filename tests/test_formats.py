@@ -176,6 +176,7 @@ def test_yolo_boxes_are_clipped_or_left_out(tmp_path, capsys):
         ("names: {a: dog}\n", "with `names`, a list"),
         ("names: [[dog]]\n", "with `names`, a list"),
         ("names: 3\n", "with `names`, a list"),
+        ("names: [dog]\nkpt_shape: [17, 3]\n", "describes keypoints"),
         (
             "names: [dog, no]\ntrain: images/nowhere\nval: images/val\n",
             "No such file or directory: .*images/nowhere",

@@ -31,6 +31,8 @@ class YOLOReader:
                 f"{self.path} is not a YAML file with `names`, a list of class names or a mapping "
                 f"from index to name ({error!r})."
             ) from None
+        if "kpt_shape" in self.data:
+            raise ValueError(f"{self.path} describes keypoints. Export the data set for detection.")
         self.classes = tuple(dict.fromkeys(self.names[index] for index in sorted(self.names)))
         self.splits = [name for name in ("train", "val", "test") if self.data.get(name)]
 
