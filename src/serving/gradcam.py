@@ -73,9 +73,8 @@ class Explainer:
             stage3 = torch.nn.Sequential(stem, *stages[:3])(self.inputs).requires_grad_()
         stage4 = stages[3](stage3)  # [1, C4, S/16, S/16]
         stage5 = stages[4](stage4)  # [1, C5, S/32, S/32]
-        logits = predictor.fused.forward_heads((stage5, stage4, stage3))
         self.features = {"3": stage3, "4": stage4, "5": stage5}
-        return logits
+        return predictor.fused.forward_heads((stage5, stage4, stage3))
 
     def explain(
         self,
@@ -107,8 +106,7 @@ class Explainer:
             for row in (explained[:1] if method == "eigencam" else explained)
         ]
         heatmap = scale(cv2.resize(np.max(maps, axis=0), self.size))
-        empty = "" if heatmap.any() else "Nothing raises the score, by this method on this layer."
-        message = missing or empty
+        message = missing or ("" if heatmap.any() else "Nothing raises the score, by this method.")
         if len(rows) > MAX_EXPLAINED:
             message = f"The heatmap shows the best {MAX_EXPLAINED} of {len(rows)} detections."
         return Explanation(heatmap, detections, explained, message, is_candidate=bool(missing))
@@ -120,9 +118,11 @@ class Explainer:
         classes = self.predictor.classes
         detections = self.candidates.detections(confidence, iou_threshold)
         rows = np.arange(len(detections))
-        choices = {"all": rows}
-        choices |= {name: rows[detections.labels == i] for i, name in enumerate(classes)}
-        choices |= {row: rows[row : row + 1] for row in range(max(len(rows), 1))}
+        choices = {
+            "all": rows,
+            **{name: rows[detections.labels == label] for label, name in enumerate(classes)},
+            **{row: rows[row : row + 1] for row in range(max(len(rows), 1))},
+        }
         if target not in choices:
             raise ValueError(f"Unknown target {target!r}. Choose one of {[*choices]}.")
         if len(choices[target]):
@@ -145,8 +145,10 @@ class Explainer:
         """
         logits = self.predictions[index, [0, 5 + label]].float()  # objectness and class
         log_score = torch.nn.functional.logsigmoid(logits).sum()
-        maps = [scale(np.maximum(layer, 0)) for layer in self._maps(log_score, layers, method)]
-        heatmap = sum(cv2.resize(layer, self.inputs.shape[2:]) for layer in maps)  # [S, S]
+        heatmap = sum(  # [S, S]
+            cv2.resize(scale(np.maximum(layer, 0)), self.inputs.shape[2:])
+            for layer in self._maps(log_score, layers, method)
+        )
         left, top = self.placement[2:].astype(int)
         width, height = np.rint(self.placement[:2] * self.size).astype(int)
         return scale(heatmap[top : top + height, left : left + width])

@@ -50,8 +50,8 @@ class Candidates:
         """
         if not (0 <= confidence <= 1 and 0 <= iou_threshold <= 1):
             raise ValueError("confidence and iou_threshold must be in 0..1")
-        kept = nms(self.boxes, self.scores, max(confidence, MIN_SCORE), iou_threshold)
-        return self._select(*kept)
+        lowest = max(confidence, MIN_SCORE)
+        return self._select(*nms(self.boxes, self.scores, lowest, iou_threshold))
 
     def top_candidate(self, label: int | None = None) -> Detections:
         """Return the candidate with the highest score, at any threshold; of one class if given."""
@@ -146,11 +146,11 @@ class Predictor:
         placement: what `letterbox` returned.
         """
         anchors = self.model.anchors_at(self.image_size)
-        boxes, scores = decode([level[None].detach() for level in logits], anchors)
-        boxes, scores = boxes[0].cpu(), scores[0].cpu()
+        predictions = decode([level[None].detach() for level in logits], anchors)
+        boxes, scores = (tensor[0].cpu() for tensor in predictions)
         best = scores.amax(dim=1)
-        lowest = best.max().clamp(max=MIN_SCORE)  # so that there is always a top candidate
-        index = torch.nonzero(best >= lowest).flatten()
-        boxes = boxes[index] * self.image_size - torch.from_numpy(placement[[2, 3, 2, 3]])
-        boxes = boxes / torch.from_numpy(placement[[0, 1, 0, 1]])
+        # at least the best, so that there is always a top candidate
+        index = torch.nonzero(best >= best.max().clamp(max=MIN_SCORE)).flatten()
+        scale, bars = torch.from_numpy(placement).view(2, 2).repeat(1, 2)  # [4] of xyxy
+        boxes = (boxes[index] * self.image_size - bars) / scale
         return Candidates(boxes, scores[index], index, image.shape[1::-1])

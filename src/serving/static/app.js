@@ -1,55 +1,33 @@
 // Object detection with heatmaps in the browser: model.onnx, run by onnxruntime-web in a worker.
-const MAX_LOG_SCALE = Math.log(1000 / 16); // bounds exp(w), exp(h), as src/model/boxes.py does
-const PRE_NMS_TOPK = 1000;
-const MAX_DETECTIONS = 300;
 const MAX_EXPLAINED = 24; // detections per heatmap; each costs a run of the network
-const MAX_VIEW = 1024; // largest long side of a displayed image, in pixels
 
 const $ = (id) => document.getElementById(id);
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
 const roundHalfEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x)); // as Python
-const percent = ({ score }) => `${(100 * score).toFixed(1)}%`;
+const percent = (score) => `${(100 * score).toFixed(1)}%`;
 
 let facts; // facts.json: what the page knows about the model
 let ort; // onnxruntime-web
 let session; // promise of the loaded model
 let current; // the analyzed image: width, height, pixels, placement, candidates, detections, ...
-let target = "all"; // what is explained: "all", "class 7", or the index of a prediction
-let uploads = 0; // results of an older upload or heatmap than the newest are dropped
-let heatmaps = 0;
+let work = 0; // counts images and heatmaps; results of any but the newest are dropped
 
-// ---- The network ---------------------------------------------------------------------------
-
-/** Download a file as a Blob. The browser refuses it if its hash is not `integrity`. */
-async function download({ url, integrity }, report) {
-  const response = await fetch(url, { integrity }).catch((error) => error);
-  const reason = response.message ?? response.status;
-  if (!response.ok) throw new Error(`${url} can't be loaded: ${reason}`);
-  const chunks = [];
-  const reader = response.body.getReader();
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    chunks.push(part.value);
-    report(part.value.length);
-  }
-  return new Blob(chunks, { type: "text/javascript" });
+/** Download a file. The browser refuses it if its hash is not `integrity`. */
+async function download({ url, integrity }) {
+  const response = await fetch(url, { integrity }).catch(() => ({}));
+  if (!response.ok) throw new Error(`${url} can't be loaded. README.md says how to run this page.`);
+  const content = await response.arrayBuffer();
+  $("progress").value += content.byteLength;
+  return content;
 }
 
 async function loadNetwork() {
-  let loaded = 0;
-  const total = facts.downloads.reduce((sum, file) => sum + file.bytes, 0);
-  const report = (bytes) => {
-    loaded += bytes;
-    $("progress").value = loaded / total;
-    $("status").textContent = `Loading the model: ${Math.round((100 * loaded) / total)}%`;
-  };
-  const [model, wasm, script] = await Promise.all(
-    facts.downloads.map((file) => download(file, report)));
-  $("status").textContent = "Starting the model";
-  ort = await import(URL.createObjectURL(script));
-  const wasmBinary = await wasm.arrayBuffer();
+  $("progress").max = facts.downloads.reduce((sum, { bytes }) => sum + bytes, 0);
+  const [model, wasmBinary, script] = await Promise.all(facts.downloads.map(download));
+  ort = await import(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
   Object.assign(ort.env.wasm, { proxy: true, numThreads: 1, wasmBinary });
-  return ort.InferenceSession.create(new Uint8Array(await model.arrayBuffer()));
+  return ort.InferenceSession.create(new Uint8Array(model));
 }
 
 /** Run the graph of src/serving/onnx_model.py -> logits of three scales, maps of three stages.
@@ -71,57 +49,44 @@ async function run(pixels, candidate) {
   return { logits: perStride("logits"), cams: perStride("cam") };
 }
 
-// ---- Pixels: src/serving/images.py ---------------------------------------------------------
-
-/** The weights of torch's antialiased bilinear interpolation: one triangle per output. */
-function triangles(from, to) {
+/** Resample the middle axis: [outer, from, inner] -> [outer, to, inner], bilinear with
+ *  antialiasing as in torch: an output is a mean weighted by a triangle. */
+function resample(data, outer, from, to, inner, round = (x) => x) {
+  const result = new Float32Array(outer * to * inner);
   const support = Math.max(from / to, 1);
-  return Array.from({ length: to }, (_, i) => {
+  for (let i = 0; i < to; i++) {
     const centre = (from / to) * (i + 0.5);
     const first = Math.max(Math.floor(centre - support + 0.5), 0);
     const end = Math.min(Math.floor(centre + support + 0.5), from);
     const weights = Array.from({ length: end - first }, (_, k) =>
       Math.max(0, 1 - Math.abs(first + k - centre + 0.5) / support));
-    const sum = weights.reduce((a, b) => a + b);
-    return { first, weights: weights.map((weight) => weight / sum) };
-  });
-}
-
-/** Resample the middle axis: [outer, from, inner] -> [outer, to, inner]. */
-function resample(data, outer, from, to, inner, round = (x) => x) {
-  const result = new Float32Array(outer * to * inner);
-  triangles(from, to).forEach(({ first, weights }, i) => {
+    const total = weights.reduce((a, b) => a + b);
     for (let o = 0; o < outer; o++) {
       for (let c = 0; c < inner; c++) {
-        let sum = 0;
-        let position = (o * from + first) * inner + c;
-        for (let k = 0; k < weights.length; k++) {
-          sum += weights[k] * data[position];
-          position += inner;
-        }
-        result[(o * to + i) * inner + c] = round(sum);
+        const start = (o * from + first) * inner + c;
+        const sum = weights.reduce((part, weight, k) => part + weight * data[start + k * inner], 0);
+        result[(o * to + i) * inner + c] = round(sum / total);
       }
     }
-  });
+  }
   return result;
 }
 
-/** Bitmap -> pixels [3, S, S] in 0..1, and where in the square the image is. */
+/** Bitmap -> pixels [3, S, S] in 0..1, and where in the square the image is, as images.py does. */
 function letterbox(bitmap, size) {
   const scale = size / Math.max(bitmap.width, bitmap.height);
   const [width, height] = [bitmap.width, bitmap.height].map((edge) =>
     Math.max(1, roundHalfEven(edge * scale)));
   const placement = { left: (size - width) >> 1, top: (size - height) >> 1, width, height };
-  const narrow = new Float32Array(bitmap.height * width * 4);
+  const narrow = new Float32Array((bitmap.height + 255) * width * 4);
   const band = element("canvas", { width: bitmap.width, height: 256 }); // phones limit canvases
   const context = band.getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white"; // behind transparent pixels
   for (let y = 0; y < bitmap.height; y += band.height) {
-    const rows = Math.min(band.height, bitmap.height - y);
     context.fillRect(0, 0, band.width, band.height);
     context.drawImage(bitmap, 0, -y);
-    const { data } = context.getImageData(0, 0, bitmap.width, rows);
-    narrow.set(resample(data, rows, bitmap.width, width, 4, Math.round), y * width * 4);
+    const { data } = context.getImageData(0, 0, band.width, band.height);
+    narrow.set(resample(data, band.height, bitmap.width, width, 4, Math.round), y * width * 4);
   }
   const inner = resample(narrow, 1, bitmap.height, height, width * 4, Math.round);
   const pixels = new Float32Array(3 * size * size).fill(114 / 255);
@@ -133,9 +98,7 @@ function letterbox(bitmap, size) {
   return { pixels, placement };
 }
 
-// ---- Detections: src/model/boxes.py --------------------------------------------------------
-
-/** Logits -> predictions above the minimum score, and the best in any case, best first. */
+/** Logits -> predictions, best first, at least one, decoded as in src/model/boxes.py. */
 function decode(logits, { left, top, width, height }, image) {
   const length = 5 + facts.classes.length;
   const [scaleX, scaleY] = [image.width / width, image.height / height];
@@ -151,11 +114,10 @@ function decode(logits, { left, top, width, height }, image) {
       const centreX = ((cell % grid) + sigmoid(x)) * stride - left;
       const centreY = ((Math.floor(cell / grid) % grid) + sigmoid(y)) * stride - top;
       const [halfWidth, halfHeight] = facts.anchors[scale][Math.floor(cell / grid ** 2)].map(
-        (edge, i) => (edge / 2) * Math.exp(Math.min(i ? h : w, MAX_LOG_SCALE)));
+        (edge, i) => (edge / 2) * Math.exp(Math.min(i ? h : w, Math.log(1000 / 16))));
       predictions.push({ index: predictions.length, scale, start, label, objectness, probability,
-        score: objectness * probability,
-        box: [(centreX - halfWidth) * scaleX, (centreY - halfHeight) * scaleY,
-          (centreX + halfWidth) * scaleX, (centreY + halfHeight) * scaleY] });
+        score: objectness * probability, box: [-1, 1].flatMap((side) =>
+          [(centreX + side * halfWidth) * scaleX, (centreY + side * halfHeight) * scaleY]) });
     }
   });
   predictions.sort((a, b) => b.score - a.score);
@@ -169,26 +131,23 @@ function iou(a, b) {
   return (width * height) / (area(a) + area(b) - width * height);
 }
 
-/** Non-maximum suppression per class. */
+/** Non-maximum suppression per class, as src/model/boxes.py does. */
 function nms(candidates, confidence, threshold) {
-  const above = candidates.filter(({ score }) => score > Math.max(confidence, facts.min_score));
   const kept = [];
-  for (const candidate of above.slice(0, PRE_NMS_TOPK)) {
+  for (const candidate of candidates) {
     const duplicate = (other) =>
       other.label === candidate.label && iou(other.box, candidate.box) > threshold;
-    if (!kept.some(duplicate)) kept.push(candidate);
+    if (candidate.score > confidence && !kept.some(duplicate)) kept.push(candidate);
   }
-  return kept.slice(0, MAX_DETECTIONS);
+  return kept;
 }
-
-// ---- Heatmaps: src/serving/gradcam.py ------------------------------------------------------
 
 function normalize(map) {
   const maximum = map.reduce((a, b) => Math.max(a, b), 0);
   return maximum ? map.map((value) => value / maximum) : map;
 }
 
-/** Scale each layer's map to 1, upsample, sum, cut off the bars of the letterbox, scale to 1. */
+/** Scale each layer's map to 1, upsample, sum, cut off the letterbox's bars, as gradcam.py does. */
 function combine(cams, layers, { left, top, width, height }) {
   const size = facts.image_size;
   const heatmap = new Float32Array(width * height);
@@ -204,103 +163,57 @@ function combine(cams, layers, { left, top, width, height }) {
   return normalize(heatmap);
 }
 
-/** The heatmap of some predictions: the maximum over theirs; null if another was asked for. */
-async function explain(image, candidates, layers) {
-  const number = ++heatmaps;
-  let heatmap = new Float32Array(image.placement.width * image.placement.height);
-  for (const candidate of candidates) {
-    candidate.cams ??= run(image.pixels, candidate).then(({ cams }) => cams);
-    const own = combine(await candidate.cams, layers, image.placement);
-    if (number !== heatmaps) return null;
-    heatmap = heatmap.map((value, i) => Math.max(value, own[i]));
-  }
-  return heatmap;
-}
-
-// ---- The page ------------------------------------------------------------------------------
-
 function element(tag, properties, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
   return node;
 }
 
-/** An element in the colour of a class, its text black or white by the luminance of WCAG 2. */
-function coloured(tag, label, ...children) {
-  const colour = facts.colours[label];
-  const [red, green, blue] = colour.map((channel) => (channel / 255) ** 2.2);
-  const isLight = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18;
-  const node = element(tag, {}, ...children);
-  node.style.setProperty("--colour", `rgb(${colour})`);
-  node.style.setProperty("--contrast", isLight ? "black" : "white");
-  return node;
-}
-
-/** Draw an image of any size, at most MAX_VIEW pixels on its long side. */
-function draw(id, image) {
-  const scale = Math.min(1, MAX_VIEW / Math.max(image.width, image.height));
-  const canvas = $(id).querySelector("canvas");
-  canvas.width = Math.max(1, Math.round(image.width * scale));
-  canvas.height = Math.max(1, Math.round(image.height * scale));
-  const context = canvas.getContext("2d");
-  context.imageSmoothingQuality = "high";
-  context.drawImage(image, 0, 0, canvas.width, canvas.height);
-  $(id).hidden = false;
-}
-
-/** Show the image with boxes over it, the first on top. */
-function showBoxes(id, detections, withLabels) {
-  draw(id, $("image").querySelector("canvas"));
-  const { width, height } = current;
-  $(id).querySelector(".boxes").replaceChildren(...detections.toReversed().map((detection) => {
-    const { box: [x1, y1, x2, y2], label, score } = detection;
+/** Show boxes over an image, the first on top. */
+function showBoxes(id, detections) {
+  const { width, height } = current.bitmap;
+  const boxes = detections.map(({ box: [x1, y1, x2, y2], label, score }) => {
+    const inset = [y1 / height, 1 - x2 / width, 1 - y2 / height, x1 / width]
+      .map((edge) => `${100 * clamp(edge, 0, 1)}%`).join(" ");
+    const style = `inset: ${inset}; --colour: rgb(${facts.colours[label]})`;
     const text = `${facts.classes[label]} ${(100 * score).toFixed(0)}%`;
-    const node = coloured("div", label, ...(withLabels ? [element("span", {}, text)] : []));
-    const inset = [y1 / height, 1 - x2 / width, 1 - y2 / height, x1 / width];
-    node.style.inset = inset.map((edge) => `${100 * clamp(edge, 0, 1)}%`).join(" ");
-    node.classList.toggle("at-top", inset[0] < 0.08);
-    return node;
-  }));
-  const free = []; // labels that overlap no other, the best detection's first
-  for (const label of [...$(id).querySelectorAll("span")].reverse()) {
-    const { left, right, top, height } = label.getBoundingClientRect();
-    let down = 0;
-    const overlaps = (other) => left < other.right && other.left < right &&
-      Math.abs(top + down - other.top) < height;
-    while (free.some(overlaps)) down += height;
-    label.style.translate = `0 ${down}px`;
-    free.push({ left, right, top: top + down });
-  }
-}
-
-/** Draw the colours of the heatmap; their opacity grows with the value. */
-function drawHeatmap({ heatmap, placement: { width, height } }) {
-  const colours = new ImageData(width, height);
-  heatmap.forEach((value, i) => {
-    const opacity = $("opacity").value * (0.25 + 0.75 * value);
-    colours.data.set([...facts.heatmap_colours[Math.round(255 * value)], 255 * opacity], 4 * i);
+    return element("div", { style }, element("span", {}, text));
   });
-  Object.assign($("colours"), { width, height }).getContext("2d").putImageData(colours, 0, 0);
+  $(id).replaceChildren(...boxes.reverse());
 }
 
+/** Show the heatmap of what is selected: the maximum over its predictions. */
 async function showHeatmap() {
-  const { detections, candidates: [top] } = current;
+  const number = ++work;
+  const { detections, candidates: [top], placement, pixels } = current;
+  const target = $("target").value; // "all", "class 7", or the index of a prediction
+  for (const row of $("rows").children) row.ariaCurrent = row.dataset.target === target;
   const selected = detections.filter(({ index, label }) =>
     ["all", `class ${label}`, `${index}`].includes(target));
   const explained = selected.length ? selected.slice(0, MAX_EXPLAINED) : [top];
-  const heatmap = await explain(current, explained, $("layers").value);
-  if (!heatmap) return;
-  current.heatmap = heatmap;
-  showBoxes("heatmap", explained, !selected.length);
-  drawHeatmap(current);
-  let message = facts.bright_areas;
+  let heatmap = new Float32Array(placement.width * placement.height);
+  for (const candidate of explained) {
+    candidate.cams ??= run(pixels, candidate).then(({ cams }) => cams);
+    const own = combine(await candidate.cams, $("layers").value, placement);
+    if (number !== work) return;
+    heatmap = heatmap.map((value, i) => Math.max(value, own[i]));
+  }
+  showBoxes("explained", explained);
+  const { width, height } = placement;
+  const colours = new ImageData(width, height);
+  heatmap.forEach((value, i) => {
+    const colour = facts.heatmap_colours[Math.round(255 * value)];
+    colours.data.set([...colour, 255 * (0.25 + 0.75 * value)], 4 * i);
+  });
+  Object.assign($("colours"), { width, height }).getContext("2d").putImageData(colours, 0, 0);
+  const best = `The heatmap shows the best ${MAX_EXPLAINED} of ${selected.length} detections.`;
+  let message = selected.length > MAX_EXPLAINED ? best : facts.bright_areas;
   if (!selected.length) {
     message = `No detection above ${Math.round(100 * $("confidence").value)}%. ` +
-      `The top candidate is ${facts.classes[top.label]} at ${percent(top)}.`;
-  } else if (selected.length > MAX_EXPLAINED) {
-    message = `The heatmap shows the best ${MAX_EXPLAINED} of ${selected.length} detections.`;
+      `The top candidate is ${facts.classes[top.label]} at ${percent(top.score)}.`;
   }
   $("message").textContent = message;
+  current.heatmap = heatmap;
 }
 
 /** Show the detections above the thresholds; the network doesn't run again. */
@@ -308,138 +221,116 @@ function update() {
   for (const slider of document.querySelectorAll("input[type=range]")) {
     slider.previousElementSibling.textContent = slider.value;
   }
+  $("colours").style.opacity = $("opacity").value;
   if (!current) return;
-  const { width, height, candidates, seconds } = current;
+  const { bitmap: { width, height }, candidates, seconds } = current;
   const detections = nms(candidates, $("confidence").value, $("iou_threshold").value);
   current.detections = detections;
-  showBoxes("detections", detections, true);
-  const count = `${detections.length} detection${detections.length === 1 ? "" : "s"}`;
+  showBoxes("detections", detections);
+  const count = `Detections: ${detections.length || "none. Lower the confidence threshold."}`;
   $("summary").replaceChildren(
-    element("b", {}, detections.length ? count : "No detections. Lower the confidence threshold."),
-    ` · ${seconds.toFixed(2)} s · ${width} × ${height} pixels`);
-  const labels = detections.map(({ label }) => label);
-  const names = labels.map((label) => facts.classes[label]);
-  const options = [new Option("All detections", "all"),
-    ...[...new Set(labels)].map((label) =>
-      new Option(`Class ${facts.classes[label]}`, `class ${label}`)),
-    ...detections.map((detection, i) =>
-      new Option(`${i + 1}: ${names[i]}, ${percent(detection)}`, detection.index))];
-  $("target").replaceChildren(...options);
+    element("b", {}, count), ` · ${seconds.toFixed(2)} s · ${width} × ${height} pixels`);
+  const former = $("target").value;
+  const classes = [...new Set(detections.map(({ label }) => label))].map((label) =>
+    new Option(`Class ${facts.classes[label]}`, `class ${label}`));
+  $("target").replaceChildren(new Option("All detections", "all"), ...classes);
   $("rows").replaceChildren(...detections.map(({ index, label, score, box }, i) => {
+    const name = facts.classes[label];
+    $("target").append(new Option(`${i + 1}: ${name}, ${percent(score)}`, index));
     const edges = box.map((edge, k) => clamp(edge, 0, k % 2 ? height : width).toFixed(0));
-    const texts = [i + 1, "", percent({ score }), edges.join(", ")];
-    const cells = texts.map((text) => element("td", {}, text));
-    cells[1].append(coloured("i", label), ` ${names[i]}`);
-    const row = element("tr", { tabIndex: 0 }, ...cells);
+    const colour = element("i", { style: `--colour: rgb(${facts.colours[label]})` });
+    const cells = [[i + 1], [colour, " ", name], [percent(score)], [edges.join(", ")]];
+    const row = element("tr", { tabIndex: 0 }, ...cells.map((cell) => element("td", {}, ...cell)));
     row.dataset.target = index;
     return row;
   }));
-  explainTarget(options.some(({ value }) => value === target) ? target : "all");
+  $("target").value = former;
+  if ($("target").selectedIndex < 0) $("target").value = "all";
+  showHeatmap();
 }
 
-function explainTarget(value) {
-  target = value;
-  $("target").value = value;
-  for (const row of $("rows").children) row.ariaCurrent = row.dataset.target === value;
-  showHeatmap().catch(showError);
-}
-
-function showError(error) {
-  const properties = { className: "error", role: "alert" };
-  $("summary").replaceChildren(element("span", properties, error.message));
-}
-
-/** Read an image (a Blob or a video), run the network once, and show the result. */
-async function analyze(source) {
-  const number = ++uploads;
+/** Read an image file, run the network once, and show the result. */
+async function analyze(file) {
+  const number = ++work;
   current = null;
-  for (const id of ["image", "detections", "heatmap"]) $(id).hidden = true;
-  for (const id of ["rows", "message"]) $(id).replaceChildren();
+  $("video").srcObject?.getTracks().forEach((track) => track.stop());
+  $("video").srcObject = null;
+  $("camera").textContent = "Camera";
+  $("main").className = "empty";
+  for (const id of ["rows", "target", "message"]) $(id).replaceChildren();
+  $("colours").width = 0;
   $("summary").textContent = "Detecting objects.";
-  const bitmap = await createImageBitmap(source, { colorSpaceConversion: "none" }).catch(() => {
+  const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(() => {
     throw new Error("This file can't be read as an image. Use a JPEG or PNG file.");
   });
-  stopCamera();
-  draw("image", bitmap);
   await session;
   const start = performance.now();
   const { pixels, placement } = letterbox(bitmap, facts.image_size);
   const { logits } = await run(pixels);
-  if (number !== uploads) return;
-  const { width, height } = bitmap;
+  if (number !== work) return;
   const seconds = (performance.now() - start) / 1000;
   const candidates = decode(logits, placement, bitmap);
-  current = { width, height, pixels, placement, candidates, seconds };
-  target = "all";
+  current = { bitmap, pixels, placement, candidates, seconds };
+  const src = URL.createObjectURL(file);
+  for (const image of document.querySelectorAll(".image img")) image.src = src;
+  $("main").className = "";
   update();
 }
 
-function stopCamera() {
-  $("video").srcObject?.getTracks().forEach((track) => track.stop());
-  $("video").hidden = true;
-  $("camera").textContent = "Camera";
-}
-
+/** Start the camera; the second time, take a photograph. */
 async function useCamera() {
-  if (!$("video").hidden) return analyze($("video"));
+  const video = $("video");
+  if (video.srcObject) {
+    const canvas = element("canvas", { width: video.videoWidth, height: video.videoHeight });
+    canvas.getContext("2d").drawImage(video, 0, 0);
+    return canvas.toBlob(analyze);
+  }
   const constraints = { video: { facingMode: "environment" } };
-  $("video").srcObject = await navigator.mediaDevices.getUserMedia(constraints);
+  video.srcObject = await navigator.mediaDevices.getUserMedia(constraints);
   $("camera").textContent = "Take the photograph";
-  $("image").hidden = true;
-  $("video").hidden = false;
-  return $("video").play();
+  $("main").className = "camera";
 }
 
-function connect() {
-  const on = (node, type, action) =>
-    node.addEventListener(type, (event) => Promise.resolve(action(event)).catch(showError));
-  const analyzeFirst = ([file]) => file && analyze(file);
-  on($("upload"), "click", () => $("file").click());
-  on($("file"), "change", () => analyzeFirst($("file").files));
-  on($("camera"), "click", useCamera);
-  on(document, "paste", (event) => analyzeFirst(event.clipboardData.files));
-  on(document, "dragover", (event) => event.preventDefault());
-  on(document, "drop", (event) => {
-    event.preventDefault();
-    return analyzeFirst(event.dataTransfer.files);
-  });
-  for (const id of ["confidence", "iou_threshold", "opacity", "layers"]) on($(id), "input", update);
-  on($("target"), "input", () => explainTarget($("target").value));
-  const explainRow = (event) => explainTarget(event.target.closest("tr").dataset.target);
-  on($("rows"), "click", explainRow);
-  on($("rows"), "keydown", (event) => event.key === "Enter" && explainRow(event));
-  $("camera").hidden = !navigator.mediaDevices;
-}
-
-/** Fill in what facts.json says. */
-function describe() {
+async function start() {
+  if (typeof WebAssembly !== "object") {
+    throw new Error("This page needs WebAssembly. Use a current Chrome, Edge, Firefox or Safari.");
+  }
+  facts = JSON.parse(new TextDecoder().decode(await download({ url: "facts.json" })));
   document.title = facts.title;
   $("title").textContent = facts.title;
   for (const id of ["confidence", "iou_threshold"]) $(id).value = facts[id];
   for (const [value, name] of facts.layers) $("layers").append(new Option(name, value));
   for (const name of facts.samples) {
-    const image = element("img", { src: `samples/${name}`, alt: name, loading: "lazy" });
-    const open = () => fetch(image.src).then((response) => response.blob()).then(analyze);
-    $("samples").append(element("button", { onclick: () => open().catch(showError) }, image));
+    const image = element("img", { src: `samples/${name}`, alt: name });
+    const onclick = async () => analyze(await (await fetch(image.src)).blob());
+    $("samples").append(element("button", { onclick }, image));
   }
   $("credits").innerHTML = facts.credits_html;
   $("about").innerHTML = facts.about_html;
-}
-
-async function start() {
-  if (location.protocol === "file:") {
-    throw new Error("Start a server here, python -m http.server, and open http://localhost:8000.");
-  }
-  if (typeof WebAssembly !== "object") {
-    throw new Error("This page needs WebAssembly. Use a current Chrome, Edge, Firefox or Safari.");
-  }
-  facts = await (await fetch("facts.json")).json();
-  describe();
-  connect();
+  const analyzeFirst = ([file]) => file && analyze(file);
+  const explainRow = (event) => {
+    $("target").value = event.target.closest("tr").dataset.target;
+    showHeatmap();
+  };
+  $("file").onchange = () => analyzeFirst($("file").files);
+  $("camera").onclick = useCamera;
+  $("camera").hidden = !navigator.mediaDevices;
+  document.onpaste = (event) => analyzeFirst(event.clipboardData.files);
+  document.ondragover = document.ondrop = (event) => {
+    event.preventDefault();
+    analyzeFirst(event.dataTransfer.files);
+  };
+  $("main").oninput = ({ target }) => target !== $("file") && update();
+  $("rows").onclick = explainRow;
+  $("rows").onkeydown = (event) => event.key === "Enter" && explainRow(event);
   update();
   session = loadNetwork();
   await session;
   $("loading").hidden = true;
 }
 
-start().catch(showError);
+window.onunhandledrejection = (event) => {
+  event.preventDefault();
+  $("summary").replaceChildren(element("b", { role: "alert" }, event.reason.message));
+};
+start();
