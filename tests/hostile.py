@@ -257,8 +257,8 @@ def invalid_values() -> list[tuple]:
     second = [(*image, 0.3, number) for number in thresholds]
     return [
         *cases("error", REFUSED_PATH, "detect", *((file,) for file in files)),
-        *cases("error", "confidence must be a number", "detect_upload", *first),
-        *cases("error", "iou_threshold must be a number", "detect_upload", *second),
+        *cases("error", "must be in 0..1|not supported between", "detect_upload", *first),
+        *cases("error", "must be in 0..1|not supported between", "detect_upload", *second),
         *cases("error silent answered", "", "call_page", *calls),
         *cases("answered", "", "call_page", *(("on_upload", None, each, each) for each in numbers)),
     ]

@@ -180,7 +180,7 @@ def _endpoint(predictor: Predictor) -> Callable:
         try:
             session = analyze_image(predictor, image["path"])
             detections = session.detections(confidence, iou_threshold)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # a threshold may be anything
             raise gr.Error(str(error), print_exception=False) from None
         width, height = session.explainer.size
         return {
