@@ -40,8 +40,6 @@ FILES = {  # name -> size, EXIF orientation
     "rotated.jpg": ((480, 360), 6),
     "large.jpg": ((5184, 3888), 1),
 }
-DROP = "new DragEvent('drop', {dataTransfer: files, cancelable: true})"
-PASTE = "new ClipboardEvent('paste', {clipboardData: files})"
 
 
 class Page(Visitor):
@@ -124,7 +122,6 @@ def test_thresholds_rows_classes_layers_and_opacity(page):
     page.act(lambda: page.all("#rows tr")[1].send_keys(Keys.ENTER))
     page.check(HORSES, 1, **thresholds)
     page.act(page.all("#rows tr")[2].click)
-    page.check(HORSES, 2, **thresholds)
     assert page.js("$('target').selectedOptions[0].text").startswith("3: horse")
     page.set("layers", "5")
     page.check(HORSES, 2, layers="5", **thresholds)
@@ -133,8 +130,6 @@ def test_thresholds_rows_classes_layers_and_opacity(page):
     page.check(HORSES, confidence=0.95, iou_threshold=0.2)
     assert "none" in page.text("#summary") and "top candidate" in page.text("#message")
     assert page.js("getComputedStyle($('colours')).opacity") == "0"
-    page.set("confidence", 0.35)
-    page.set("iou_threshold", 0.45)
     assert page.js("current.seconds") == seconds  # of the one run for these detections
 
 
@@ -149,7 +144,13 @@ def test_files(name, page, tmp_path):
     page.check(tmp_path / name)
 
 
-@pytest.mark.parametrize("event", [DROP, PASTE])
+@pytest.mark.parametrize(
+    "event",
+    [
+        "new DragEvent('drop', {dataTransfer: files, cancelable: true})",
+        "new ClipboardEvent('paste', {clipboardData: files})",
+    ],
+)
 def test_drop_and_paste(event, page):
     code = (
         "let file = new File([await (await fetch('samples/horses.jpg')).blob()], 'horses.jpg');"

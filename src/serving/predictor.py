@@ -50,8 +50,9 @@ class Candidates:
         """
         if not (0 <= confidence <= 1 and 0 <= iou_threshold <= 1):
             raise ValueError("confidence and iou_threshold must be in 0..1")
-        lowest = max(confidence, MIN_SCORE)
-        return self._select(*nms(self.boxes, self.scores, lowest, iou_threshold))
+        return self._select(
+            *nms(self.boxes, self.scores, max(confidence, MIN_SCORE), iou_threshold)
+        )
 
     def top_candidate(self, label: int | None = None) -> Detections:
         """Return the candidate with the highest score, at any threshold; of one class if given."""
@@ -85,7 +86,6 @@ class Predictor:
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
-        self.dtype = model.anchors.dtype
         self.image_size = image_size or model.image_size
         self.classes = model.classes
 
@@ -123,7 +123,7 @@ class Predictor:
     @torch.no_grad()
     def fused(self) -> YOLOv3:
         """The model with fused batch norms, a copy: 3-10% faster, scores within 1e-5."""
-        return fuse_batch_norms(self.model).to(self.dtype)
+        return fuse_batch_norms(self.model).to(self.model.anchors.dtype)
 
     @torch.inference_mode()
     def _forward(self, images: Sequence) -> list[Candidates]:
@@ -136,7 +136,7 @@ class Predictor:
         """uint8 [H, W, 3] -> network input [1, 3, S, S] and the placement of `letterbox`."""
         square, placement = letterbox(image, self.image_size)
         inputs = to_network_input(torch.from_numpy(square).permute(2, 0, 1)[None].to(self.device))
-        return inputs.to(self.dtype), placement
+        return inputs.to(self.model.anchors.dtype), placement
 
     def postprocess(
         self, logits: Sequence[Tensor], placement: np.ndarray, image: np.ndarray
@@ -152,5 +152,9 @@ class Predictor:
         # at least the best, so that there is always a top candidate
         index = torch.nonzero(best >= best.max().clamp(max=MIN_SCORE)).flatten()
         scale, bars = torch.from_numpy(placement).view(2, 2).repeat(1, 2)  # [4] of xyxy
-        boxes = (boxes[index] * self.image_size - bars) / scale
-        return Candidates(boxes, scores[index], index, image.shape[1::-1])
+        return Candidates(
+            boxes=(boxes[index] * self.image_size - bars) / scale,
+            scores=scores[index],
+            index=index,
+            size=image.shape[1::-1],
+        )
