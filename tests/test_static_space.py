@@ -130,6 +130,8 @@ def test_thresholds_rows_classes_layers_and_opacity(page):
     page.check(HORSES, confidence=0.95, iou_threshold=0.2)
     assert "none" in page.text("#summary") and "top candidate" in page.text("#message")
     assert page.js("getComputedStyle($('colours')).opacity") == "0"
+    page.set("confidence", 0.35)  # the default again, for the next tests
+    page.set("iou_threshold", 0.45)
     assert page.js("current.seconds") == seconds  # of the one run for these detections
 
 
