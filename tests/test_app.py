@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from src.config import REPOSITORY
-from src.serving.app import build_app, on_row_select, on_threshold_change
+from src.serving import drawing
+from src.serving.app import build_app, model_card, on_row_select, on_threshold_change
 from src.serving.drawing import class_colours, draw_detections, draw_heatmap, place_label
 from src.serving.gradcam import LAYERS, METHODS, explain
 from src.serving.images import resize_long_side
@@ -224,6 +225,24 @@ def test_the_page_lists_the_metadata(predictor):
     link = 'href="https://example.org/code"'
     for part in ("nothing &lt;yet&gt;", "0.123", "million", link, *CLASSES):
         assert part in text
+
+
+def test_the_page_links_to_the_model_and_shows_its_card(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# My card\n")
+    assert model_card(tmp_path) == ("#card", "# My card\n")
+    assert model_card("somebody/their-model") == ("https://huggingface.co/somebody/their-model", "")
+    assert model_card("") == ("", "")
+    page = build_app(REPOSITORY / "weights")
+    html = "".join(str(block.value) for block in page.blocks.values() if hasattr(block, "value"))
+    assert 'href="#card"' in html and "Darknet-53" in html
+
+
+def test_letters_of_other_scripts_are_drawn():
+    image, box = np.full((80, 200, 3), 255, np.uint8), np.float32([[10, 40, 190, 75]])
+    if drawing._font(20, is_ascii=False).getname() == drawing._font(20, is_ascii=True).getname():
+        pytest.skip("none of the system's fonts is here")
+    first, second = (drawing.draw_boxes(image, box, [(0, 0, 255)], [text]) for text in "жщ")
+    assert (first != second).any()
 
 
 def test_samples_are_shown_with_their_authors(sample_files, predictor, tmp_path):

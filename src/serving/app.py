@@ -64,9 +64,11 @@ def build_app(
     `.launch()` starts it, with LAUNCH_OPTIONS if not overridden. Programs use the endpoint
     /detect(image, confidence, iou_threshold).
     samples: a folder of example images, with their authors in LICENSES.txt.
-    links: text -> address, for example of the model and the code.
+    links: text -> address. "Model" is by default the card of the weights, or their Hub page.
     """
     predictor = source if isinstance(source, Predictor) else Predictor.load(source)
+    address, card = model_card(predictor.source)
+    links = ({"Model": address} if address else {}) | (links or {})
     with GuardedBlocks(
         title=title, analytics_enabled=False, delete_cache=(SESSION_TTL_S, SESSION_TTL_S)
     ) as page:
@@ -83,11 +85,22 @@ def build_app(
                 detections, thresholds = _detections_column()
             with gr.Column(min_width=320):
                 explanation, choices = _explanation_column()
-        gr.HTML(model_facts_html(predictor, links or {}), padding=False)
+        gr.HTML(model_facts_html(predictor, links), padding=False)
+        if card:
+            with gr.Accordion("Model card", open=False, elem_id="card"):
+                gr.Markdown(card)
         _connect(predictor, image, detections, thresholds, explanation, choices)
         gr.api(_endpoint(predictor), api_name="detect", **SERIALIZED)
     page.launch = partial(page.launch, **LAUNCH_OPTIONS)
     return page.queue(max_size=200, api_open=False)  # every request goes through the queue
+
+
+def model_card(source: str | Path) -> tuple[str, str]:
+    """Return the address of the weights in `source` and their card, each "" if there is none."""
+    card = Path(source, "README.md")
+    if source and card.exists():
+        return "#card", card.read_text(encoding="utf-8").partition("\n---\n")[2]
+    return f"https://huggingface.co/{source}" if source and not Path(source).exists() else "", ""
 
 
 def _image_column(samples: str | Path) -> gr.Image:

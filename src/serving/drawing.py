@@ -1,6 +1,8 @@
 """Draw on images: boxes with labels, in one colour per class, and heatmaps."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 
 import cv2
 import numpy as np
@@ -8,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from src.serving.predictor import Detections
 
+SYSTEM_FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 LABEL_SCALES = (1, 0.85, 0.7)  # of the font, tried in this order
 
 # The first seven are by Okabe and Ito (2008, https://jfly.uni-koeln.de/color), for any colour
@@ -121,7 +124,7 @@ def place_label(
     """
     places = []
     for scale in LABEL_SCALES:
-        font = ImageFont.load_default(max(8.0, scale * font_size))
+        font = _font(max(8.0, scale * font_size), text.isascii())
         extent = np.array([font.getlength(text) + font_size / 3, 1.1 * sum(font.getmetrics())])
         corners = _label_corners(boxes[number], *extent)
         corners = np.clip(corners, 0, np.maximum(np.array(size) - extent, 0))
@@ -133,6 +136,15 @@ def place_label(
     cost[_overlaps(rectangles, labels).any(axis=1)] = np.inf
     best = cost.argmin()
     return places[best] if cost[best] < np.inf else None
+
+
+@cache
+def _font(size: float, is_ascii: bool) -> ImageFont.FreeTypeFont:
+    """Return Pillow's own font, or for other than ASCII letters a font of the system."""
+    for name in () if is_ascii else SYSTEM_FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def _label_corners(box: np.ndarray, width: float, height: float) -> list[tuple[float, float]]:

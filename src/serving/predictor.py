@@ -88,12 +88,15 @@ class Predictor:
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.image_size = image_size or model.image_size
         self.classes = model.classes
+        self.source: str | Path = ""  # the folder, Hub id or file that `load` has read
 
     @classmethod
     def load(cls, source: str | Path, **options) -> "Predictor":
         """Load a folder of `save_pretrained`, a Hub id, or an .onnx file of `export_onnx`."""
         load = OnnxModel if Path(source).suffix == ".onnx" else YOLOv3.from_pretrained
-        return cls(load(source), **options)
+        predictor = cls(load(source), **options)
+        predictor.source = source
+        return predictor
 
     def __call__(
         self, image, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD

@@ -186,7 +186,8 @@ def credits_html(samples: str | Path) -> str:
 
 def _link(text: str, address: str) -> str:
     """Return an HTML link, or only the text if the address is none, such as "(none named)"."""
-    if not address.startswith(("https://", "http://")):
+    if not address.startswith(("https://", "http://", "#")):
         return html.escape(text)
     href = html.escape(address, quote=True)
-    return f'<a href="{href}" target="_blank" rel="noopener">{html.escape(text)}</a>'
+    target = "" if address.startswith("#") else ' target="_blank" rel="noopener"'
+    return f'<a href="{href}"{target}>{html.escape(text)}</a>'
