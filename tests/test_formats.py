@@ -88,7 +88,7 @@ YOLO_LAYOUTS = {  # data.yaml, images
 
 
 @pytest.mark.parametrize("layout", YOLO_LAYOUTS)
-def test_yolo_layouts(tmp_path, layout):
+def test_yolo_layouts(tmp_path, layout, monkeypatch):
     data, (train_image, val_image) = YOLO_LAYOUTS[layout]
     write_yolo(tmp_path, {train_image: LINE, val_image: "1 0.5 0.5 1 1\n"}, data)
     (tmp_path / "train.txt").write_text(f"./{train_image}\n\n")
@@ -111,6 +111,8 @@ def test_yolo_layouts(tmp_path, layout):
         open_dataset(config)[1] == config
         and splits_of(tmp_path / "data.yaml")[0].classes == config.classes
     )
+    monkeypatch.chdir(tmp_path)
+    assert splits_of(Path("."))[1][0].labels.tolist() == [0]
 
 
 def test_yolo_images_without_objects_and_polygons(tmp_path):
@@ -312,6 +314,11 @@ def test_coco_random_validation_split(tmp_path, capsys):
     same, other = splits_of(file, val_fraction=0.3)[2], splits_of(file, val_fraction=0.3, seed=1)[2]
     assert [r.image for r in same] == [r.image for r in val] != [r.image for r in other]
     assert len(splits_of(tmp_path, val_fraction=1.0)[1]) == 1
+    write_coco(tmp_path / "one/train.json", coco_data(num_images=1), tmp_path / "one")
+    with pytest.raises(
+        ValueError, match=r"a single image .* Set Config.val_splits to \('train',\)"
+    ):
+        splits_of(tmp_path / "one", classes=("no",))
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,6 @@ class YOLOReader:
 
 def label_path(image: Path) -> Path:
     """Return the label file: in `labels` instead of the last folder `images`, or beside it."""
-    head, _, tail = image.as_posix().rpartition("/images/")
+    head, _, tail = image.absolute().as_posix().rpartition("/images/")
     paths = (Path(f"{head}/labels/{tail}"), image)
     return first_existing([path.with_suffix(".txt") for path in paths])
