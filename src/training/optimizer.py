@@ -34,7 +34,7 @@ class OneCycleModule(pl.LightningModule):
         optimizer = AdamW(groups, lr=self.config.max_lr, fused=True)
 
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = self.config.warmup_fraction
+        warmup = float(self.config.warmup_fraction)
         if warmup * steps == 1:  # OneCycleLR divides by zero
             warmup = 1.001 / steps
         schedule = OneCycleLR(optimizer, self.config.max_lr, steps, pct_start=warmup)
