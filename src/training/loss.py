@@ -26,9 +26,7 @@ class Assigned:
     column: Tensor  # int64 [N]
     valid: Tensor  # bool [N]: False if another object has the same cell and anchor
     positive: Tensor  # bool [B, A, G, G]
-    ignored: (
-        Tensor  # bool [B, A, G, G]: not positive, but wh_iou above 0.5 with an object in the cell
-    )
+    ignored: Tensor  # bool [B, A, G, G]: others with wh_iou above 0.5 with an object in their cell
 
     def gather(self, level: Tensor) -> Tensor:
         """Select the predictions of the positives: level [B, A, G, G, F] -> [N, F]."""
@@ -144,12 +142,10 @@ class YOLOLoss(nn.Module):
     ) -> dict[str, Tensor]:
         grids = [level.shape[2] for level in logits]
         scales = assign_targets(targets, grids, anchors, len(counts))
-        sums = [
-            self.sum_terms(
-                level, targets, assigned, ignore_mask(level, targets, counts, sizes), sizes
-            )
-            for level, assigned, sizes in zip(logits, scales, anchors, strict=True)
-        ]
+        sums = []
+        for level, assigned, sizes in zip(logits, scales, anchors, strict=True):
+            ignored = ignore_mask(level, targets, counts, sizes)  # [B, A, G, G]
+            sums.append(self.sum_terms(level, targets, assigned, ignored, sizes))
         positives = max(1, len(logits) * len(targets))
         terms = {name: sum(scale[name] for scale in sums) / positives for name in sums[0]}
         loss = (
