@@ -104,7 +104,7 @@ class Config:
     # model
     width: float = 1.0  # width multiplier: channels of every layer, relative to the paper
     anchors: tuple = ANCHORS  # [3 scales][3] (width, height), relative to an image of image_size
-    # a folder or hub id (detector or backbone), darknet53.conv.74 or yolov3.weights
+    # a folder (detector or backbone), a detector's Hub id, darknet53.conv.74 or yolov3.weights
     pretrained_weights: str = setting("", resumable=True)
     freeze_epochs: int = 0  # first epochs, in which the backbone is frozen
 

@@ -31,7 +31,7 @@ class ImageCache:
         On first use, both come from `read(image)`.
         """
         self.path.touch()
-        with self.path.open("r+b", buffering=0) as file:
+        with self.path.open("r+b") as file:
             file.seek(index * self.slot_bytes)
             header = file.read(HEADER)
             if any(header):

@@ -40,9 +40,9 @@ class MetricsCSV(pl.Callback):
             self._add(trainer, trainer.global_step, {"lr": optimizer.param_groups[0]["lr"]})
 
     def on_train_epoch_end(self, trainer, module) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._add(trainer, trainer.global_step - 1, metrics)
         if trainer.is_global_zero:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self._add(trainer, trainer.global_step - 1, metrics)
             atomic_write(self.path, self._write, "w", encoding="utf-8", newline="")
 
     def _add(self, trainer, step: int, values: dict[str, float]) -> None:

@@ -90,8 +90,8 @@ def find_checkpoint(folder: Path, ckpt_path: str | Path | None) -> Path | None:
         print(f"{path} is damaged: {problem}.")
     if found:
         raise ValueError(
-            f"{path} is damaged: {problem}. Start again without ckpt_path, or resume from another "
-            f'checkpoint, such as the best: fit(config, ckpt_path="{folder}/{BEST}").'
+            f"{path} is damaged: {problem}. Use another checkpoint of the run ({BEST}, {LAST}, "
+            f"{PREVIOUS}; fit takes its path as ckpt_path), or start again without ckpt_path."
         )
     if ckpt_path == "auto":
         return None
@@ -127,10 +127,10 @@ def write_start(config: Config, checkpoint: Path | None) -> None:
         for name in (BEST, METRICS) if checkpoint else ():
             if checkpoint.with_name(name).exists():
                 shutil.copyfile(checkpoint.with_name(name), folder / name)
+    config.save(folder / CONFIG)
     if checkpoint and checkpoint != folder / LAST:
         content = checkpoint.read_bytes()
-        atomic_write(folder / LAST, lambda file: file.write(content))
-    config.save(folder / CONFIG)
+        atomic_write(folder / LAST, lambda file: file.write(content))  # now it can be resumed
 
 
 @contextmanager
