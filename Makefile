@@ -17,13 +17,13 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(BIN) -m pip install --quiet --progress-bar on -r requirements-dev.txt
 	@touch $@
 
-run: $(VENV)/installed ## train on the synthetic data set and print the results: 6 to 10 minutes on 2 cores, 20 without bfloat16
+run: $(VENV)/installed ## train on the synthetic data set and print the results: RUNMINUTES minutes on 2 CPU cores
 	$(BIN) -m tools.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
 
-multi: $(VENV)/installed ## train at several resolutions and compare, after make run: about 8 minutes
+multi: $(VENV)/installed ## compare training at one and at several resolutions: MULTI_MINUTES minutes on 2 CPU cores
 	$(BIN) -m tools.notebook run multi_scale_s13_assignment.ipynb runs/shapes-multi/multi_scale_s13_assignment.ipynb
 
-app: $(VENV)/installed ## serve the app with the detector of photographs on localhost
+app: $(VENV)/installed ## serve the app with the shipped weights on localhost
 	GRADIO_ANALYTICS_ENABLED=False $(BIN) -m src.serving.app
 
 test: $(VENV)/installed ## run the tests in two processes
@@ -46,5 +46,5 @@ evaluate: $(VENV)/installed ## measure the shipped weights; needs PASCAL VOC (VO
 bench: $(VENV)/installed ## measure speed, as ratios to straightforward implementations
 	$(BIN) -m benchmarks
 
-clean: ## delete runs, the exported Space and caches, but not the environment
-	rm -rf runs space data/cache
+clean: ## delete runs, exported Spaces and caches, but not the environment
+	rm -rf runs space static_space data/cache
