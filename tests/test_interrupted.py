@@ -120,11 +120,12 @@ def test_atomic_write_replaces_a_file_completely_or_not_at_all(tmp_path):
     assert file.read_bytes() == b"one"
 
 
-def test_resuming_a_finished_run_changes_nothing(trained, copy):
+def test_resuming_a_finished_run_changes_nothing(trained, copy, capsys):
     before = (copy / LAST).read_bytes()
     for ckpt_path in ("last", "auto"):
         resumed = fit(tiny(copy), ckpt_path=ckpt_path)
         assert equal(resumed.state_dict(), trained[1].state_dict())
+        assert "last.ckpt is of the last epoch. There is nothing left" in capsys.readouterr().out
     assert (copy / LAST).read_bytes() == before and metrics_rows(copy) == metrics_rows(trained[0])
 
 

@@ -117,6 +117,8 @@ def run_trainer(module: OneCycleModule, data: pl.LightningDataModule) -> None:
     checkpoint = folder / run_folder.LAST
     ckpt_path = checkpoint if checkpoint.exists() else None
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    if not metrics.rows:
+        print(f"{checkpoint} is of the last epoch. There is nothing left to train.")
 
 
 def load_average(module: OneCycleModule, checkpoint: Path) -> OneCycleModule:
