@@ -127,7 +127,8 @@ class PretrainDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        return self._loader(self.train_data, sampler=sampler, drop_last=True)
+        drop_last = len(sampler) >= self.config.batch_size
+        return self._loader(self.train_data, sampler=sampler, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_data)
