@@ -94,8 +94,7 @@ def test_anchors_move_with_the_weights_and_are_not_averaged():
     detector = YOLOv3Module(config)
     ema.setup(None, detector, "fit")
     own = torch.rand(3, 3, 2)
-    state = {"classes": ["a", "b"], "anchors": own.tolist(), "metadata": {}}
-    detector.on_load_checkpoint(state)
+    detector.on_load_checkpoint({"anchors": own.tolist(), "metadata": {}})
     ema._swap_models(detector)
     assert torch.equal(detector.model.anchors, own)
 

@@ -169,7 +169,7 @@ class MosaicDataset(RecordDataset):
         scale = np.exp(random.uniform(*np.log(scales)))
         aspect = np.exp(random.uniform(-0.2, 0.2))
         scale = np.array([scale * aspect, scale / aspect])
-        free = np.subtract(region[2:], region[:2]) - image.shape[1::-1] * scale
+        free = np.subtract(region[2:], region[:2]) - image.shape[1::-1] * scale  # < 0: is cropped
         position = random.random(2)  # fraction of the free space to the left and above
         if corner:
             position = np.where(free > 0, corner, position)

@@ -103,9 +103,11 @@ def complete_iou_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     """
     boxes = cxcywh_to_xyxy(predictions)  # [N, 4]
     target_boxes = cxcywh_to_xyxy(targets)  # [N, 4]
-    larger = torch.maximum(boxes, target_boxes)
-    smaller = torch.minimum(boxes, target_boxes)
 
+    # Of each coordinate. The intersection begins at the larger left and top and ends at the smaller
+    # right and bottom; the enclosing box begins at the smaller and ends at the larger ones.
+    larger = torch.maximum(boxes, target_boxes)  # [N, 4]
+    smaller = torch.minimum(boxes, target_boxes)  # [N, 4]
     intersection = (smaller[:, 2:] - larger[:, :2]).clamp(min=0).prod(dim=1)
     union = predictions[:, 2:].prod(dim=1) + targets[:, 2:].prod(dim=1) - intersection
     iou = intersection / (union + EPSILON)
