@@ -172,6 +172,7 @@ def test_files_that_are_no_images(page, tmp_path):
 def test_the_page_describes_the_model_fits_a_phone_and_requests_nothing_else(page):
     for text in ("nothing is uploaded", "NASA", "aeroplane", "PASCAL VOC", "3.9 million", "Code"):
         assert text in page.text("body")
+    assert page.js("[...document.links].some((a) => a.href.endsWith('/model.onnx'))")
     page.resize(360)
     assert page.js("document.documentElement.scrollWidth") <= 360
     page.reset_size()

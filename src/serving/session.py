@@ -186,7 +186,7 @@ def credits_html(samples: str | Path) -> str:
 
 def _link(text: str, address: str) -> str:
     """Return an HTML link, or only the text if the address is none, such as "(none named)"."""
-    if not address.startswith(("https://", "http://", "#")):
+    if not address.startswith(("https://", "http://", "./", "#")):
         return html.escape(text)
     href = html.escape(address, quote=True)
     target = "" if address.startswith("#") else ' target="_blank" rel="noopener"'

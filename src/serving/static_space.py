@@ -19,6 +19,7 @@ from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, MIN_SCORE, Predicto
 from src.serving.session import BRIGHT_AREAS, credits_html, model_facts_html
 from src.serving.space import replace_export, write_samples
 
+MODEL = "./model.onnx"
 PACKAGE = "onnxruntime-web@1.30.0"  # npm's name
 CDN = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/dist/"
 RUNTIME = (  # files of PACKAGE/dist; a browser refuses one with another SHA-384
@@ -62,7 +63,7 @@ def export_static_space(
 ) -> Path:
     """Write a static Space into `folder` and return its path. An older export is replaced.
 
-    samples: see `write_samples`. links: text -> address.
+    samples: see `write_samples`. links: text -> address; "Model" is by default the file itself.
     vendor: copy onnxruntime-web into the folder, for use without internet. The default loads it
         from a content delivery network (cdn.jsdelivr.net).
     Raises FileExistsError and ValueError, see `replace_export` and `write_samples`, and with
@@ -87,7 +88,7 @@ def export_static_space(
             "layers": list(LAYERS.items()),
             "samples": sorted(p.name for p in files if p.suffix.lower() in IMAGE_SUFFIXES),
             "credits_html": credits_html(new / "samples"),
-            "about_html": model_facts_html(Predictor(model), links or {}),
+            "about_html": model_facts_html(Predictor(model), {"Model": MODEL} | (links or {})),
             "downloads": [
                 {"url": "model.onnx", "bytes": bytes_of_model, "integrity": ""},
                 *({"url": address + part["file"]} | part for part in RUNTIME),
