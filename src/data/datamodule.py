@@ -36,7 +36,7 @@ class ValDataset(RecordDataset):
         placement = letterbox_placement(width, height, size)
         boxes = record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)  # [n, 4]
         boxes = np.clip(boxes, 0, size).astype(np.float32)
-        sample = to_sample(np.array(image), boxes, record.labels)
+        sample = to_sample(image, boxes, record.labels)
         return *sample, torch.from_numpy(record.difficult)
 
 
