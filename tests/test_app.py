@@ -10,7 +10,7 @@ from PIL import Image
 
 from src.config import REPOSITORY
 from src.serving import drawing
-from src.serving.app import build_app, model_card, on_row_select, on_threshold_change
+from src.serving.app import build_app, on_row_select, on_threshold_change
 from src.serving.drawing import class_colours, draw_detections, draw_heatmap, place_label
 from src.serving.gradcam import LAYERS, METHODS, explain
 from src.serving.images import resize_long_side
@@ -18,6 +18,7 @@ from src.serving.predictor import Detections, Predictor
 from src.serving.session import (
     analyze_image,
     credits_html,
+    model_card,
     model_facts_html,
     render_detections,
     render_heatmap,

@@ -74,10 +74,7 @@ def plot_lr_finder(result: LRFinderResult) -> Figure:
 
 @with_style
 def plot_training_curves(path: str | Path, config: Config) -> Figure:
-    """Plot a finished or running training from its metrics.csv: all loss terms that it has.
-
-    config: settings of the run, for the course targets and the epoch in which mosaics end.
-    """
+    """Plot a training from its metrics.csv: all loss terms that it has, lr, accuracies, mAP."""
     rows = np.genfromtxt(path, delimiter=",", names=True, deletechars="")
     epochs = (rows["step"] + 1) * (rows["epoch"][-1] + 1) / (rows["step"][-1] + 1)
     columns = [name for name in rows.dtype.names if name not in ("epoch", "step")]
@@ -98,8 +95,8 @@ def plot_training_curves(path: str | Path, config: Config) -> Figure:
         line = "--" if name.startswith("train/") else ":" if name.endswith("@0.5") else "-"
         style = {"color": TRAIN if line == "--" else VAL, "marker": "" if name == "lr" else "."}
         threshold = name.partition("@")[2]
-        loss_label = "training (mosaics)" if line == "--" else "validation"
-        label = f"threshold {threshold}" if threshold else loss_label
+        split = "training (mosaics)" if line == "--" else "validation"
+        label = f"threshold {threshold}" if threshold else split
         axis.plot(epochs[filled], rows[name][filled], line, label=label, **style)
     for key, target in course_targets(config).items():
         axis = axes[f"accuracy/{key}"]

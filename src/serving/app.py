@@ -1,7 +1,4 @@
-"""The Gradio app: upload an image, see its detections and their heatmaps.
-
-python -m src.serving.app [WEIGHTS]
-"""
+"""The Gradio app, `python -m src.serving.app [WEIGHTS]`: detections of an image and heatmaps."""
 
 import argparse
 import html
@@ -23,6 +20,7 @@ from src.serving.session import (
     ImageSession,
     analyze_image,
     credits_html,
+    model_card,
     model_facts_html,
     render_detections,
     render_heatmap,
@@ -93,14 +91,6 @@ def build_app(
         gr.api(_endpoint(predictor), api_name="detect", **SERIALIZED)
     page.launch = partial(page.launch, **LAUNCH_OPTIONS)
     return page.queue(max_size=200, api_open=False)  # every request goes through the queue
-
-
-def model_card(source: str | Path) -> tuple[str, str]:
-    """Return the address of the weights in `source` and their card, each "" if there is none."""
-    card = Path(source, "README.md")
-    if source and card.exists():
-        return "#card", card.read_text(encoding="utf-8").partition("\n---\n")[2]
-    return f"https://huggingface.co/{source}" if source and not Path(source).exists() else "", ""
 
 
 def _image_column(samples: str | Path) -> gr.Image:

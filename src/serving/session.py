@@ -141,6 +141,14 @@ def render_heatmap(
     return drawn, html.escape(result.message) or BRIGHT_AREAS
 
 
+def model_card(source: str | Path) -> tuple[str, str]:
+    """Return the address of the weights in `source` and their card, each "" if there is none."""
+    card = Path(source, "README.md")
+    if source and card.exists():
+        return "#card", card.read_text(encoding="utf-8").partition("\n---\n")[2]
+    return f"https://huggingface.co/{source}" if source and not Path(source).exists() else "", ""
+
+
 def model_facts_html(predictor: Predictor, links: dict[str, str]) -> str:
     """List the model's classes, metadata, metrics and links (text -> address)."""
     classes = predictor.classes

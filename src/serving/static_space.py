@@ -73,31 +73,35 @@ def export_static_space(
         shutil.copytree(Path(__file__).parent / "static", new, dirs_exist_ok=True)
         write_samples(samples, new / "samples")
         bytes_of_model = export_onnx(model, new / "model.onnx").stat().st_size
-        files = (new / "samples").iterdir()
-        address = "runtime/" if vendor else CDN
         if vendor:
             copy_runtime(new / "runtime")
-        facts = model_facts(model) | {
-            "title": title,
-            "colours": class_colours(len(model.classes)),
-            "heatmap_colours": heatmap_colours(),
-            "confidence": CONFIDENCE,
-            "iou_threshold": IOU_THRESHOLD,
-            "min_score": MIN_SCORE,
-            "bright_areas": BRIGHT_AREAS,
-            "layers": list(LAYERS.items()),
-            "samples": sorted(p.name for p in files if p.suffix.lower() in IMAGE_SUFFIXES),
-            "credits_html": credits_html(new / "samples"),
-            "about_html": model_facts_html(Predictor(model), {"Model": MODEL} | (links or {})),
-            "downloads": [
-                {"url": "model.onnx", "bytes": bytes_of_model, "integrity": ""},
-                *({"url": address + part["file"]} | part for part in RUNTIME),
-            ],
-        }
+        facts = page_facts(model, new / "samples", {"Model": MODEL} | (links or {}), title)
+        address = "runtime/" if vendor else CDN
+        facts["downloads"] = [
+            {"url": MODEL, "bytes": bytes_of_model, "integrity": ""},
+            *({"url": address + part["file"]} | part for part in RUNTIME),
+        ]
         (new / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         readme = README.format(title=json.dumps(title, ensure_ascii=False))
         (new / "README.md").write_text(readme, encoding="utf-8")
     return Path(folder)
+
+
+def page_facts(model: YOLOv3, samples: Path, links: dict[str, str], title: str) -> dict:
+    """Return what the page needs to know: of the model, the thresholds, the texts and samples."""
+    return model_facts(model) | {
+        "title": title,
+        "colours": class_colours(len(model.classes)),
+        "heatmap_colours": heatmap_colours(),
+        "confidence": CONFIDENCE,
+        "iou_threshold": IOU_THRESHOLD,
+        "min_score": MIN_SCORE,
+        "bright_areas": BRIGHT_AREAS,
+        "layers": list(LAYERS.items()),
+        "samples": sorted(p.name for p in samples.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES),
+        "credits_html": credits_html(samples),
+        "about_html": model_facts_html(Predictor(model), links),
+    }
 
 
 def heatmap_colours() -> list[list[int]]:
