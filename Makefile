@@ -17,10 +17,10 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(BIN) -m pip install --quiet --progress-bar on -r requirements-dev.txt
 	@touch $@
 
-run: $(VENV)/installed ## train on the synthetic data set and print the results: RUNMINUTES minutes on 2 CPU cores
+run: $(VENV)/installed ## train on the synthetic data set and print the results: 4 minutes on 2 CPU cores
 	$(BIN) -m tools.notebook run s13_assignment.ipynb runs/shapes/s13_assignment.ipynb
 
-multi: $(VENV)/installed ## compare training at one and at several resolutions: MULTI_MINUTES minutes on 2 CPU cores
+multi: $(VENV)/installed ## compare training at one and at several resolutions: 10 minutes on 2 CPU cores
 	$(BIN) -m tools.notebook run multi_scale_s13_assignment.ipynb runs/shapes-multi/multi_scale_s13_assignment.ipynb
 
 app: $(VENV)/installed ## serve the app with the shipped weights on localhost
