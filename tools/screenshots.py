@@ -1,4 +1,4 @@
-"""Take the README's screenshots of the app: python -m tools.screenshots SPACE [--sample 4]
+"""Take the README's screenshots of the app: python -m tools.screenshots SPACE [--sample 11]
 
 Serves an exported Space, clicks a sample, and writes images/app_desktop.png and app_phone.png.
 """
@@ -22,7 +22,7 @@ def main() -> None:
     )
     parser.add_argument("space", type=Path, help="folder of an exported Space")
     parser.add_argument(
-        "--sample", type=int, default=4, help="number of the sample image that is shown"
+        "--sample", type=int, default=11, help="number of the sample image that is shown"
     )
     arguments = parser.parse_args()
     space, sample = arguments.space, arguments.sample
