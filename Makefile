@@ -33,7 +33,7 @@ lint: $(VENV)/installed ## check format and style
 	$(BIN) -m ruff format --check src tests benchmarks tools
 	$(BIN) -m ruff check src tests benchmarks tools *.ipynb
 
-images: $(VENV)/installed ## update the README's images from the last runs (app screenshots need Chromium)
+images: $(VENV)/installed ## update the README's images from the last runs (screenshots need Chromium and npm)
 	$(BIN) -m tools.notebook images
 	$(if $(wildcard space/app.py),$(BIN) -m tools.screenshots space)
 

@@ -1,12 +1,22 @@
 """Take the README's screenshots of the app: python -m tools.screenshots SPACE [--sample 11]
 
-Serves an exported Space, clicks a sample, and writes images/app_desktop.png and app_phone.png.
+Serves an exported Space, clicks a sample, and writes images/app_desktop.png and app_phone.png;
+then the static Space of the same weights (needs npm), and writes images/static_desktop.png.
 """
 
 import argparse
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
 
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from src.serving.predictor import Predictor
+from src.serving.static_space import export_static_space
 from tests.visitor import CHROMIUM, DRIVER, Visitor, browser, serving
 
 ROOT = Path(__file__).parents[1]
@@ -14,6 +24,8 @@ SIZES = {
     "desktop": (1280, 1290, 1),
     "phone": (390, 1240, 1.25),
 }  # width and least height in CSS pixels, density; down to the heatmap
+
+DESKTOP = {"width": 1280, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
 
 
 def main() -> None:
@@ -50,9 +62,33 @@ def main() -> None:
             heatmap = visitor.all("#heatmap")[0]
             bottom = visitor.script("return arguments[0].getBoundingClientRect().bottom", heatmap)
             visitor.resize(width, max(height, round(bottom) + 16), density)
-            path = ROOT / "images" / f"app_{name}.png"
-            driver.save_screenshot(str(path))
-            print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
+            save(driver, f"app_{name}.png")
+        shoot_static_space(driver, space, sample)
+
+
+def shoot_static_space(driver, space: Path, sample: int) -> None:
+    """Export the weights and samples of a Gradio Space as a static one, and take its picture."""
+    with TemporaryDirectory() as folder:
+        model, samples = Predictor.load(space / "weights").model, (space / "samples").glob("*.jpg")
+        static = export_static_space(model, Path(folder, "static"), sorted(samples), vendor=True)
+        handler = partial(SimpleHTTPRequestHandler, directory=static)
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            driver.get(f"http://127.0.0.1:{server.server_port}/")
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", DESKTOP)
+            wait = WebDriverWait(driver, 60)
+            wait.until(lambda page: page.execute_script("return $('loading').hidden"))
+            driver.find_elements(By.CSS_SELECTOR, "#samples button")[sample - 1].click()
+            wait.until(lambda page: page.execute_script("return Boolean(current?.heatmap)"))
+            save(driver, "static_desktop.png")
+            server.shutdown()
+
+
+def save(driver, name: str) -> None:
+    """Write what the browser shows to images/."""
+    path = ROOT / "images" / name
+    driver.save_screenshot(str(path))
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
