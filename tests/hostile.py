@@ -128,7 +128,10 @@ def cases(kinds: str, pattern: str, method: str, *arguments: tuple) -> list[tupl
 
 
 def not_images() -> list[tuple]:
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">%s</svg>'
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink">%s</svg>'
+    )
     entity = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
     files = {
         "empty.png": b"",
