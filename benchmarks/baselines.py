@@ -1,7 +1,8 @@
 """Baselines: the simplest way to write each job, one image, box and cell at a time.
 
 They loop over the same things as the course's code
-(https://github.com/aladdinpersson/Machine-Learning-Collection, YOLOv3) and return the same results as `src`, so that their times can be compared.
+(https://github.com/aladdinpersson/Machine-Learning-Collection, YOLOv3) and return the same
+results as `src`, so that their times can be compared.
 """
 
 import os

@@ -29,6 +29,8 @@ SMALL = {
 }
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|content|kaggle/working)/|[A-Z]:\\\\")
 WARNING = re.compile(r"Warning:|\bWARNING\b|Traceback")
+NAMES = ("LICENSES.txt", "cow.jpg", "dog.jpg", "horses.jpg", "mariachi.jpg")
+SAMPLES = [f"weights/samples/{name}" for name in NAMES]  # those that the notebooks name
 books = pytest.mark.parametrize("name", notebook.NOTEBOOKS)
 
 
@@ -60,7 +62,9 @@ def check_outputs(book) -> str:
     ],
 )
 def test_notebook_runs_and_writes_its_files(name, settings, text, files, tmp_path):
-    for part in ("src", "tools", "weights", "images", "requirements.txt"):
+    (tmp_path / "weights/samples").mkdir(parents=True)
+    weights = (path.relative_to(ROOT) for path in (ROOT / "weights").glob("[!s]*"))
+    for part in ("src", "tools", "images", "requirements.txt", *weights, *SAMPLES):
         (tmp_path / part).symlink_to(ROOT / part)
     source = tmp_path / f"copy of {name}"  # a link would run in the repository
     source.write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
