@@ -124,6 +124,6 @@ def copy_runtime(folder: Path) -> None:
         command = ["npm", "pack", PACKAGE, "--prefer-offline", "--silent", "--pack-destination"]
         subprocess.run([*command, scratch], check=True, stdout=subprocess.DEVNULL)
         (archive,) = Path(scratch).glob("*.tgz")
-        shutil.unpack_archive(archive, scratch)
+        shutil.unpack_archive(archive, scratch, filter="data")
         for part in RUNTIME:
             shutil.copy(Path(scratch, "package/dist", part["file"]), folder)
