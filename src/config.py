@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from src.model.network import ANCHORS
@@ -64,7 +63,7 @@ def setting(default, **metadata):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of one run, written as JSON into its folder; `Config.load` reads them back."""
 
@@ -130,11 +129,8 @@ class Config:
     run_dir: str = setting("runs/voc", resumable=True)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = _as_saved(getattr(self, field.name))
-            if field.type == tuple[str, ...] and isinstance(value, str):  # ("mask") without a comma
-                value = (value,)
-            object.__setattr__(self, field.name, value)
+        for name in self.names():
+            object.__setattr__(self, name, to_tuple(getattr(self, name)))
         self._validate()
 
     def _validate(self) -> None:
@@ -171,33 +167,15 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     def save(self, path: str | Path) -> None:
-        """Write the settings as JSON, atomically."""
-        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """Write the settings as JSON, paths as text, atomically."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, default=str) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(Path(path), lambda file: file.write(text), "w", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Config":
-        """Read settings written by `save`. Raises ValueError that names file and field."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a JSON file of settings: {error}.") from None
-        if unknown := set(values) - set(cls.names()):
-            raise ValueError(
-                f"{path}: unknown settings {sorted(unknown)}. "
-                "Remove them, or use the version that wrote the file."
-            )
-        return cls(**values)
-
-    @property
-    def pretrained_path(self) -> str:
-        """`pretrained_weights`, or its absolute path if only the repository's folder has it."""
-        shipped = REPOSITORY / self.pretrained_weights
-        is_local = Path(self.pretrained_weights).exists()
-        if self.pretrained_weights and shipped.exists() and not is_local:
-            return str(shipped)
-        return self.pretrained_weights
+        """Read settings written by `save`."""
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
     @property
     def canvas_size(self) -> int:
@@ -210,11 +188,9 @@ class Config:
         return self.epochs - min(self.close_mosaic_epochs, self.epochs // 2)
 
 
-def _as_saved(value):
-    """Convert lists and ranges, also nested, to tuples, and paths to strings."""
-    if isinstance(value, list | tuple | range):
-        return tuple(map(_as_saved, value))
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def to_tuple(value):
+    """Convert lists and ranges, also nested, to tuples: JSON has lists only."""
+    return tuple(map(to_tuple, value)) if isinstance(value, list | tuple | range) else value
 
 
 PRESETS = {

@@ -1,4 +1,4 @@
-"""Prediction from the command line and from Python; the preset for small data sets."""
+"""Prediction from the command line and from Python."""
 
 import json
 import sys
@@ -6,18 +6,14 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from src.config import PRESETS, REPOSITORY
 from src.serving import predict as cli
 from src.serving.drawing import draw_detections, draw_explanation
 from src.serving.gradcam import explain
 from src.serving.images import load_image
 from src.serving.predict import predict
 from src.serving.predictor import Detections, Predictor
-from src.training.module import build_model
 from tests.planted import CLASSES, blurred_noise, planted_model
 
 
@@ -127,20 +123,9 @@ def test_errors_say_what_to_do(photos, run_command, tmp_path):
         (tmp_path / "empty",): "empty does not exist or has no images. Supported files: ",
         (tmp_path / "broken.mp4",): "broken.mp4 can't be read as a video",
         (photos, "--confidence", 2): "confidence and iou_threshold must be in 0..1",
-        (photos, "--weights", tmp_path / "empty"): "model.safetensors is missing",
+        (photos, "--weights", tmp_path / "empty"): "is not a folder with model.safetensors",
         (photos, "--save", photos): "contains the source",
         (photos / "a.png", "--save", photos): "contains the source",
     }.items():
         assert message in run_command(*arguments)
     assert {path: path.read_bytes() for path in photos.iterdir()} == before
-
-
-def test_small_preset_starts_from_the_shipped_detector_in_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = PRESETS["small"]
-    model = build_model(config.replace(classes=("mask", "no mask")))
-    weights = load_file(REPOSITORY / "weights/model.safetensors")
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(value, weights[f"backbone.{name}"].to(value.dtype)), name
-    config.save(tmp_path / "config.json")
-    assert str(REPOSITORY) not in (tmp_path / "config.json").read_text()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 from src.model.network import ConvBlock, YOLOv3
 from src.model.pretrained import transfer_weights
@@ -32,17 +33,14 @@ def load_darknet(model: YOLOv3, path: str | Path) -> str:
         layers[HEADER + 4 * sum(map(torch.numel, tensors))] = tensors
     size = Path(path).stat().st_size
     if size not in layers:
-        whole, backbone = layers
         raise ValueError(
-            f"{path} has {size:,} bytes. At width {model.width:g}, yolov3.weights has {whole:,} "
-            f"and darknet53.conv.74 {backbone:,}. Download it again, or use one of these files. "
-            "Published weights fit width 1 only."
+            f"{path} has {size:,} bytes. At width {model.width:g}, yolov3.weights has "
+            f"{max(layers):,} and darknet53.conv.74 {min(layers):,}. Download it again, or use one "
+            "of these files. Published weights fit width 1 only."
         )
 
     values = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=HEADER))
-    parts = values.split([tensor.numel() for tensor in layers[size]])
-    for tensor, part in zip(layers[size], parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+    vector_to_parameters(values, layers[size])
     if size == min(layers):
         model.backbone.load_state_dict(source.backbone.state_dict())
         return "the backbone"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -93,11 +92,9 @@ class Darknet53(nn.Module):
             self.stages.append(nn.Sequential(ConvBlock(before, after, 3, stride=2), *residuals))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images)
-        features = []
+        features = [self.stem(images)]
         for stage in self.stages:
-            x = stage(x)
-            features.append(x)
+            features.append(stage(features[-1]))
         return features[::-1][: len(self.channels)]
 
 
@@ -168,8 +165,6 @@ class YOLOv3(
         metadata: dict | None = None,
     ):
         super().__init__()
-        if classes and len(classes) != num_classes:
-            raise ValueError(f"YOLOv3: {num_classes} classes, but {len(classes)} names of classes")
         self.classes = list(classes or map("class {}".format, range(num_classes)))
         self.width = width
         self.image_size = image_size
@@ -225,8 +220,7 @@ class YOLOv3(
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         """Return the README.md that `save_pretrained` and `push_to_hub` write if there is none."""
-        facts = format_metadata(self.metadata)
-        return super().generate_model_card(model=self, facts=facts)
+        return super().generate_model_card(model=self, facts=format_metadata(self.metadata))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config.json and the weights, for `save_pretrained` and `push_to_hub`."""
@@ -239,39 +233,26 @@ class YOLOv3(
             "metadata": self.metadata,
         }
         write_weights(self.state_dict(), save_directory / WEIGHTS)
-        text = json.dumps(settings, indent=1) + "\n"
-        (save_directory / CONFIG).write_text(text, encoding="utf-8")
+        (save_directory / CONFIG).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "YOLOv3":
         """Load a folder written by `save_pretrained`, or a model of the Hub by its id.
 
-        Reads safetensors only, never a pickle. Raises FileNotFoundError if there is neither,
-        ValueError if the weights don't fit.
+        Reads safetensors only, never a pickle. Raises FileNotFoundError if there is neither.
         """
         folder = Path(source)
-        if not folder.is_dir():
+        if not (folder / WEIGHTS).exists():
             try:
                 folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG]))
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
-                    f"{source} is not a folder here, and can't be loaded from the Hub. Give a "
-                    "folder written by YOLOv3.save_pretrained, or the id of a model (owner/name). "
-                    f"{error}"
+                    f"{source} is not a folder with {WEIGHTS}, and can't be loaded from the Hub. "
+                    "Give a folder written by YOLOv3.save_pretrained, or the id of a model "
+                    f"(owner/name). {error}"
                 ) from None
-        path = folder / WEIGHTS
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing. Give a folder written by YOLOv3.save_pretrained."
-            )
         model = cls(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        try:
-            model.load_state_dict(load_file(path))
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} does not fit a YOLOv3 of {len(model.classes)} classes at "
-                f"width {model.width:g}, as in {CONFIG} beside it. {error}"
-            ) from None
+        model.load_state_dict(load_file(folder / WEIGHTS))
         return model.eval()
 
 

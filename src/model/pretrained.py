@@ -2,11 +2,9 @@
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -15,12 +13,9 @@ CONFIG = "config.json"
 
 
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; an interrupted call leaves no partial file."""
-    part = path.with_name(path.name + ".part")
-    weights = {name: value.contiguous() for name, value in weights.items()}
-    save_file(weights, part, metadata={"format": "pt"})
-    part.chmod(0o644)  # safetensors makes it private to the owner
-    os.replace(part, path)
+    """Write a safetensors file that everybody may read; safetensors keeps it private."""
+    save_file({name: value.contiguous() for name, value in weights.items()}, path, {"format": "pt"})
+    path.chmod(0o644)
 
 
 def save_backbone(backbone: nn.Module, folder: str | Path, width: float, metadata: dict) -> None:
@@ -28,8 +23,7 @@ def save_backbone(backbone: nn.Module, folder: str | Path, width: float, metadat
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(copy.deepcopy(backbone).half().state_dict(), folder / BACKBONE)
-    config = {"architecture": "Darknet-53", "width": width, "metadata": metadata}
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps({"width": width, "metadata": metadata}, indent=1))
 
 
 def format_metadata(metadata: dict) -> dict:
@@ -42,19 +36,15 @@ def format_metadata(metadata: dict) -> dict:
 def load_backbone(model: nn.Module, folder: str | Path) -> str:
     """Copy a pretrained backbone into a `YOLOv3` of the same width. Returns what was copied.
 
-    Raises ValueError if the widths differ or the file is damaged.
+    Raises ValueError if the widths differ.
     """
-    path = Path(folder) / BACKBONE
     width = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["width"]
     if width != model.width:
         raise ValueError(
-            f"{path} is a backbone of width {width:g}, but the network has width {model.width:g}. "
-            f"Set Config.width={width:g}, or pretrain at width {model.width:g}."
+            f"The backbone in {folder} has width {width:g}, but the network has width "
+            f"{model.width:g}. Set Config.width={width:g}, or pretrain at width {model.width:g}."
         )
-    try:
-        model.backbone.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a backbone of width {width:g}: {error}") from None
+    model.backbone.load_state_dict(load_file(Path(folder) / BACKBONE))
     return "the backbone"
 
 
@@ -63,17 +53,12 @@ def transfer_weights(model: nn.Module, source: nn.Module) -> str:
     """Copy a trained `YOLOv3` into one of other classes. Returns what was copied.
 
     Class logits are copied for the classes that both know; the others keep their initial weights.
-    Anchors keep the source's pixels. Raises ValueError if widths or numbers of anchors differ.
+    Anchors keep the source's pixels. Raises ValueError if the widths differ.
     """
     if source.width != model.width:
         raise ValueError(
             f"The pretrained weights have width {source.width:g}, but the network has width "
             f"{model.width:g}. Set Config.width={source.width:g}."
-        )
-    if source.anchors.shape != model.anchors.shape:
-        raise ValueError(
-            f"The pretrained weights have anchors {list(source.anchors.shape)}, but the network "
-            f"has {list(model.anchors.shape)} (scales, anchors, 2). Leave out Config.anchors."
         )
     weights = {name: v for name, v in source.state_dict().items() if ".predict." not in name}
     model.load_state_dict(weights, strict=False)

@@ -37,7 +37,7 @@ def build_model(config: Config) -> YOLOv3:
         anchors=config.anchors,
         image_size=config.image_size,
     )
-    source = config.pretrained_path
+    source = config.pretrained_weights
     if not source:
         return model
     if Path(source).is_file():
