@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from src.config import SHAPE_CLASSES, Config
-from src.training.callbacks import StopIfNotFinite
+from src.training.callbacks import Progress
 
 
 def tiny(folder: Path, **changes) -> Config:
@@ -53,4 +53,4 @@ def fail_in(monkeypatch, epoch: int):
         if trainer.current_epoch == epoch and batch_idx == 2:
             raise ConnectionError("machine lost")
 
-    monkeypatch.setattr(StopIfNotFinite, "on_train_batch_end", crash)
+    monkeypatch.setattr(Progress, "on_train_batch_end", crash)

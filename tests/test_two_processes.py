@@ -1,9 +1,8 @@
-"""Training in two processes on the CPU, started from a notebook and from a script."""
+"""Training in two processes on the CPU."""
 
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from src.training.run_folder import LAST, find_checkpoint
 from tests.forking import MODULES
 from tests.runs import epoch_rows, equal, metrics_rows, tiny
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = tiny(
     Path("run"),
     shapes_train=8,
@@ -33,14 +31,6 @@ CONFIG = tiny(
     batch_size=2,
     devices=2,
 )
-SCRIPT = """\
-import sys
-from src.training import fit as fitting
-from tests.test_two_processes import CONFIG, LoggedModule
-
-fitting.YOLOv3Module = LoggedModule
-fitting.fit(CONFIG.replace(run_dir=sys.argv[1]), ckpt_path="last")
-"""
 
 
 class LoggedModule(YOLOv3Module):
@@ -88,29 +78,31 @@ def events(folder: Path, kind: str, rank: int) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory):
-    """The run folder and the detector of a run from a notebook.
-
-    Its processes are forked from a server that has imported everything, instead of spawned.
-    """
-    run = tmp_path_factory.mktemp("notebook")
+def two_processes():
+    """Let `fit` fork its processes from a server that has imported everything: spawn is slower."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(MODULES)
     fork = partial(torch.multiprocessing.start_processes, start_method="forkserver")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         patch.setattr(torch.multiprocessing, "spawn", fork)
-        patch.setattr(sys, "ps1", ">>> ", raising=False)
         patch.setattr(fitting, "YOLOv3Module", LoggedModule)
-        yield run, fit(CONFIG.replace(run_dir=str(run)))
+        yield patch
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory, notebook):
-    """The same run, stopped by a loss that is not finite, and resumed by a script."""
-    run = tmp_path_factory.mktemp("script")
+def whole(tmp_path_factory, two_processes):
+    """The run folder and the detector of a run."""
+    run = tmp_path_factory.mktemp("whole")
+    return run, fit(CONFIG.replace(run_dir=str(run)))
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, two_processes):
+    """The same run, stopped by a loss that is not finite, and resumed."""
+    run = tmp_path_factory.mktemp("resumed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "YOLOv3Module", NaNModule)
-        with pytest.raises(ProcessRaisedException, match="The loss is not finite at step 4"):
+        with pytest.raises(ProcessRaisedException, match="loss is not finite in epoch 2"):
             fit(CONFIG.replace(run_dir=str(run)))
     checkpoint = torch.load(find_checkpoint(run, "last"), weights_only=True)
     assert checkpoint["epoch"] == 0
@@ -118,17 +110,10 @@ def script(tmp_path_factory, notebook):
     pids = [pid for rank in (0, 1) for (pid,) in events(run, "started", rank)]
     assert [Path(f"/proc/{pid}").exists() for pid in pids] == [False, False]
     (run / "events").unlink()
-    (run / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(run / "script.py"), str(run)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines if line[:1] in (["epoch"], ["2"])] == ["epoch", "2"]
-    return run, load_detector(run, "last")
+    return run, fit(CONFIG.replace(run_dir=str(run)), ckpt_path="last")
 
 
-@pytest.mark.parametrize(("run", "steps"), [("notebook", range(4)), ("script", range(2, 4))])
+@pytest.mark.parametrize(("run", "steps"), [("whole", range(4)), ("resumed", range(2, 4))])
 def test_two_processes_give_the_results_of_one(request, run, steps):
     """Each validation image counts once, although one process has three and the other two.
 
@@ -151,8 +136,8 @@ def test_two_processes_give_the_results_of_one(request, run, steps):
     assert not events(folder, "wrote", 1)
 
 
-def test_a_stopped_run_that_a_script_resumes_has_the_same_result(notebook, script):
-    assert equal(notebook[1].state_dict(), script[1].state_dict())
-    rows = metrics_rows(notebook[0])
-    assert rows == metrics_rows(script[0]) and len(rows) == 3  # one of the learning rate
-    assert script[1].model.metadata["epochs"] == "2 of 2"
+def test_a_stopped_and_resumed_run_has_the_same_result(whole, resumed):
+    assert equal(whole[1].state_dict(), resumed[1].state_dict())
+    rows = metrics_rows(whole[0])
+    assert rows == metrics_rows(resumed[0]) and len(rows) == 3  # one of the learning rate
+    assert resumed[1].model.metadata["epochs"] == "2 of 2"

@@ -1,10 +1,8 @@
 """Callbacks of the Trainer: metrics.csv, averaged weights, a stop at a NaN loss, progress."""
 
 import csv
-import math
 import sys
 import time
-from itertools import chain
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,7 +14,6 @@ from tqdm import tqdm
 from src.config import atomic_write
 
 LR_INTERVAL = 10  # steps between two rows of the learning rate
-FINITE_CHECK_INTERVAL = 10  # steps between two checks of the loss: each makes the GPU wait
 
 
 class MetricsCSV(pl.Callback):
@@ -76,40 +73,29 @@ class EMA(WeightAveraging):
 
     @staticmethod
     def _floats(module: pl.LightningModule) -> list[Tensor]:
-        tensors = chain(module.parameters(), module.buffers())
-        return [tensor for tensor in tensors if tensor.is_floating_point()]
+        return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
 class StopIfNotFinite(pl.Callback):
-    """Stop when the loss of any process is NaN or infinite, before a checkpoint is written."""
+    """Stop after an epoch with a validation loss of NaN or infinity, before its checkpoint."""
 
-    def __init__(self):
-        self.finite = None
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        finite = outputs["loss"].isfinite()
-        self.finite = finite if self.finite is None else self.finite & finite
-        if batch_idx % FINITE_CHECK_INTERVAL and not trainer.is_last_batch:
-            return
-        if not trainer.strategy.reduce(self.finite.float(), reduce_op="min"):  # of all processes
+    def on_train_epoch_end(self, trainer, module) -> None:
+        if not trainer.callback_metrics["val/loss"].isfinite():
             raise FloatingPointError(
-                f"The loss is not finite at step {trainer.global_step} "
-                f"(epoch {trainer.current_epoch}). The last valid checkpoint is in "
+                f"The validation loss is not finite in epoch {trainer.current_epoch + 1}: the "
+                "weights are not usable. The checkpoints of the epoch before are in "
                 f"{module.config.run_dir}. Use a lower Config.max_lr, or precision='32-true'."
             )
-        self.finite = None
 
 
 class Progress(pl.Callback):
     """One bar for the whole training with its remaining time, and one line of metrics per epoch.
 
-    The metrics are the module's `progress_columns`. Only the first process prints.
+    The metrics are the module's `progress_metrics`. Only the first process prints.
     """
 
-    def __init__(self):
-        self.bar = tqdm(disable=True)
-
     def on_train_start(self, trainer, module) -> None:
+        self.start = time.monotonic()
         self.bar = tqdm(
             total=trainer.estimated_stepping_batches,
             initial=trainer.global_step,
@@ -120,30 +106,17 @@ class Progress(pl.Callback):
             ncols=90,
             disable=not trainer.is_global_zero,
         )
-        self.start = time.monotonic()
-        self.write_row(module, ("epoch", *module.progress_columns, "minutes"))
 
     def on_train_batch_end(self, trainer, *_) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        cells = [trainer.current_epoch + 1]
-        for name, factor, digits in module.progress_columns.values():
-            value = float(trainer.callback_metrics.get(name, math.nan))
-            cells.append(f"{factor * value:.{digits}f}")
-        self.write_row(module, (*cells, f"{(time.monotonic() - self.start) / 60:.1f}"))
+        cells = [f"epoch {trainer.current_epoch + 1:>2}"]
+        for name, (metric, style) in module.progress_metrics.items():
+            cells.append(f"{name} {trainer.callback_metrics[metric]:{style}}")
+        cells.append(f"{(time.monotonic() - self.start) / 60:.1f} minutes")
+        if trainer.is_global_zero:
+            tqdm.write("  ".join(cells), file=sys.stdout)
 
     def on_train_end(self, *_) -> None:
         self.bar.close()
-
-    def on_exception(self, *_) -> None:
-        self.bar.close()
-
-    def write_row(self, module, cells: tuple) -> None:
-        """Print one cell per column above the bar, right-aligned to its title."""
-        titles = ("epoch", *module.progress_columns, "minutes")
-        row = (
-            f"{cell:>{max(8, len(title) + 2)}}" for title, cell in zip(titles, cells, strict=True)
-        )
-        if not self.bar.disable:
-            tqdm.write("".join(row), file=sys.stdout)

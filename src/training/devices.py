@@ -32,8 +32,8 @@ def resolve_precision(config: Config) -> str:
 def make_trainer(config: Config, **options) -> pl.Trainer:
     """Build a Trainer for this machine and config; it writes and prints nothing.
 
-    With several devices, DDP runs a script again for each; see `fit.train` for notebooks.
-    Buffers are not broadcast at each forward pass: in validation one process can have a batch more.
+    With several devices it runs in one of as many processes, see `fit.train_in_process`. Buffers
+    are not broadcast at each forward pass: in validation one process can have a batch more.
     """
     strategy = "auto"
     if config.devices > 1:

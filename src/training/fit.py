@@ -7,7 +7,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
-from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
@@ -28,12 +27,9 @@ def fit(
 
     Writes config.json, metrics.csv and checkpoints to `config.run_dir`: best.ckpt (highest VOC
     mAP), last.ckpt and previous.ckpt (of the epoch before). No other process can train there.
-    With several devices in a notebook, new processes train and `data` is sent to them, see
-    `train_in_process`.
-    ckpt_path: "last" resumes after the last complete epoch; a path resumes from that checkpoint;
-    "auto" resumes if there is a checkpoint and starts otherwise; None starts. A start deletes the
-    checkpoints and metrics.csv in `run_dir`; a checkpoint of another folder replaces them with the
-    best.ckpt and metrics.csv beside it.
+    With several devices, new processes train and `data` is sent to them, see `train_in_process`.
+    ckpt_path: "last" resumes after the last complete epoch; "auto" resumes if there is a checkpoint
+    and starts otherwise; None starts, and deletes the checkpoints and metrics.csv in `run_dir`.
     Raises ValueError if `data` or the run to resume was made with another config,
     torch.OutOfMemoryError that names the settings to reduce if the GPU's memory is too small.
     """
@@ -50,29 +46,21 @@ def train(
     """Train `module_class(config)` on `data`, see `fit`."""
     folder = Path(config.run_dir)
     with run_folder.run_lock(folder):
-        if rank_zero_only.rank:  # the first process has chosen
-            config = type(config).load(folder / run_folder.CONFIG)
-        else:
-            checkpoint = run_folder.find_checkpoint(folder, ckpt_path)
-            if checkpoint:
-                config = run_folder.config_for_resume(config, checkpoint)
-            elif not config.max_lr:
-                config = config.replace(max_lr=find_lr(config, data).suggestion)
+        checkpoint = run_folder.find_checkpoint(folder, ckpt_path)
+        if checkpoint:
+            config = run_folder.config_for_resume(config, checkpoint)
+        elif not config.max_lr:
+            config = config.replace(max_lr=find_lr(config, data).suggestion)
         module = module_class(config)  # what can't be built raises before anything is deleted
         data.prepare_data()
         data.setup("fit")
-        if not rank_zero_only.rank:
-            run_folder.write_start(config, checkpoint)
-        if config.devices > 1 and hasattr(sys, "ps1"):  # in a notebook
+        run_folder.write_start(config, checkpoint)
+        if config.devices > 1:
             free_trainer(data)
             arguments = (find_free_network_port(), config, data, module_class)
             torch.multiprocessing.spawn(train_in_process, arguments, nprocs=config.devices)
         else:
             run_trainer(module, data)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        if rank_zero_only.rank:
-            sys.exit()  # this process ran the script again only to share the training
     return load_average(module, folder / run_folder.LAST)
 
 
@@ -83,11 +71,12 @@ def train_in_process(
     data: pl.LightningDataModule,
     module_class: type[OneCycleModule],
 ) -> None:
-    """Train in one of several new processes, for notebooks: Lightning can't run them again.
+    """Train in one of several new processes.
 
     Processes are spawned, because a fork of a process that has used the GPU can't use it: the
-    classes of `data` and module must be importable, not defined in the notebook. Only the first
-    process prints. An error ends all processes and is raised with its traceback.
+    classes of `data` and module must be importable, not defined in the notebook, and a script needs
+    `if __name__ == "__main__":`. Only the first process prints. An error ends all processes and is
+    raised with its traceback.
     """
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
     if rank:
@@ -135,8 +124,7 @@ def load_detector(folder: str | Path, which: str = "best") -> YOLOv3Module:
     which: "best" or "last". Raises FileNotFoundError if it is missing, ValueError if it is damaged.
     """
     folder = Path(folder)
-    path = which if which == "last" else folder / f"{which}.ckpt"
-    path = run_folder.find_checkpoint(folder, path)
+    path = run_folder.find_checkpoint(folder, which)
     config = Config.load(folder / run_folder.CONFIG)
     config = config.replace(pretrained_weights="")  # the checkpoint replaces them
     return load_average(YOLOv3Module(config), path)

@@ -87,13 +87,13 @@ class YOLOv3Module(OneCycleModule):
     """
 
     monitor = "val/mAP50"
-    progress_columns = {
-        "loss": ("train/loss", 1, 3),
-        "val loss": ("val/loss", 1, 3),
-        "class %": ("val/accuracy/class", 100, 1),
-        f"no-object@{COURSE_THRESHOLD} %": (f"val/accuracy/no_object@{COURSE_THRESHOLD}", 100, 1),
-        f"object@{COURSE_THRESHOLD} %": (f"val/accuracy/object@{COURSE_THRESHOLD}", 100, 1),
-        "mAP50": ("val/mAP50", 1, 3),
+    progress_metrics = {
+        "loss": ("train/loss", ".3f"),
+        "val loss": ("val/loss", ".3f"),
+        "class": ("val/accuracy/class", ".1%"),
+        f"no-object@{COURSE_THRESHOLD}": (f"val/accuracy/no_object@{COURSE_THRESHOLD}", ".1%"),
+        f"object@{COURSE_THRESHOLD}": (f"val/accuracy/object@{COURSE_THRESHOLD}", ".1%"),
+        "mAP50": ("val/mAP50", ".3f"),
     }
 
     def __init__(self, config: Config):

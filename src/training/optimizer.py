@@ -10,11 +10,11 @@ class OneCycleModule(pl.LightningModule):
     """Base of the modules that `fit.train` trains: optimizer, schedule and gradient clipping.
 
     config: has max_lr, weight_decay, warmup_fraction and gradient_clip_val.
-    Subclasses set `monitor` and `progress_columns`.
+    Subclasses set `monitor` and `progress_metrics`.
     """
 
     monitor = ""  # metric that selects best.ckpt; higher is better
-    progress_columns: dict[str, tuple[str, float, int]] = {}  # title -> metric, factor, digits
+    progress_metrics: dict[str, tuple[str, str]] = {}  # name -> metric, format
 
     def __init__(self, config):
         super().__init__()

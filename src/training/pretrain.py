@@ -145,11 +145,11 @@ class Darknet53Classifier(OneCycleModule):
     """
 
     monitor = "val/top1"
-    progress_columns = {
-        "loss": ("train/loss", 1, 3),
-        "val loss": ("val/loss", 1, 3),
-        "top-1 %": ("val/top1", 100, 1),
-        "top-5 %": ("val/top5", 100, 1),
+    progress_metrics = {
+        "loss": ("train/loss", ".3f"),
+        "val loss": ("val/loss", ".3f"),
+        "top-1": ("val/top1", ".1%"),
+        "top-5": ("val/top5", ".1%"),
     }
 
     def __init__(self, config: PretrainConfig):

@@ -1,6 +1,5 @@
 """The folder of a run: its files, valid checkpoints, the config to resume with, and a lock."""
 
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from pathlib import Path
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_only
 
 from src.config import Config, atomic_write
 
@@ -20,6 +18,7 @@ except ImportError:  # Windows
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 METRICS, CONFIG = "metrics.csv", "config.json"
+CHECKPOINTS = {"best": [BEST], "last": [LAST, PREVIOUS], "auto": [LAST, PREVIOUS]}  # by ckpt_path
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -71,17 +70,16 @@ def find_corruption(path: Path) -> str:
     return ""
 
 
-def find_checkpoint(folder: Path, ckpt_path: str | Path | None) -> Path | None:
-    """Return the path of a valid checkpoint.
+def find_checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
+    """Return the path of a valid checkpoint of a run.
 
-    ckpt_path: "last" or "auto": last.ckpt, or previous.ckpt with a message if last.ckpt is damaged;
-    "auto" returns None if there is no checkpoint. Or a path, or None.
+    ckpt_path: "best"; "last": last.ckpt, or previous.ckpt with a message if last.ckpt is damaged;
+    "auto": the same, or None if there is no checkpoint; None returns None.
     Raises FileNotFoundError if the checkpoint is missing, ValueError if it is damaged.
     """
     if not ckpt_path:
         return None
-    is_name = ckpt_path in ("last", "auto")
-    paths = [folder / LAST, folder / PREVIOUS] if is_name else [Path(ckpt_path)]
+    paths = [folder / name for name in CHECKPOINTS[ckpt_path]]
     found = [path for path in paths if path.exists()]
     for path in found:
         problem = find_corruption(path)
@@ -90,12 +88,12 @@ def find_checkpoint(folder: Path, ckpt_path: str | Path | None) -> Path | None:
         print(f"{path} is damaged: {problem}.")
     if found:
         raise ValueError(
-            f"{path} is damaged: {problem}. Use another checkpoint of the run ({BEST}, {LAST}, "
-            f"{PREVIOUS}; fit takes its path as ckpt_path), or start again without ckpt_path."
+            f"{path} is damaged: {problem}. Start again without ckpt_path; if another checkpoint "
+            f"of {folder} is intact, load_detector can load it."
         )
     if ckpt_path == "auto":
         return None
-    raise FileNotFoundError(f"{paths[0]} is missing. Train first, or give a checkpoint's path.")
+    raise FileNotFoundError(f"{paths[0]} is missing. Train first, or correct the run's folder.")
 
 
 def config_for_resume(config: Config, checkpoint: Path) -> Config:
@@ -115,22 +113,17 @@ def config_for_resume(config: Config, checkpoint: Path) -> Config:
 
 
 def write_start(config: Config, checkpoint: Path | None) -> None:
-    """Prepare `config.run_dir` for training: last.ckpt exists if there is a run to resume.
+    """Prepare `config.run_dir` for training: last.ckpt is the checkpoint to resume, if any.
 
-    Writes config.json. Without a checkpoint, deletes the former run; a checkpoint of another folder
-    replaces it, with the best.ckpt and metrics.csv beside it.
+    Without one, deletes the former run. Writes config.json.
     """
     folder = Path(config.run_dir)
-    if not (checkpoint and checkpoint.parent.samefile(folder)):
+    if checkpoint:
+        checkpoint.replace(folder / LAST)
+    else:
         for name in (BEST, LAST, PREVIOUS, METRICS):
             (folder / name).unlink(missing_ok=True)
-        for name in (BEST, METRICS) if checkpoint else ():
-            if checkpoint.with_name(name).exists():
-                shutil.copyfile(checkpoint.with_name(name), folder / name)
     config.save(folder / CONFIG)
-    if checkpoint and checkpoint != folder / LAST:
-        content = checkpoint.read_bytes()
-        atomic_write(folder / LAST, lambda file: file.write(content))  # now it can be resumed
 
 
 @contextmanager
@@ -138,13 +131,12 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Lock `folder` for this process; the lock ends with the process, even if it is killed.
 
     Uses lockf, not flock: loader processes inherit an flock and outlive a killed trainer for
-    seconds. Only the first of several training processes locks. Raises RuntimeError if another
-    process has the lock.
+    seconds. Raises RuntimeError if another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as file:
         try:
-            if fcntl and not rank_zero_only.rank:
+            if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise RuntimeError(
