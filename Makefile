@@ -41,7 +41,7 @@ space-test: $(VENV)/installed ## run the exported Space in a new environment wit
 	$(BIN) tests/space_alone.py
 
 evaluate: $(VENV)/installed ## measure the shipped weights; needs PASCAL VOC (VOC_ROOT: the folder that contains VOCdevkit)
-	$(BIN) -m src.training.report check weights
+	$(BIN) -m src.training.report weights
 
 bench: $(VENV)/installed ## measure speed, as ratios to straightforward implementations
 	$(BIN) -m benchmarks

@@ -37,7 +37,7 @@ def test_course_targets_are_lower_at_reduced_width(tmp_path):
 def test_measuring_without_voc_says_what_is_missing_and_downloads_nothing(tmp_path, monkeypatch):
     empty = tmp_path / "empty"
     monkeypatch.setenv("VOC_ROOT", str(empty))
-    monkeypatch.setattr(sys, "argv", ["report", "check", str(REPOSITORY / "weights")])
+    monkeypatch.setattr(sys, "argv", ["report", str(REPOSITORY / "weights")])
     with pytest.raises(SystemExit, match="VOC_ROOT") as error:
         main()
     assert str(empty) in str(error.value) and not empty.exists()
@@ -45,9 +45,10 @@ def test_measuring_without_voc_says_what_is_missing_and_downloads_nothing(tmp_pa
 
 def test_exported_weights_have_card_log_and_settings(trained_run, tmp_path):
     config = Config.load(trained_run / "config.json")
-    evaluation = write(trained_run, tmp_path)
+    table = write(trained_run, tmp_path)
+    evaluation = table.evaluation
     card = (tmp_path / "README.md").read_text()
-    assert repr(ResultsTable(evaluation, config)) in card
+    assert repr(table) in card
     assert "| initial weights | random |" in card and "(6 images)" in card
     assert (tmp_path / "metrics.csv").read_bytes() == (trained_run / "metrics.csv").read_bytes()
     trained = evaluate(load_detector(trained_run), DetectionDataModule(config))
@@ -75,6 +76,6 @@ def test_weights_of_own_data_are_measured_on_it(tmp_path):
     own = {"dataset": "voc", "classes": Config().classes, "data_root": str(tmp_path / "mine")}
     config = tiny(tmp_path / "run", epochs=1, **own)
     fit(config)
-    evaluation = write(tmp_path / "run", tmp_path / "weights")
+    evaluation = write(tmp_path / "run", tmp_path / "weights").evaluation
     assert [row["class"] for row in evaluation.per_class] == ["square"]
     assert Config.load(tmp_path / "weights/run.json").data_root == config.data_root

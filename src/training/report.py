@@ -1,7 +1,7 @@
 """The course's results table, and exported weights with a model card of their measured results.
 
-python -m src.training.report write RUN FOLDER   export a run's best checkpoint and measure it
-python -m src.training.report check FOLDER       measure exported weights again, on the same data
+python -m src.training.report FOLDER             measure exported weights
+python -m src.training.report FOLDER --run RUN   export a run's best checkpoint before
 """
 
 import argparse
@@ -26,7 +26,6 @@ HEADER = (
     "",
 )
 NAMES = {"class": "class accuracy", "no_object": "no-object accuracy", "object": "object accuracy"}
-OWN_DATA = ("yolo", "coco")  # data sets that are only in the folder config.data_root
 CARD = """---
 license: mit
 library_name: pytorch
@@ -54,7 +53,7 @@ Average precision of each class at IoU 0.5 (VOC, area; `difficult` objects don't
 
 {classes}
 
-`python -m src.training.report check FOLDER` computes these results again, if the data set's lists
+`python -m src.training.report FOLDER` computes these results again, if the data set's lists
 name the same images. For PASCAL VOC set `VOC_ROOT` to the folder that contains `VOCdevkit`.
 
 ## Use
@@ -108,7 +107,7 @@ def markdown_table(header: tuple, rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*padded, strict=True))
 
 
-def write(run: Path, folder: Path) -> Evaluation:
+def write(run: Path, folder: Path) -> ResultsTable:
     """Export the best checkpoint of `run` in half precision, measure it, and write its card.
 
     Writes model.safetensors, config.json, run.json, metrics.csv, README.md, and validation.json:
@@ -122,13 +121,14 @@ def write(run: Path, folder: Path) -> Evaluation:
     epochs = model.metadata["epochs"]
     model.metadata = training_metadata(evaluation.accuracies, map50, config, epochs)
     model.save_pretrained(folder)
-    shutil.copyfile(run / "metrics.csv", folder / "metrics.csv")
-    write_validation(folder, evaluation)
     write_card(folder, model, config, evaluation, data)
-    # where VOC is differs between machines
-    data_root = config.data_root if config.dataset in OWN_DATA else DATA_ROOT
-    config.replace(data_root=data_root).save(folder / "run.json")
-    return evaluation
+    counts = confusion(evaluation.predictions, evaluation.ground_truth, len(evaluation.per_class))
+    validation = {"per_class": evaluation.per_class, "confusion": counts.tolist()}
+    (folder / "validation.json").write_text(json.dumps(validation), encoding="utf-8")
+    shutil.copyfile(run / "metrics.csv", folder / "metrics.csv")
+    is_voc = config.dataset == "voc"  # its folder differs between machines
+    config.replace(data_root=DATA_ROOT if is_voc else config.data_root).save(folder / "run.json")
+    return ResultsTable(evaluation, config)
 
 
 def measure(folder: Path, config: Config) -> tuple[Evaluation, DetectionDataModule]:
@@ -136,17 +136,6 @@ def measure(folder: Path, config: Config) -> tuple[Evaluation, DetectionDataModu
     config = config.replace(pretrained_weights=str(folder), precision="32-true")
     data = DetectionDataModule(config)
     return evaluate(YOLOv3Module(config), data), data
-
-
-def write_validation(folder: Path, evaluation: Evaluation) -> None:
-    """Write the table per class and the confusion matrix of an evaluation as JSON."""
-    table = [
-        {name: round(cell, 4) if isinstance(cell, float) else cell for name, cell in row.items()}
-        for row in evaluation.per_class
-    ]
-    matrix = confusion(evaluation.predictions, evaluation.ground_truth, len(table)).tolist()
-    text = json.dumps({"per_class": table, "confusion": matrix})
-    (folder / "validation.json").write_text(text, encoding="utf-8")
 
 
 def write_card(folder: Path, model, config: Config, evaluation: Evaluation, data) -> None:
@@ -177,25 +166,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m src.training.report", description="Export or measure weights."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("write", help="export a run's best checkpoint with a model card")
-    export.add_argument("run", type=Path, help="folder of the run")
-    export.add_argument("folder", type=Path, help="folder for the weights")
-    check = commands.add_parser("check", help="measure exported weights again")
-    check.add_argument("folder", type=Path, help="folder that `write` has written")
+    parser.add_argument("folder", type=Path, help="folder of the weights")
+    parser.add_argument("--run", type=Path, help="folder of a run to export to FOLDER before")
     arguments = parser.parse_args()
     try:
-        if arguments.command == "write":
-            config = Config.load(arguments.run / "config.json")
-            evaluation = write(arguments.run, arguments.folder)
+        if arguments.run:
+            table = write(arguments.run, arguments.folder)
         else:
             config = Config.load(arguments.folder / "run.json")
-            if config.dataset not in OWN_DATA:
+            if config.dataset == "voc":
                 config = config.replace(data_root=Config().data_root)
-            evaluation, _ = measure(arguments.folder, config)
+            table = ResultsTable(measure(arguments.folder, config)[0], config)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    print(ResultsTable(evaluation, config))
+    print(table)
 
 
 if __name__ == "__main__":
