@@ -110,7 +110,6 @@ CHANGES = {
         "image scales: single images as in mosaics", {"image_scale": BASE.mosaic_scale}
     ),
     "multi": Change("image sizes: several, 0.7 to 1.3 of the size"),
-    "frozen-2": Change("backbone: frozen for 2 epochs", {"freeze_epochs": 2}),
     "scratch": Change("backbone: not pretrained", {"pretrained_weights": ""}),
 }
 

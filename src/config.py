@@ -105,7 +105,6 @@ class Config:
     anchors: tuple = ANCHORS  # [3 scales][3] (width, height), relative to an image of image_size
     # a folder (detector or backbone), a detector's Hub id, darknet53.conv.74 or yolov3.weights
     pretrained_weights: str = setting("", resumable=True)
-    freeze_epochs: int = 0  # first epochs, in which the backbone is frozen
 
     # training
     epochs: int = setting(40, data=True)

@@ -1,4 +1,4 @@
-"""`ignore_mask` equals a loop over the objects, also with extreme boxes and in dense scenes."""
+"""`ignore_mask` equals a loop over the objects, also with extreme boxes."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torchvision.ops import box_iou
 
 from src.model.boxes import cell_boxes, cxcywh_to_xyxy
 from src.model.network import ANCHORS
-from src.training.loss import IGNORE_IOU, OBJECTS_AT_ONCE, ignore_mask
+from src.training.loss import IGNORE_IOU, ignore_mask
 from tests.test_loss import count_objects
 
 IMAGES = 4
@@ -62,20 +62,6 @@ def test_equals_the_loop(kind, spread, dtype):
         assert torch.equal(mask, loop_mask(level, targets, anchors))
         marked += int(mask.sum())
     assert marked > 3
-
-
-def test_dense_scenes_are_compared_in_parts(monkeypatch):
-    """Few of the objects at once, so that the memory doesn't grow with their number."""
-    sizes = []
-    monkeypatch.setattr(
-        "src.training.loss.box_iou", lambda a, b: sizes.append(len(a)) or box_iou(a, b)
-    )
-    random = torch.Generator().manual_seed(1)
-    targets = objects("usual", 10 * OBJECTS_AT_ONCE, random)
-    level = fitting_level(13, targets, ANCHOR[1], 0.3, random)
-    mask = ignore_mask(level, targets, count_objects(targets, IMAGES), ANCHOR[1])
-    assert torch.equal(mask, loop_mask(level, targets, ANCHOR[1]))
-    assert max(sizes) <= OBJECTS_AT_ONCE and sum(sizes) == len(targets)
 
 
 def test_invalid_logits_are_not_ignored():

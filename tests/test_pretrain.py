@@ -91,12 +91,6 @@ def test_a_sample_depends_on_its_number_only(folder, tmp_path):
     assert data[3 * 24][0].shape == (3, 64, 64)  # the last epoch has the final size
 
 
-def test_fewer_images_than_a_batch_are_one_batch(folder, tmp_path):
-    for batch_size, batches in ((100, 1), (24, 1), (10, 2)):
-        data = PretrainDataModule(tiny(folder, tmp_path, batch_size=batch_size))
-        assert len(data.train_dataloader()) == batches
-
-
 def test_it_learns_and_its_backbone_starts_detectors(run):
     config, backbone = run
     card = (backbone / "README.md").read_text()
@@ -113,15 +107,6 @@ def test_it_learns_and_its_backbone_starts_detectors(run):
         torch.testing.assert_close(value, state[f"backbone.{name}"], rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match=r"width 0.0625, .* Set Config.width=0.0625"):
         build_model(Config(width=0.25, pretrained_weights=str(backbone)))
-
-
-def test_accuracies_count_the_best_and_the_five_best_classes(folder, tmp_path, monkeypatch):
-    module, logged = pretraining.Darknet53Classifier(tiny(folder, tmp_path)), {}
-    monkeypatch.setattr(module, "forward", lambda images: torch.arange(7.0).repeat(4, 1))
-    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
-    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    module.validation_step((images, torch.tensor([6, 5, 2, 1])), 0)
-    assert logged["val/top1"] == 0.25 and logged["val/top5"] == 0.75
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(folder, run, tmp_path, monkeypatch):

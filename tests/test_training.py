@@ -2,7 +2,6 @@
 
 import copy
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,7 +18,7 @@ from src.model.pretrained import transfer_weights
 from src.serving.images import to_network_input
 from src.training import callbacks, lr_finder
 from src.training.callbacks import EMA
-from src.training.devices import make_trainer, resolve_precision
+from src.training.devices import resolve_precision
 from src.training.fit import evaluate, fit, load_detector
 from src.training.lr_finder import find_lr
 from src.training.module import YOLOv3Module, build_model, sample_image_size
@@ -199,17 +198,6 @@ def test_resuming_needs_the_same_settings(trained_run, change):
     assert (trained_run / "config.json").read_text() == before
 
 
-def test_resuming_needs_the_same_number_of_images(trained_run, tmp_path):
-    """As if the data set had changed: settings are the same, the schedule isn't."""
-    shutil.copytree(trained_run, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "last.ckpt").unlink()
-    data = DetectionDataModule(tiny(tmp_path))
-    data.setup()
-    data.train_data.records = data.train_data.records + data.train_data.records[:4]
-    with pytest.raises(ValueError, match=r"schedule has 12 steps, the data now give 15"):
-        fit(tiny(tmp_path), data, ckpt_path="last")
-
-
 def test_data_module_of_another_config_is_refused(tmp_path):
     config = tiny(tmp_path)
     for function in (fit, find_lr):
@@ -304,20 +292,6 @@ def test_resized_batch_equals_a_batch_read_at_that_size(size):
     torch.testing.assert_close(targets, expected["targets"], atol=1e-6, rtol=0)
     torch.testing.assert_close(anchors * size, torch.tensor(ANCHORS) * 416)  # the same in pixels
     assert [level.shape[2] for level in logits] == [size // 32, size // 16, size // 8]
-
-
-def test_frozen_backbone_epochs(tmp_path):
-    config = tiny(tmp_path, freeze_epochs=1, epochs=2)
-    detector = YOLOv3Module(config)
-    states = [copy.deepcopy(detector.model.state_dict())]
-    detector.on_train_epoch_end = lambda: states.append(copy.deepcopy(detector.model.state_dict()))
-    trainer = make_trainer(config, max_epochs=2, limit_val_batches=0)
-    trainer.fit(detector, datamodule=DetectionDataModule(config))
-    before, first, second = states
-    assert not torch.equal(before["heads.0.predict.weight"], first["heads.0.predict.weight"])
-    for name in (name for name in before if name.startswith("backbone")):
-        assert torch.equal(before[name], first[name])
-        assert not torch.equal(first[name], second[name])
 
 
 def test_a_process_with_fewer_images_than_a_batch_has_one_batch(tmp_path, monkeypatch):

@@ -37,10 +37,7 @@ def make_trainer(config: Config, **options) -> pl.Trainer:
     """
     strategy = "auto"
     if config.devices > 1:
-        strategy = DDPStrategy(
-            broadcast_buffers=False,
-            find_unused_parameters=config.freeze_epochs > 0,  # frozen weights have no gradients
-        )
+        strategy = DDPStrategy(broadcast_buffers=False)
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=config.devices,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
@@ -91,9 +92,9 @@ def run_trainer(module: OneCycleModule, data: pl.LightningDataModule) -> None:
     folder = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
     options = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = run_folder.RunCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options)
+    best = ModelCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options)
     # not the option save_last: it would save only when the best improves
-    last = run_folder.RunCheckpoint(folder, "last", **options)
+    last = ModelCheckpoint(folder, "last", **options)
     metrics = MetricsCSV(folder / run_folder.METRICS)
     trainer = make_trainer(
         config,
@@ -106,8 +107,6 @@ def run_trainer(module: OneCycleModule, data: pl.LightningDataModule) -> None:
     checkpoint = folder / run_folder.LAST
     ckpt_path = checkpoint if checkpoint.exists() else None
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    if not metrics.rows:
-        print(f"{checkpoint} is of the last epoch. There is nothing left to train.")
 
 
 def load_average(module: OneCycleModule, checkpoint: Path) -> OneCycleModule:

@@ -12,7 +12,6 @@ from src.config import Config
 from src.model.boxes import cell_boxes, cxcywh_to_xyxy, decode_boxes
 
 IGNORE_IOU = 0.5
-OBJECTS_AT_ONCE = 64  # bounds the memory of one comparison in `ignore_mask`
 EPSILON = 1e-7  # avoids 0 / 0
 
 
@@ -90,8 +89,7 @@ def ignore_mask(level: Tensor, targets: Tensor, counts: list[int], anchors: Tens
     objects = cxcywh_to_xyxy(targets[:, 2:6]).split(counts)  # B x [n, 4]
     masks = torch.zeros(predictions.shape[:2], dtype=torch.bool, device=level.device)  # [B, K]
     for mask, boxes, image_objects in zip(masks, predictions, objects, strict=True):
-        for some in image_objects.split(OBJECTS_AT_ONCE):
-            mask |= (box_iou(some, boxes) > IGNORE_IOU).any(dim=0)  # [n, K] -> [K]
+        mask |= (box_iou(image_objects, boxes) > IGNORE_IOU).any(dim=0)  # [n, K] -> [K]
     return masks.view(level.shape[:4])
 
 

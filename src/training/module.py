@@ -102,7 +102,6 @@ class YOLOv3Module(OneCycleModule):
         self.loss = YOLOLoss(config)
         self.cell_accuracy = CellAccuracy()
         self.accumulator = DetectionAccumulator()
-        self.accuracies: dict[str, float] = {}
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         images = batch["images"]  # uint8 [B, 3, S, S]
@@ -143,17 +142,11 @@ class YOLOv3Module(OneCycleModule):
         self.cell_accuracy.reset()
         self.accumulator.reset()
 
-    def on_train_epoch_start(self) -> None:
-        if self.config.freeze_epochs:
-            trainable = self.current_epoch >= self.config.freeze_epochs
-            self.model.backbone.requires_grad_(trainable).train(trainable)
-
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Add what the weights need: the anchors, which pretrained weights may have brought."""
-        if self.accuracies:
-            epochs = f"{self.current_epoch + 1} of {self.config.epochs}"
-            metadata = training_metadata(self.accuracies, self.map50, self.config, epochs)
-            self.model.metadata = metadata
+        epochs = f"{self.current_epoch + 1} of {self.config.epochs}"
+        metadata = training_metadata(self.accuracies, self.map50, self.config, epochs)
+        self.model.metadata = metadata
         checkpoint["anchors"] = self.model.anchor_sizes
         checkpoint["metadata"] = self.model.metadata
 

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 from torchvision.transforms import v2
@@ -53,7 +53,7 @@ The backbone of a YOLOv3 in half precision: the exponential moving average (EMA)
 Trained on {images:,} images of {classes:,} classes ({data}) for {epochs} epochs at {image_size}
 pixels, the last of them at {final_size} pixels.
 
-Validation at {final_size} pixels: top-1 accuracy {top1:.1%}, top-5 accuracy {top5:.1%}.
+Validation at {final_size} pixels: top-1 accuracy {top1:.1%}.
 
 `Config(pretrained_weights="FOLDER", width={width:g})` starts a detector from this folder.
 """
@@ -127,15 +127,15 @@ class PretrainDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        drop_last = len(sampler) >= self.config.batch_size
-        return self._loader(self.train_data, sampler=sampler, drop_last=drop_last)
+        return self._loader(self.train_data, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.val_data)
 
     def _loader(self, dataset: ImageFolder, **options) -> DataLoader:
-        batch_size = self.config.batch_size
-        return make_loader(dataset, batch_size, self.config.num_workers, default_collate, **options)
+        return make_loader(
+            dataset, self.config.batch_size, self.config.num_workers, None, **options
+        )
 
 
 class Darknet53Classifier(OneCycleModule):
@@ -149,7 +149,6 @@ class Darknet53Classifier(OneCycleModule):
         "loss": ("train/loss", ".3f"),
         "val loss": ("val/loss", ".3f"),
         "top-1": ("val/top1", ".1%"),
-        "top-5": ("val/top5", ".1%"),
     }
 
     def __init__(self, config: PretrainConfig):
@@ -172,12 +171,8 @@ class Darknet53Classifier(OneCycleModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         images, labels = batch
         logits = self(to_network_input(images)).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        values = {
-            "val/loss": cross_entropy(logits, labels),
-            "val/top1": hits[:, 0].float().mean(),
-            "val/top5": hits.any(dim=1).float().mean(),
-        }
+        hits = logits.argmax(dim=1) == labels
+        values = {"val/loss": cross_entropy(logits, labels), "val/top1": hits.float().mean()}
         self.log_dict(values, on_epoch=True, batch_size=len(images), sync_dist=True)
 
 
@@ -202,7 +197,6 @@ def pretrain(
         "image_size": config.image_size,
         "final_size": config.final_size,
         "top1": values["val/top1"],
-        "top5": values["val/top5"],
     }
     folder = Path(config.run_dir) / "backbone"
     save_backbone(module.backbone, folder, config.width, metadata)

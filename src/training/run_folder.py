@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from src.config import Config, atomic_write
 
@@ -19,18 +18,6 @@ except ImportError:  # Windows
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 METRICS, CONFIG = "metrics.csv", "config.json"
 CHECKPOINTS = {"best": [BEST], "last": [LAST, PREVIOUS], "auto": [LAST, PREVIOUS]}  # by ckpt_path
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """Save the best or the last epoch.
-
-    Lightning's forgets the best score when a run is resumed in a copied or renamed folder.
-    """
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Keep the score if the folder has its best.ckpt."""
-        if Path(self.dirpath, BEST).exists():
-            super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
