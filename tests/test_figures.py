@@ -38,11 +38,13 @@ PREDICTIONS = GROUND_TRUTH.copy()
 PREDICTIONS[:, 2] = np.linspace(0.3, 0.9, len(PREDICTIONS))
 
 
-METRICS = """epoch,lr,step,train/class,train/loss,train/new,val/accuracy/class,val/class
-0,0.001,4,,,,,
-0,,9,3.0,6,0.5,0.5,2.0
-1,0.001,14,,,,,
-1,,19,3.0,5,0.5,0.5,2.0
+ACCURACIES = ("val/accuracy/class", "val/accuracy/no_object@0.05", "val/accuracy/object@0.05")
+COLUMNS = ("train/loss", "val/loss", "train/new", "val/new", *ACCURACIES, "val/mAP50")
+METRICS = f"""epoch,lr,step,{",".join(COLUMNS)}
+0,0.001,4{8 * ","}
+0,,9,6,5,3,2,0.5,0.5,0.5,0.25
+1,0.001,14{8 * ","}
+1,,19,6,5,3,2,0.5,0.5,0.5,0.25
 """  # two epochs, as training logs them
 
 
@@ -149,7 +151,7 @@ def test_an_image_explained_several_times_is_shown_once(tmp_path):
     figure = images.plot_gradcam(tmp_path / "image.png", both, SHAPE_CLASSES)
     heatmap = f"heatmap of {SHAPE_CLASSES[RECORDS[0].labels[0]]}"
     assert titles_of(figure) == ["predictions", heatmap, "No."]
-    pairs = images.plot_gradcam(PHOTOGRAPHS[:1] * 2, both, SHAPE_CLASSES, ["a", "b"])
+    pairs = images.plot_gradcam(PHOTOGRAPHS, EXPLANATIONS, SHAPE_CLASSES, ["a", "b"])
     assert titles_of(pairs) == ["predictions", "a", "predictions", "b"]
     np.testing.assert_array_equal(tile(figure, 1), tile(pairs, 1))
 
@@ -163,7 +165,10 @@ def test_images_are_ranked_by_their_errors_and_these_described():
     total = confusion(predictions, GROUND_TRUTH, COUNT)
     np.testing.assert_array_equal(sum(counts for _, counts in ranked), total)
     text = images.describe_errors(np.array([[2, 1, 0], [0, 0, 1], [0, 1, 0]]), ["star", "ring"])
-    assert text == "2 correct, star taken for ring, ring missed, false ring"
+    expected = (
+        "2 correct, star taken for ring, ring taken for background, background taken for ring"
+    )
+    assert text == expected
 
 
 def test_a_mosaic_is_shown_beside_its_four_sources():
@@ -196,11 +201,10 @@ def test_curves_have_every_loss_term_the_accuracies_the_rate_and_the_end_of_mosa
     figure = curves.plot_training_curves(tmp_path / "m.csv", PRESETS["voc"].replace(epochs=20))
     lines = {axis.get_title(loc="left"): axis.lines for axis in figure.axes}
     expected = {
-        ("class accuracy", 0): ([1, 2], [0.5, 0.5]),
-        ("class loss", 1): ([1, 2], [2.0, 2.0]),
-        ("new loss", 0): ([1, 2], [0.5, 0.5]),
-        ("learning rate (OneCycle)", 0): ([0.5, 1.5], [0.001, 0.001]),
-        ("total loss", -1): ([18, 18], [0, 1]),  # the end of mosaics
+        ("class accuracy", 1): ([1, 2], [0.5, 0.5]),
+        ("new loss", 1): ([1, 2], [2, 2]),
+        ("learning rate", 0): ([0.5, 1.5], [0.001, 0.001]),
+        ("loss", -1): ([18, 18], [0, 1]),  # the end of mosaics
     }
     for (title, number), points in expected.items():
         np.testing.assert_allclose(lines[title][number].get_data(), points)

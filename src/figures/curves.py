@@ -21,7 +21,7 @@ from src.figures.style import (
 )
 from src.serving.images import get_image_size
 from src.training.lr_finder import LRFinderResult
-from src.training.metrics import match, precision_recall
+from src.training.metrics import COURSE_THRESHOLD, match, precision_recall
 from src.training.report import NAMES, course_targets
 
 
@@ -51,9 +51,7 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
     for scale, stride, marker in zip(anchors, (32, 16, 8, 4, 2), "s^oDv", strict=False):
         percent = 100 * np.transpose(scale)
         axis.scatter(*percent, s=60, marker=marker, label=f"anchors of stride {stride}")
-    ticks = [1, 3, 10, 30, 100]
-    axis.set(xscale="log", xlim=(1, 110), xticks=ticks, xticklabels=ticks)
-    axis.set(yscale="log", ylim=(1, 110), yticks=ticks, yticklabels=ticks)
+    axis.set(xscale="log", yscale="log", xlim=(1, 110), ylim=(1, 110))
     axis.set(xlabel="width, in % of the image size", ylabel="height, in % of the image size")
     axis.set_title("Width and height of objects (grey) and anchors")
     axis.legend()
@@ -66,50 +64,47 @@ def plot_lr_finder(result: LRFinderResult) -> Figure:
     labels = {"xlabel": "learning rate", "ylabel": "training loss (smoothed)"}
     axis = NotebookFigure(3.0).add_subplot(title="Range test", xscale="log", **labels)
     axis.plot(result.rates, result.losses, color=VAL)
-    label = f"suggestion: {result.suggestion:.2g}"
-    axis.axvline(result.suggestion, color=TARGET, linestyle="--", label=label)
+    axis.axvline(result.suggestion, color=TARGET, label=f"suggestion: {result.suggestion:.2g}")
     axis.legend()
     return axis.figure
 
 
 @with_style
 def plot_training_curves(path: str | Path, config: Config) -> Figure:
-    """Plot a training from its metrics.csv: all loss terms that it has, lr, accuracies, mAP."""
+    """Plot a training from its metrics.csv: all loss terms that it has, lr, accuracies, mAP.
+
+    Object and no-object accuracy are at the course's threshold.
+    """
     rows = np.genfromtxt(path, delimiter=",", names=True, deletechars="")
     epochs = (rows["step"] + 1) * (rows["epoch"][-1] + 1) / (rows["step"][-1] + 1)
-    columns = [name for name in rows.dtype.names if name not in ("epoch", "step")]
-    terms = [name.removeprefix("train/") for name in columns if name.startswith("train/")]
-    titles = {
-        "loss": "total loss",
-        "lr": "learning rate (OneCycle)",
-        **{term: f"{term} loss" for term in terms if term != "loss"},
-        **{f"accuracy/{key}": name for key, name in NAMES.items()},
-        "mAP50": "mAP at IoU 0.5",
-    }
-    panels = list(titles)
+    terms = [name.removeprefix("train/") for name in rows.dtype.names if name.startswith("train/")]
+    losses = [f"{term} loss" for term in terms if term != "loss"]
+    rows_of_panels = (["loss", "learning rate"], losses, [*NAMES.values(), "mAP"])
     figure = NotebookFigure(7.6)
-    axes = figure.subplot_mosaic([[[panels[:2]]], [[panels[2:-4]]], [[panels[-4:]]]])
-    for name in columns:
-        axis = axes[name.removeprefix("train/").removeprefix("val/").partition("@")[0]]
-        filled = ~np.isnan(rows[name])
-        line = "--" if name.startswith("train/") else ":" if name.endswith("@0.5") else "-"
-        style = {"color": TRAIN if line == "--" else VAL, "marker": "" if name == "lr" else "."}
-        threshold = name.partition("@")[2]
-        split = "training (mosaics)" if line == "--" else "validation"
-        label = f"threshold {threshold}" if threshold else split
-        axis.plot(epochs[filled], rows[name][filled], line, label=label, **style)
-    for key, target in course_targets(config).items():
-        axis = axes[f"accuracy/{key}"]
-        axis.axhline(target, color=TARGET, linestyle="--", label=f"target {target:.0%}")
-        axis.legend()
-    for panel, axis in axes.items():
-        label = "mosaics end" if panel == "loss" else ""
-        axis.axvline(config.close_mosaic_epoch, color=SOFT, linestyle=":", label=label)
-        top = 1 if panel == "mAP50" or panel.startswith("accuracy") else None
-        axis.set(title=titles[panel], xlabel="epoch", ylim=(0, top))
+    axes = figure.subplot_mosaic([[[panels]] for panels in rows_of_panels])
+
+    def plot(panel: str, column: str, line: str = "-", color: str = VAL, label: str = "") -> None:
+        filled = ~np.isnan(rows[column])
+        axes[panel].plot(epochs[filled], rows[column][filled], line, color=color, label=label)
+
+    plot("learning rate", "lr")
+    plot("mAP", "val/mAP50", ".-")
+    for term in terms:
+        panel = term if term == "loss" else f"{term} loss"
+        plot(panel, f"train/{term}", ".--", TRAIN, "training (mosaics)")
+        plot(panel, f"val/{term}", ".-", VAL, "validation")
+    for title, axis in axes.items():
+        axis.axvline(config.close_mosaic_epoch, color=SOFT, linestyle=":", label="mosaics end")
+        axis.set(title=title, xlabel="epoch", ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes["loss"].legend()
-    axes["accuracy/no_object"].set_ylim(0.9, 1)
+    for key, target in course_targets(config).items():
+        threshold = "" if key == "class" else f"@{COURSE_THRESHOLD}"
+        plot(NAMES[key], f"val/accuracy/{key}{threshold}", ".-", label=f"validation {threshold}")
+        axis = axes[NAMES[key]]
+        axis.axhline(target, color=TARGET, linestyle="--", label=f"target {target:.0%}")
+        axis.set_ylim(0.9 if key == "no_object" else 0, 1)
+        axis.legend()
     return figure
 
 
@@ -160,8 +155,8 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(counts):
         colour = "white" if fractions[row, column] > 0.55 else INK
-        count = f"{counts[row, column]:,}"
-        axis.text(column, row, count, ha="center", va="center", fontsize=FONT_POINTS, color=colour)
+        style = {"ha": "center", "va": "center", "fontsize": FONT_POINTS, "color": colour}
+        axis.text(column, row, f"{counts[row, column]:,}", **style)
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(names)), names)
     return figure

@@ -110,17 +110,13 @@ def plot_mosaic(dataset: MosaicDataset, sample_id: int, classes: Sequence[str]) 
 
 
 def plot_resolutions(sample: tuple, sizes: Sequence[int]) -> Figure:
-    """Plot the largest object of a training sample at several image sizes, pixel by pixel."""
-    image, boxes = sample[:2]
-    box = boxes[boxes[:, 2:].prod(dim=1).argmax()]
-    half = box[2:].max() / 2
-    corners = torch.cat((box[:2] - half, box[:2] + half)).clamp(0, 1)
+    """Plot the centre of a training sample at several image sizes, pixel by pixel."""
     tiles = []
     for size in sizes:
-        left, top, right, bottom = (corners * size).round().int()
-        crop = resize(image, [size, size])[:, top:bottom, left:right]
-        crop = resize(crop, [TILE, TILE], InterpolationMode.NEAREST)
-        tiles.append(crop.permute(1, 2, 0).numpy())
+        start, end = size // 3, 2 * size // 3
+        centre = resize(sample[0], [size, size])[:, start:end, start:end]
+        enlarged = resize(centre, [TILE, TILE], InterpolationMode.NEAREST)
+        tiles.append(enlarged.permute(1, 2, 0).numpy())
     return _grid(tiles, [f"of an image of {size} × {size} pixels" for size in sizes])
 
 
@@ -136,14 +132,15 @@ def plot_detections(
     titles: one per image.
     ground_truth: the records of the images. Each is then shown to the left of its detections.
     """
-    pairs = zip(images, detections, strict=True)
-    tiles = [_draw_detections(image, found, classes) for image, found in pairs]
-    if ground_truth:
-        left = [_draw_record(record, classes, dashed=True) for record in ground_truth]
-        tiles = _alternate(left, tiles)
-        titles = titles or ["predictions"] * len(images)
-        titles = _alternate(["ground truth"] * len(images), titles)
-    return _grid(tiles, titles)
+    titles = titles or ["predictions"] * len(images)
+    tiles, names = [], []
+    for number, (image, found) in enumerate(zip(images, detections, strict=True)):
+        if ground_truth:
+            tiles.append(_draw_record(ground_truth[number], classes, dashed=True))
+            names.append("ground truth")
+        tiles.append(_draw_detections(image, found, classes))
+        names.append(titles[number])
+    return _grid(tiles, names)
 
 
 def rank_by_errors(evaluation: Evaluation, number_of_images: int) -> list[tuple[int, np.ndarray]]:
@@ -160,16 +157,11 @@ def rank_by_errors(evaluation: Evaluation, number_of_images: int) -> list[tuple[
 
 
 def describe_errors(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """Say what a confusion matrix counts: "2 correct, star missed, heart taken for ring"."""
-    texts = [f"{counts.trace()} correct"]
-    for true, found in np.argwhere(counts):
-        if found == len(classes):
-            texts.append(f"{classes[true]} missed")
-        elif true == len(classes):
-            texts.append(f"false {classes[found]}")
-        elif true != found:
-            texts.append(f"{classes[true]} taken for {classes[found]}")
-    return ", ".join(texts)
+    """Say what a confusion matrix counts: "2 correct, star taken for background"."""
+    names = [*classes, "background"]
+    pairs = [(names[true], names[found]) for true, found in np.argwhere(counts) if true != found]
+    errors = [f"{true} taken for {found}" for true, found in pairs]
+    return ", ".join([f"{counts.trace()} correct", *errors])
 
 
 def plot_gradcam(
@@ -177,30 +169,23 @@ def plot_gradcam(
 ) -> Figure:
     """Plot detections and, to the right, the heatmaps of `Explanation`s with the explained boxes.
 
-    images: one for all explanations (shown once), or a list with one per explanation.
-        `load_image` reads them.
+    images: one for all explanations, or a list with one per explanation; `load_image` reads them.
     titles: one per heatmap. By default the explained classes, or the explanation's message.
     """
-    shared = not isinstance(images, list | tuple)
-    images = [images] * len(explanations) if shared else images
-    found, heatmaps, names = [], [], []
-    for image, explanation in zip(images, explanations, strict=True):
+    images = images if isinstance(images, list | tuple) else [images] * len(explanations)
+    tiles, names = [], []
+    for number, (image, explanation) in enumerate(zip(images, explanations, strict=True)):
         detections = explanation.detections
-        found.append(_draw_detections(image, detections, classes))
+        if number == 0 or image is not images[number - 1]:
+            tiles.append(_draw_detections(image, detections, classes))
+            names.append("predictions")
         heatmap = draw_explanation(load_image(image), explanation, classes)
-        heatmaps.append(resize_long_side(heatmap, TILE))
+        tiles.append(resize_long_side(heatmap, TILE))
         explained = {classes[label] for label in detections.labels[explanation.explained]}
         names.append(explanation.message or f"heatmap of {', '.join(sorted(explained))}")
-    titles = titles or names
-    if shared:
-        return _grid([found[0], *heatmaps], ["predictions", *titles])
-    titles = _alternate(["predictions"] * len(titles), titles)
-    return _grid(_alternate(found, heatmaps), titles)
-
-
-def _alternate(left: Sequence, right: Sequence) -> list:
-    """Return the first of each, then the second of each, and so on."""
-    return [item for pair in zip(left, right, strict=True) for item in pair]
+        if titles:
+            names[-1] = titles[number]
+    return _grid(tiles, names)
 
 
 @with_style
