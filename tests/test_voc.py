@@ -90,20 +90,16 @@ def test_layouts_of_kaggle_data_sets(tmp_path, monkeypatch, owner, folder):
 @pytest.mark.parametrize(
     ("inside", "message"),
     [
-        (obj() + obj("dog", box=""), r"object 2 has 0 <bndbox/xmin>, but needs exactly one"),
-        (obj(box=BOX.replace("<xmin>11</xmin>", "")), r"object 1 has 0 <bndbox/xmin>"),
-        (obj(""), r"object 1 has 1 <name>, but needs exactly one with a value"),
-        (obj(box=BOX.replace("60", "sixty")), r"object 1: <bndbox/ymax> is 'sixty', not a number"),
-        (obj(box=BOX.replace("60", "nan")), r"object 1: <bndbox/ymax> is 'nan', not"),
-        (obj(box=BOX.replace("60", "inf")), r"object 1: <bndbox/ymax> is 'inf', not"),
-        (obj(difficult="<difficult>yes</difficult>"), r"object 1: <difficult> is 'yes', not"),
-        ("<object>", r"mismatched tag"),
+        (obj() + obj("dog", box=""), "'no xmin'"),
+        (obj(box=BOX.replace("60", "sixty")), "'sixty'"),
+        (obj(difficult="<difficult>yes</difficult>"), "'yes'"),
+        ("<object>", "mismatched tag"),
     ],
 )
-def test_bad_annotations_name_file_and_field(tmp_path, inside, message):
+def test_bad_annotations_name_the_file(tmp_path, inside, message):
     write_tree(tmp_path, "2007", {"test": {"000007": inside, "1": obj()}})
     with pytest.raises(
-        ValueError, match=r"(?s)1 of 2 images of 2007/test can't.*000007\.xml: " + message
+        ValueError, match=r"(?s)1 of 2 images of 2007/test can't.*000007\.xml: .*" + message
     ):
         read_voc(tmp_path, ("2007/test",))
     assert len(read_voc(tmp_path, ("2007/test",), skip_bad_files=True)) == 1
@@ -165,27 +161,30 @@ def test_check_lists_every_case(tmp_path, capsys):
         ("2007/trainval: 1 images, 1 objects", "'unicorn': 1"),
         ("2007/test: 1 images, 0 objects", "'cat': 1"),
         ("  ", "2.xml: object 2 (dog)"),
-        ("  ", "3.xml: [Errno 2] No such file"),
-        ("  ", "1.xml: [Errno 2] No such file"),
+        ("  ", "3.xml: FileNotFoundError: [Errno 2] No such file"),
+        ("  ", "1.xml: FileNotFoundError: [Errno 2] No such file"),
         ("  ", "4.jpg can't be read as an image"),
-        ("  ", "5.xml: mismatched tag"),
+        ("  ", "5.xml: ParseError: mismatched tag"),
     ):
         assert sum(line.startswith(name) and case in line for line in lines) == 1, case
 
 
-def test_exit_status_of_the_command(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "classes", "status"), [("good", "gnu", 0), ("bad", "dog", 1)])
+def test_exit_status_of_the_command(tmp_path, monkeypatch, name, classes, status):
     write_tree(tmp_path / "good", "2012", {"train": {"1": obj("gnu")}})
-    for folder, classes, status in (
-        (tmp_path / "good", "gnu", 0),
-        (bad_tree(tmp_path / "bad"), "dog", 1),
-        (tmp_path / "good", "gnu,yak", "has no objects of yak, but of {'gnu': 1}"),
-        (tmp_path / "none", "gnu", "no VOCdevkit folder, no data.yaml and no COCO file"),
-    ):
-        monkeypatch.setattr("sys.argv", ["check", str(folder), "--classes", classes])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        code = exit_info.value.code
-        assert status in code if isinstance(code, str) else status == code
+    bad_tree(tmp_path / "bad")
+    monkeypatch.setattr("sys.argv", ["check", str(tmp_path / name), "--classes", classes])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == status
+
+
+def test_a_folder_without_data_and_a_mistyped_class_are_named(tmp_path):
+    write_tree(tmp_path / "good", "2012", {"train": {"1": obj("gnu")}})
+    with pytest.raises(ValueError, match="has no objects of yak, but of {'gnu': 1}"):
+        check(tmp_path / "good", ("gnu", "yak"))
+    with pytest.raises(FileNotFoundError, match="no VOCdevkit folder, no data.yaml and no COCO"):
+        check(tmp_path / "none")
 
 
 def test_training_refuses_bad_files_or_leaves_them_out(tmp_path, capsys):
@@ -213,57 +212,39 @@ def requests(monkeypatch) -> list[str]:
     return downloaded
 
 
-def test_only_missing_splits_are_downloaded(tmp_path, requests):
-    """Lists of one's own are not in the way of other years, and nothing is written over."""
-    write_tree(tmp_path, "2007", {"trainval": {"1": obj()}})
-    before = sorted((tmp_path / "VOCdevkit").rglob("*"))
-    splits = ("2007/trainval", "2007/val", "2012/train", "2012/val", "2007/test", "2012/mine")
-    for _ in range(2):
-        download_voc(tmp_path, splits)
-        assert requests == ["2012/train", "2007/test"]
-    assert sorted((tmp_path / "VOCdevkit").rglob("*")) == before
-    assert len(read_voc(tmp_path, ("2007/trainval", *splits[2:5]))) == 4
-
-
-def test_voc_is_downloaded_into_the_default_or_an_empty_folder(tmp_path, monkeypatch, requests):
+def test_only_missing_splits_are_downloaded_into_the_default_folder(
+    tmp_path, monkeypatch, requests
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("VOC_ROOT", raising=False)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/helmets.txt").touch()
-    for folder, problem in {"mistyped": "which is missing", "other": "other data: .*helm"}.items():
-        with pytest.raises(FileNotFoundError, match=rf"{folder}.*{problem}.*VOC_ROOT"):
-            DetectionDataModule(Config(data_root=folder)).prepare_data()
-    assert not requests and not Path("mistyped").exists()
-    Path("empty").mkdir()
-    Path("data/cache").mkdir(parents=True)
-    own = Config(classes=("person", "mask"))  # not VOC's
-    for config in (Config(classes=("person", "car")), own, Config(data_root="empty")):
-        DetectionDataModule(config).prepare_data()
-    assert requests == ["2007/trainval", "2012/trainval", "2007/test"] * 2
+    write_tree(Path("data"), "2007", {"trainval": {"1": obj()}})
+    splits = {"train_splits": ("2007/trainval", "2012/train", "2012/mine"), "val_splits": ()}
+    for _ in range(2):
+        DetectionDataModule(Config(data_root="data", **splits)).prepare_data()
+        DetectionDataModule(Config(data_root="mistyped")).prepare_data()
+        assert requests == ["2012/train"]
+    assert VOCReader("data").splits == ["2007/trainval", "2012/train", "2012/trainval", "2012/val"]
 
 
-def test_a_failed_download_names_the_solution(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.VOCDetection", refuse)
-    with pytest.raises(RuntimeError, match=r"VOC 2007/test.*no route to host.*VOC_ROOT.*shapes"):
-        download_voc(tmp_path, ("2007/test",))
-
-
-def test_an_interrupted_unpacking_is_repeated(tmp_path, monkeypatch, requests):
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError("no route to host"), RuntimeError, "VOC 2012/train.*no route.*VOC_ROOT.*shapes"),
+    ],
+)
+def test_a_failed_download_is_repeated(tmp_path, monkeypatch, requests, error, raised, message):
     """The lists are there before all photographs are."""
 
-    def interrupted(root, **_):
+    def fail(root, **_):
         write_tree(Path(root), "2012", {"train": {"1": obj()}})
-        raise KeyboardInterrupt
+        raise error
 
     with monkeypatch.context() as context:
-        context.setattr("torchvision.datasets.VOCDetection", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            download_voc(tmp_path, ("2012/train",))
+        context.setattr("torchvision.datasets.VOCDetection", fail)
+        with pytest.raises(raised, match=message):
+            download_voc(("2012/train",), tmp_path)
     assert VOCReader(tmp_path).splits == []
-    download_voc(tmp_path, ("2012/train",))
+    download_voc(("2012/train",), tmp_path)
     assert requests == ["2012/train"] and len(VOCReader(tmp_path).splits) == 3
 
 

@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,33 +47,26 @@ class ImageCache:
 
 
 def open_cache(images: list, name: str, size: int, max_gb: float) -> ImageCache | None:
-    """Return a cache for image files at this size, or None if it isn't needed or impossible.
+    """Return a cache for image files at this size, or None if it isn't needed or too large.
 
-    It isn't needed for arrays, which are in memory already. If it is impossible, a line says why.
-    It takes its full disk space at once (16,551 images of VOC 07+12 at 416: 8.6 GB). One cache per
-    name is kept: another size, and other or changed images, replace it.
+    It isn't needed for arrays, which are in memory already. If it is too large, a line says so
+    (16,551 images of VOC 07+12 at 416: 8.6 GB). One cache per name is kept: another size, and other
+    or changed images, replace it.
     """
-    files = [image for image in images if not isinstance(image, np.ndarray)]
-    if not files or not max_gb:
+    if not max_gb or isinstance(images[0], np.ndarray):
         return None
-    cache = ImageCache(FOLDER / f"{name}-{size}-{digest_files(files)}.u8", len(files), size)
-    try:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        for path in {*FOLDER.glob(f"{name}-*")} - {cache.path}:
-            path.unlink(missing_ok=True)
-        free = shutil.disk_usage(FOLDER).free - DISK_MARGIN
-        allowed = min(max_gb * 1e9, cache.num_bytes if cache.path.exists() else free)
-        if cache.num_bytes > allowed:
-            raise OSError(f"Config.cache_gb and the disk allow {max(0, allowed) / 1e9:.1f} GB")
-        # without posix_fallocate, as on macOS, the file takes its space step by step
-        reserve = getattr(os, "posix_fallocate", lambda *_: None)
-        with cache.path.open("ab") as file:
-            reserve(file.fileno(), 0, cache.num_bytes)
-    except OSError as error:
-        with suppress(OSError):
-            cache.path.unlink()
-        needed = f"{cache.num_bytes / 1e9:.1f} GB for {len(files):,} {name} images"
-        print(f"No cache, {needed} ({error}). Each epoch decodes them again.")
+    cache = ImageCache(FOLDER / f"{name}-{size}-{digest_files(images)}.u8", len(images), size)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for path in {*FOLDER.glob(f"{name}-*")} - {cache.path}:
+        path.unlink(missing_ok=True)
+    free = shutil.disk_usage(FOLDER).free - DISK_MARGIN
+    allowed = min(max_gb * 1e9, cache.num_bytes if cache.path.exists() else free)
+    if cache.num_bytes > allowed:
+        print(
+            f"No cache: {len(images):,} {name} images take {cache.num_bytes / 1e9:.1f} GB, but "
+            f"Config.cache_gb and the disk allow {max(0, allowed) / 1e9:.1f} GB. Each epoch "
+            "decodes them again."
+        )
         return None
     return cache
 

@@ -18,10 +18,7 @@ def main() -> None:
         default=VOC_CLASSES,
     )
     args = parser.parse_args()
-    try:
-        sys.exit(bool(check(args.folder, args.classes)))
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
+    sys.exit(bool(check(args.folder, args.classes)))
 
 
 if __name__ == "__main__":

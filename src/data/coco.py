@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from src.data.records import first_existing, to_number
+from src.data.records import first_existing
 
 SECTIONS = (b'"images"', b'"annotations"', b'"categories"')
 OTHER_TASKS = ("captions_", "person_keypoints_", "stuff_", "panoptic_")
@@ -23,44 +23,37 @@ class COCOReader:
         root = Path(root).absolute()
         self.classes = ()
         self.content = {}  # image entry, its annotations and the categories, by annotation
-        self.images = {}  # (image, annotation) pairs by split
+        self.images = defaultdict(list)  # (image, annotation) pairs by split
         paths = [*sorted(root.glob("[!.]*.json")), *sorted(root.glob("[!.]*/[!.]*.json"))]
         for path in [root] if root.is_file() else paths:
             text = b"" if path.name.startswith(OTHER_TASKS) else path.read_bytes()
             if all(section in text for section in SECTIONS):
-                split = path.parent.name if path.stem in UNNAMED else path.stem
-                self._load(path, text, split.removeprefix("instances_"))
+                try:
+                    self._load(path, json.loads(text))
+                except Exception as error:  # of many types: a JSON file can contain anything
+                    raise ValueError(f"{path} is not a valid COCO file: {error!r}.") from None
         self.splits = list(self.images)
 
-    def _load(self, path: Path, text: bytes, split: str) -> None:
-        try:
-            data = json.loads(text)
-            names = {str(item["id"]): item["name"].strip() for item in data["categories"]}
-            # Roboflow's parent of all other categories has no objects.
-            parents = {item.get("supercategory") for item in data["categories"]} - {"none"}
-            own = [
-                item["name"].strip()
-                for item in data["categories"]
-                if item.get("supercategory") != "none" or item["name"] not in parents
-            ]
-            images = {str(item["id"]): item for item in data["images"]}
-            if len(images) < len(data["images"]):
-                raise ValueError("an id of `images` is there twice")
-            objects = defaultdict(list)  # annotations by image
-            for item in data["annotations"]:
-                objects[str(item["image_id"])].append(item)
-            files = {number: str(item["file_name"]) for number, item in images.items()}
-        except Exception as error:  # of many types: a JSON file can contain anything
-            raise ValueError(f"{path} is not a valid COCO file: {error!r}.") from None
+    def _load(self, path: Path, data: dict) -> None:
+        names = {item["id"]: item["name"].strip() for item in data["categories"]}
+        parents = {item.get("supercategory") for item in data["categories"]} - {"none"}
+        own = [  # without Roboflow's parent of all other categories, which has no objects
+            item["name"].strip()
+            for item in data["categories"]
+            if item.get("supercategory") != "none" or item["name"] not in parents
+        ]
         self.classes = tuple(dict.fromkeys((*self.classes, *own)))
+        objects = defaultdict(list)  # annotations by image
+        for item in data["annotations"]:
+            objects[item["image_id"]].append(item)
+        split = path.parent.name if path.stem in UNNAMED else path.stem.removeprefix("instances_")
         base = path.parent.parent if path.parent.name == "annotations" else path.parent
         folders = (base, base / split, base / "images", base / "images" / split, base / "data")
-        self.images[split] = []
-        for number, file in files.items():
-            source = f"{path}: image {number}"
-            image = first_existing([folder / file for folder in folders])
+        for item in data["images"]:
+            source = f"{path}: image {item['id']}"
+            image = first_existing([folder / item["file_name"] for folder in folders])
             self.images[split].append((image, source))
-            self.content[source] = (images[number], objects[number], names)
+            self.content[source] = (item, objects[item["id"]], names)
 
     def list_images(self, split: str) -> list[tuple[Path, str]]:
         """Return (image, annotation) of each image of a split, also without objects."""
@@ -70,19 +63,13 @@ class COCOReader:
         """Return the objects (class name, box, difficult) of an image, and its stated size.
 
         COCO counts pixels from 0; its boxes are x, y, width, height. Crowds become difficult
-        objects. Raises ValueError if an annotation is not valid.
+        objects. Raises an exception if an annotation is not valid.
         """
         entry, annotations, names = self.content[source]
         objects = []
         for annotation in annotations:
-            category = str(annotation.get("category_id"))
-            values = annotation.get("bbox")
-            if category not in names or not isinstance(values, list) or len(values) != 4:
-                raise ValueError(
-                    f"`bbox` is {str(values)[:60]}, not x, y, width, height, or "
-                    f"`category_id` {category[:20]} is not in `categories`."
-                )
-            x, y, width, height = (to_number(value, "`bbox`") for value in values)
+            x, y, width, height = map(float, annotation["bbox"])
             box = (x, y, x + width, y + height)
-            objects.append((names[category], box, bool(annotation.get("iscrowd"))))
+            name = names[annotation["category_id"]]
+            objects.append((name, box, bool(annotation.get("iscrowd"))))
         return objects, (entry.get("width"), entry.get("height"))

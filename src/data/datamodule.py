@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from src.config import VOC_CLASSES, Config
+from src.config import DATA_ROOT, Config
 from src.data.cache import open_cache
 from src.data.datasets import open_dataset, read_splits
 from src.data.mosaic import MosaicDataset, RecordDataset, to_sample
@@ -128,9 +128,9 @@ class DetectionDataModule(pl.LightningDataModule):
         return config.replace(**{name: getattr(self.config, name) for name in names})
 
     def prepare_data(self) -> None:
-        """Download VOC's published splits if they are missing."""
-        if self.config.dataset == "voc" and set(VOC_CLASSES).issuperset(self.config.classes):
-            download_voc(self.config.data_root, self.config.train_splits + self.config.val_splits)
+        """Download VOC's published splits if they are missing in the default folder."""
+        if self.config.dataset == "voc" and self.config.data_root == DATA_ROOT:
+            download_voc(self.config.train_splits + self.config.val_splits)
 
     def setup(self, stage: str = "") -> None:
         """Read both splits on the first call. stage: passed by Lightning, not used."""
@@ -172,6 +172,6 @@ class DetectionDataModule(pl.LightningDataModule):
         """Number of loader processes: Config.num_workers, or from the available cores."""
         if self.config.num_workers >= 0:
             return self.config.num_workers
-        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        # sched_getaffinity: the cores that this process may use; not on macOS
+        cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
         return min(8, max(1, cores // self.config.devices))

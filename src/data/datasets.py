@@ -25,8 +25,7 @@ READERS = {"voc": VOCReader, "yolo": YOLOReader, "coco": COCOReader}
 def open_dataset(config: Config) -> tuple:
     """Return the reader of a data set, and the config with its format, splits and classes.
 
-    Only defaults are replaced, and VOC's fit a VOC tree with lists. The synthetic data set has no
-    reader.
+    Only defaults are replaced, and VOC's fit a VOC tree. The synthetic data set has no reader.
     """
     if config.dataset == "shapes":
         return None, config
@@ -34,12 +33,12 @@ def open_dataset(config: Config) -> tuple:
     readers = ((name, READERS[name](config.data_root)) for name in names)
     default = ("voc", VOCReader(config.data_root))
     dataset, reader = next((pair for pair in readers if pair[1].splits), default)
-    train, val = train_val_splits(reader.splits)
-    if dataset == "voc" and not any(split.endswith("/*") for split in train):
+    if dataset == "voc":
         return reader, config
+    train, val = train_val_splits(reader.splits)
     return reader, config.replace(
         dataset=dataset,
-        classes=reader.classes or VOC_CLASSES if config.classes == VOC_CLASSES else config.classes,
+        classes=reader.classes if config.classes == VOC_CLASSES else config.classes,
         train_splits=train
         if train and config.train_splits == Config.train_splits
         else config.train_splits,
@@ -71,11 +70,6 @@ def read_splits(reader, config: Config) -> tuple[list[ImageRecord], list[ImageRe
     check_classes(train, other_classes, reader, config)
     if config.val_splits:
         val, *_ = read_records(reader, config.val_splits, config)
-    elif len(train) == 1:
-        raise ValueError(
-            f"{config.data_root} has a single image and no validation split. Set Config.val_splits "
-            f"to {config.train_splits} to validate on the training image."
-        )
     else:
         count = min(len(train) - 1, max(1, round(config.val_fraction * len(train))))
         print(

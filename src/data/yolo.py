@@ -4,10 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from src.data.records import first_existing, read_list, to_number
+from src.data.records import first_existing, read_list
 from src.serving.images import IMAGE_SUFFIXES
-
-YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
 
 
 class YOLOReader:
@@ -17,11 +15,11 @@ class YOLOReader:
     """
 
     def __init__(self, root: str | Path):
-        paths = [Path(root), *(Path(root) / name for name in YAML_NAMES)]
-        files = [path for path in paths if path.suffix in (".yaml", ".yml") and path.is_file()]
-        self.path = files[0] if files else None
+        root = Path(root)
+        self.path = root if root.suffix in (".yaml", ".yml") else root / "data.yaml"
         try:  # BaseLoader: all values are text, so the class "no" stays "no"
-            text = self.path.read_text(encoding="utf-8-sig") if files else "names: []"
+            is_there = self.path.is_file()
+            text = self.path.read_text(encoding="utf-8-sig") if is_there else "names: []"
             self.data = yaml.load(text, yaml.BaseLoader)
             names = self.data["names"]
             pairs = enumerate(names) if isinstance(names, list) else names.items()
@@ -31,21 +29,19 @@ class YOLOReader:
                 f"{self.path} is not a YAML file with `names`, a list of class names or a mapping "
                 f"from index to name ({error!r})."
             ) from None
-        if "kpt_shape" in self.data:
-            raise ValueError(f"{self.path} describes keypoints. Export the data set for detection.")
         self.classes = tuple(dict.fromkeys(self.names[index] for index in sorted(self.names)))
         self.splits = [name for name in ("train", "val", "test") if self.data.get(name)]
 
     def list_images(self, split: str) -> list[tuple[Path, Path]]:
         """Return (image, label file) of each image of a split. Raises FileNotFoundError."""
-        entry = self.data[split] if split in self.splits else []
+        entry = self.data.get(split) or []
         entries = entry if isinstance(entry, list) else [entry]
-        images = [image for entry in entries for image in self._find_images(str(entry))]
+        images = [image for entry in entries for image in self._find_images(entry)]
         return [(image, label_path(image)) for image in images]
 
     def _find_images(self, entry: str) -> list[Path]:
         # of a folder or of a .txt list, also if the data set was moved
-        bases = (self.path.parent / str(self.data.get("path", "")), self.path.parent)
+        bases = (self.path.parent / self.data.get("path", ""), self.path.parent)
         names = (entry, entry.removeprefix("../"))  # Roboflow writes one ../ too many
         place = first_existing([base / name for name in names for base in bases])
         if place.is_dir():
@@ -66,18 +62,18 @@ class YOLOReader:
         Raises an exception if the file is not valid.
         """
         lines = path.read_text(encoding="utf-8-sig").split("\n") if path.exists() else []
-        rows = [(line.split(), f"line {number}") for number, line in enumerate(lines, 1)]
-        return [self._read_line(fields, where, size) for fields, where in rows if fields], None
+        rows = [line.split() for line in lines]
+        return [self._read_row(row, size) for row in rows if row], None
 
-    def _read_line(self, fields: list[str], where: str, size: tuple[int, int]) -> tuple:
+    def _read_row(self, row: list[str], size: tuple[int, int]) -> tuple:
         """Read "class cx cy w h", or "class x1 y1 x2 y2 ...", a polygon. Raises ValueError.
 
         Coordinates are fractions of the image's size.
         """
-        index, *values = (to_number(field, f"{where}: a value") for field in fields)
+        index, *values = map(float, row)
         if index not in self.names or len(values) < 4 or len(values) % 2:
             raise ValueError(
-                f"{where} is {fields[:7]}, not an index of `names` and cx, cy, w, h or a polygon."
+                f"{' '.join(row[:7])} is not an index of `names` and cx, cy, w, h or a polygon."
             )
         if len(values) > 4:
             edges = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
