@@ -15,6 +15,7 @@ from src.data.mosaic import MosaicDataset
 from src.data.records import BAD_FILES, OTHER_CLASSES, ImageRecord, make_records
 from src.data.voc import VOCReader
 from src.model.boxes import cxcywh_to_xyxy
+from tests.test_voc import write_tree
 
 CLASSES = ("cat", "dog", "person")
 FIELDS = ("name", "difficult", "bndbox", "xmin", "ymin", "xmax", "ymax")
@@ -41,9 +42,9 @@ OBJECT = (
     "<object><name>{}</name><pose>Left</pose><truncated>1</truncated><difficult>0</difficult>"
     "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>60</ymax></bndbox></object>"
 )
-VALID = "<annotation><size><width>100</width><height>80</height></size>{}</annotation>".format(
-    "".join(map(OBJECT.format, CLASSES))
-)
+SIZE = "<size><width>100</width><height>80</height></size>"
+INSIDE = SIZE + "".join(map(OBJECT.format, CLASSES))
+VALID = f"<annotation>{INSIDE}</annotation>"
 CONFIG = Config(
     image_size=64, classes=CLASSES, epochs=10, close_mosaic_epochs=0, cache_gb=0, num_workers=0
 )
@@ -171,12 +172,10 @@ def read(folder: Path, stem: str, decode: bool = False) -> tuple[ImageRecord | N
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     """A folder VOC2007 with a valid image "valid" of 100 x 80 pixels."""
-    folder = tmp_path_factory.mktemp("tree") / "VOCdevkit" / "VOC2007"
-    for name in ("ImageSets/Main", "JPEGImages", "Annotations"):
-        (folder / name).mkdir(parents=True)
+    root = write_tree(tmp_path_factory.mktemp("tree"), "2007", {"train": {"valid": INSIDE}})
+    folder = root / "VOCdevkit" / "VOC2007"
     pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "JPEGImages" / "valid.jpg")
-    (folder / "Annotations" / "valid.xml").write_text(VALID)
     return folder
 
 
@@ -299,7 +298,6 @@ def test_annotations_apply_to_the_rotated_image(tree, stated, differs):
 def test_an_image_damaged_during_training_is_named(tree, tmp_path, workers):
     root = shutil.copytree(tree.parents[1], tmp_path / "a tree")
     folder = root / "VOCdevkit" / "VOC2007"
-    (folder / "ImageSets" / "Main" / "train.txt").write_text("valid\n")
     data = DetectionDataModule(
         CONFIG.replace(
             data_root=str(root),

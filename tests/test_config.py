@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.config import VOC_CLASSES, Config
+from src.config import Config
 from src.model.network import ANCHORS
 
 
@@ -35,9 +35,3 @@ def test_lists_and_ranges_become_what_is_saved(tmp_path):
 def test_data_root_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("VOC_ROOT", "/somewhere")
     assert Config().data_root == "/somewhere"
-
-
-def test_voc_classes_and_anchors():
-    assert len(VOC_CLASSES) == 20 and list(VOC_CLASSES) == sorted(VOC_CLASSES)
-    areas = [[w * h for w, h in scale] for scale in ANCHORS]
-    assert min(areas[0]) > max(areas[1]) > min(areas[1]) > max(areas[2])

@@ -137,12 +137,6 @@ def test_widgets_are_removed_and_progress_bars_keep_their_last_state(tmp_path):
     assert [cell.outputs[0].text for cell in cells[2:]] == ["0 sent\n", "2 of 2\n"]
 
 
-def test_settings_need_a_tagged_cell(tmp_path):
-    nbformat.write(new_notebook(), tmp_path / "in.ipynb")
-    with pytest.raises(ValueError, match='tagged "settings"'):
-        run(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"epochs": 1})
-
-
 def test_figures_of_tagged_cells_are_exported(tmp_path, monkeypatch):
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
     monkeypatch.setattr(notebook, "NOTEBOOKS", ("a.ipynb",))

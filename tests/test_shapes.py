@@ -50,20 +50,6 @@ def test_boxes_enclose_the_pixels_of_shapes(records):
     assert len(single) > 10
 
 
-@pytest.mark.parametrize("name", OUTLINES)
-def test_fill_equals_the_even_odd_rule(name):
-    """Slow reference: of 16 points per pixel, those with an odd number of edges to their left."""
-    corners = shapes.place(np.random.default_rng(1), OUTLINES[name], SIZE)
-    centers = (np.arange(4 * SIZE) + 0.5) / 4
-    odd = np.zeros((4 * SIZE, 4 * SIZE), bool)
-    for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        for row in np.flatnonzero((centers < y1) != (centers < y2)):
-            odd[row] ^= centers > x1 + (centers[row] - y1) * (x2 - x1) / (y2 - y1)
-    expected = odd.reshape(SIZE, 4, SIZE, 4).mean(axis=(1, 3))
-    difference = np.abs(shapes.fill(corners, SIZE)[..., 0] - expected)
-    assert difference.max() <= 0.5 and difference.mean() < 0.01
-
-
 def test_difficult_shapes_are_those_mostly_hidden(monkeypatch):
     """Slow reference: count the pixels of each shape that no later shape contains."""
     calls = []

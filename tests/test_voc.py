@@ -1,5 +1,6 @@
 """VOCdevkit trees, valid and broken, and the download."""
 
+import math
 import os
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def box_text(*edges: float) -> str:
 
 def test_boxes_and_sizes_that_do_not_fit_are_counted(tmp_path, capsys):
     boxes = [(-9, 0, 50, 600), (0.95, 1, 100.05, 80), (51, 21, 50, 60), (101, 1, 200, 80)]
+    boxes.append((1, 1, math.nan, 80))
     inside = "".join(obj(box=box_text(*box)) for box in boxes)
     size = "<size><width>{}</width><height>{}</height></size>".format
     others = {"2": size(9, 9), "3": size(0, 0), "4": size(100, 80)}
@@ -136,7 +138,7 @@ def test_boxes_and_sizes_that_do_not_fit_are_counted(tmp_path, capsys):
     np.testing.assert_allclose(record.boxes, [[0, 0, 50, 80], [0, 0, 100, 80]], atol=1e-5)
     line = capsys.readouterr().out
     assert "1 boxes clipped to the image (such as " in line and "1.xml: object 1 (cat): " in line
-    assert "2 boxes left out, empty or outside the image (such as " in line and "object 3" in line
+    assert "3 boxes left out, empty or outside the image (such as " in line and "object 3" in line
     assert line.count("\n") == 1 and "2 images of another size than stated (such as " in line
     assert "1.xml: 80.0 x 100.0 is stated, 100 x 80 found" in line
 
