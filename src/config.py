@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +20,6 @@ DATASETS = {
     "yolo": "YOLO data set",
     "coco": "COCO data set",
     "shapes": "synthetic",
-}
-LIMITS = {  # lowest and highest value of a setting
-    "val_fraction": (0, 1),
-    "mosaic_prob": (0, 1),
-    "min_visibility": (0, 1),
-    "warmup_fraction": (0, 1),
-    "ema_decay": (0, 1),
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "accumulate_grad_batches": (1, math.inf),
-    "multiscale_interval": (1, math.inf),
-    "devices": (1, math.inf),
 }
 
 
@@ -145,12 +132,6 @@ class Config:
             raise ValueError(
                 f"Config.classes is {self.classes}. Name at least one class, each only once."
             )
-        for name, (lowest, highest) in LIMITS.items():
-            if not lowest <= getattr(self, name) <= highest:
-                raise ValueError(
-                    f"Config.{name} is {getattr(self, name)}. Use a value from {lowest} to "
-                    f"{highest}."
-                )
 
     @classmethod
     def names(cls, **metadata: bool) -> list[str]:

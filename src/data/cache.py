@@ -55,7 +55,9 @@ def open_cache(images: list, name: str, size: int, max_gb: float) -> ImageCache 
     """
     if not max_gb or isinstance(images[0], np.ndarray):
         return None
-    cache = ImageCache(FOLDER / f"{name}-{size}-{digest_files(images)}.u8", len(images), size)
+    versions = repr([(image, os.path.getmtime(image)) for image in images])
+    digest = hashlib.blake2b(versions.encode(), digest_size=8).hexdigest()
+    cache = ImageCache(FOLDER / f"{name}-{size}-{digest}.u8", len(images), size)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for path in {*FOLDER.glob(f"{name}-*")} - {cache.path}:
         path.unlink(missing_ok=True)
@@ -69,9 +71,3 @@ def open_cache(images: list, name: str, size: int, max_gb: float) -> ImageCache 
         )
         return None
     return cache
-
-
-def digest_files(files: list[str]) -> str:
-    """Return a digest of the paths, sizes and times of files."""
-    values = [(file, os.path.getsize(file), os.path.getmtime(file)) for file in files]
-    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()

@@ -32,10 +32,8 @@ class ValDataset(RecordDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         image, (width, height) = self.load(index)
         record = self.records[index]
-        size = self.config.image_size
-        placement = letterbox_placement(width, height, size)
+        placement = letterbox_placement(width, height, self.config.image_size)
         boxes = record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)  # [n, 4]
-        boxes = np.clip(boxes, 0, size).astype(np.float32)
         sample = to_sample(image, boxes, record.labels)
         return *sample, torch.from_numpy(record.difficult)
 
