@@ -8,7 +8,6 @@ from pathlib import Path
 
 from src.model.network import ANCHORS
 
-REPOSITORY = Path(__file__).parents[1]
 DATA_ROOT = "data"  # default folder of the data; PASCAL VOC is downloaded into this one only
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "

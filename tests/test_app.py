@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.config import REPOSITORY
 from src.serving import drawing
 from src.serving.app import build_app, on_row_select, on_threshold_change
 from src.serving.drawing import class_colours, draw_detections, draw_heatmap, place_label
@@ -24,6 +23,7 @@ from src.serving.session import (
     render_heatmap,
 )
 from tests.planted import CLASSES, blurred_noise, planted_model
+from tests.test_rooms import ROOT
 
 DEFAULTS = (next(iter(LAYERS)), next(iter(METHODS)))  # what the page shows first
 
@@ -233,7 +233,7 @@ def test_the_page_links_to_the_model_and_shows_its_card(tmp_path):
     assert model_card(tmp_path) == ("#card", "# My card\n")
     assert model_card("somebody/their-model") == ("https://huggingface.co/somebody/their-model", "")
     assert model_card("") == ("", "")
-    page = build_app(REPOSITORY / "weights")
+    page = build_app(ROOT / "weights")
     html = "".join(str(block.value) for block in page.blocks.values() if hasattr(block, "value"))
     assert 'href="#card"' in html and "Darknet-53" in html
 
@@ -262,7 +262,7 @@ def test_samples_are_shown_with_their_authors(sample_files, predictor, tmp_path)
 
 
 def test_every_shipped_photograph_has_an_author_and_a_free_licence():
-    folder = REPOSITORY / "weights" / "samples"
+    folder = ROOT / "weights" / "samples"
     text = credits_html(folder)
     assert all(f"{path.stem} by " in text for path in folder.glob("*.jpg"))
     assert "unknown" not in text

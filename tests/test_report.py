@@ -6,12 +6,13 @@ import sys
 import pytest
 from PIL import Image
 
-from src.config import REPOSITORY, Config
+from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training.fit import evaluate, fit, load_detector
 from src.training.metrics import Evaluation
 from src.training.report import ResultsTable, main, measure, write
 from tests.runs import tiny
+from tests.test_rooms import ROOT
 
 
 def test_course_targets_are_lower_at_reduced_width(tmp_path):
@@ -37,7 +38,7 @@ def test_course_targets_are_lower_at_reduced_width(tmp_path):
 def test_measuring_without_voc_says_what_is_missing_and_downloads_nothing(tmp_path, monkeypatch):
     empty = tmp_path / "empty"
     monkeypatch.setenv("VOC_ROOT", str(empty))
-    monkeypatch.setattr(sys, "argv", ["report", str(REPOSITORY / "weights")])
+    monkeypatch.setattr(sys, "argv", ["report", str(ROOT / "weights")])
     with pytest.raises(SystemExit, match="VOC_ROOT") as error:
         main()
     assert str(empty) in str(error.value) and not empty.exists()
