@@ -18,7 +18,7 @@ DATASETS = {
     "voc": "PASCAL VOC",
     "yolo": "YOLO data set",
     "coco": "COCO data set",
-    "shapes": "synthetic",
+    "shapes": "synthetic data set",
 }
 
 

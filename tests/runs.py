@@ -13,6 +13,8 @@ def tiny(folder: Path, **changes) -> Config:
     """A run of 3 epochs of 4 steps that takes seconds."""
     config = Config(
         dataset="shapes",
+        train_splits=("training",),
+        val_splits=("validation",),
         classes=SHAPE_CLASSES,
         shapes_train=16,
         shapes_val=6,

@@ -7,7 +7,7 @@ from torchvision.ops import box_iou
 from src.model.boxes import cell_boxes, cxcywh_to_xyxy
 from src.model.network import ANCHORS
 from src.training.loss import IGNORE_IOU, ignore_mask
-from tests.test_loss import count_objects
+from tests.test_loss import count_objects, random_targets
 
 IMAGES = 4
 ANCHOR = torch.tensor(ANCHORS)
@@ -24,16 +24,13 @@ def loop_mask(level, targets, anchors):
     return mask
 
 
-def objects(kind, count, random):
-    """Targets [count, 6], sorted by image: usual sizes, or tiny, thin, and partly outside."""
+def extreme_targets(count, random):
+    """Targets [count, 6], sorted by image: tiny, thin, large, at borders of cells and outside."""
     image = torch.randint(IMAGES, (count, 1), generator=random).sort(dim=0).values
-    size = torch.rand(count, 2, generator=random) * 0.6 + 0.02
-    centre = torch.rand(count, 2, generator=random)
-    if kind == "extreme":
-        sizes = torch.tensor([1e-4, 1e-3, 0.024, 0.5, 1.0, 1.0])
-        size = sizes[torch.randint(len(sizes), (count, 2), generator=random)]
-        border = torch.tensor([0.0, 0.5, 1.0, 7 / 13, 5 / 52])
-        centre = border[torch.randint(len(border), (count, 2), generator=random)]
+    sizes = torch.tensor([1e-4, 1e-3, 0.024, 0.5, 1.0, 1.0])
+    places = torch.tensor([0.0, 0.5, 1.0, 7 / 13, 5 / 52])
+    size = sizes[torch.randint(len(sizes), (count, 2), generator=random)]
+    centre = places[torch.randint(len(places), (count, 2), generator=random)]
     return torch.cat((image, torch.zeros_like(image), centre, size), dim=1)
 
 
@@ -56,7 +53,7 @@ def test_equals_the_loop(kind, spread, dtype):
     random = torch.Generator().manual_seed(0)
     marked = 0
     for grid, anchors in zip((5, 13, 52), ANCHOR, strict=True):
-        targets = objects(kind, 24, random)
+        targets = random_targets(24, IMAGES) if kind == "usual" else extreme_targets(24, random)
         level = fitting_level(grid, targets, anchors, spread, random).to(dtype)
         mask = ignore_mask(level, targets, count_objects(targets, IMAGES), anchors)
         assert torch.equal(mask, loop_mask(level, targets, anchors))
@@ -65,6 +62,6 @@ def test_equals_the_loop(kind, spread, dtype):
 
 
 def test_invalid_logits_are_not_ignored():
-    targets = objects("usual", 12, torch.Generator().manual_seed(3))
+    targets = random_targets(12, IMAGES)
     level = torch.full((IMAGES, 3, 13, 13, 7), float("nan"))
     assert not ignore_mask(level, targets, count_objects(targets, IMAGES), ANCHOR[1]).any()

@@ -13,7 +13,6 @@ from src.training.metrics import (
     THRESHOLDS,
     CellAccuracy,
     DetectionAccumulator,
-    average_precision,
     coco_average_precision,
     confusion,
     match,
@@ -123,25 +122,11 @@ def test_perfect_detections_and_no_detections():
             assert mean_average_precision(table, column) == pytest.approx(expected)
 
 
-def test_difficult_objects_count_neither_as_hits_nor_as_errors():
-    ground_truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3], [0, 0, 1, 0.5, 0.5, 0.9, 0.9]])
-    predictions = np.float32([[0, 0, 0.9, 0.5, 0.5, 0.9, 0.9], [0, 0, 0.8, 0.1, 0.1, 0.3, 0.3]])
-    for rows, course in ((predictions, 1), (predictions[1:], 0.5)):
-        row = per_class_table(rows, ground_truth, ("a",))[0]
-        assert row["ap"] == 1 and row["ap_course"] == pytest.approx(course)
-
-
 def test_class_without_objects_does_not_enter_the_mean():
     ground_truth = np.float32([[0, 0, 0, 0.1, 0.1, 0.3, 0.3]])
     predictions = np.float32([[0, 0, 0.9, 0.1, 0.1, 0.3, 0.3], [0, 1, 0.9, 0.1, 0.1, 0.3, 0.3]])
     table = per_class_table(predictions, ground_truth, ("a", "b"))
     assert math.isnan(table[1]["ap"]) and mean_average_precision(table) == 1
-
-
-def test_eleven_points_of_a_small_example():
-    precision, recall = np.array([1, 1, 2 / 3]), np.array([0.25, 0.5, 0.5])
-    assert average_precision(precision, recall, "11pt") == pytest.approx(6 / 11)
-    assert average_precision(precision, recall) == pytest.approx(0.5)
 
 
 def as_coco(row: list[float], number: int) -> dict:
@@ -188,17 +173,6 @@ def test_accumulator_equals_slow_nms():
     np.testing.assert_allclose(predictions[:, :3], rows, rtol=1e-6)
     assert ground_truth[:, 0].tolist() == sorted(ground_truth[:, 0])
     assert ground_truth[:, 2].tolist() == [1, 0, 0, 1] * 2
-
-
-def test_confusion_matrix_counts_every_object_and_detection_once():
-    predictions, ground_truth = random_results(2)
-    counts = confusion(predictions, ground_truth, 3, confidence=0.25)
-    assert (ground_truth[:, 2] == 0).sum() <= counts[:3].sum() <= len(ground_truth)
-    assert counts[:, :3].sum() == (predictions[:, 2] > 0.25).sum()
-    perfect = ground_truth.copy()
-    perfect[:, 2] = 0.9
-    counts = confusion(perfect, ground_truth, 3)
-    assert counts[:3, :3].trace() == counts.sum() == len(ground_truth)
 
 
 def test_confusion_matrix_of_a_written_example():

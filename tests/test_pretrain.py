@@ -13,7 +13,7 @@ from src.model.network import YOLOv3
 from src.model.pretrained import load_backbone
 from src.training import pretrain as pretraining
 from src.training.module import build_model
-from src.training.pretrain import PretrainConfig, PretrainDataModule, pretrain
+from src.training.pretrain import PRETRAIN, PretrainDataModule, pretrain
 from src.training.run_folder import LAST
 from tests.runs import equal, fail_in
 
@@ -43,12 +43,12 @@ def folder(tmp_path_factory):
 
 
 def tiny(folder, run_dir, **changes):
-    config = PretrainConfig(
+    config = PRETRAIN.replace(
         data_root=str(folder),
         width=0.0625,
-        image_size=32,
-        final_size=64,
-        final_epochs=1,
+        multiscale_sizes=(32,),
+        image_size=56,
+        close_mosaic_epochs=1,
         epochs=4,
         batch_size=4,
         max_lr=3e-3,
@@ -88,7 +88,7 @@ def test_a_sample_depends_on_its_number_only(folder, tmp_path):
         assert torch.equal(image, again[sample_id][0]) and label == (sample_id % 24) // 8
     assert not torch.equal(data[5][0], data[29][0])
     assert data[5][0].dtype == torch.uint8 and data[5][0].shape == (3, 32, 32)
-    assert data[3 * 24][0].shape == (3, 64, 64)  # the last epoch has the final size
+    assert data[3 * 24][0].shape == (3, 56, 56)  # the last epoch has the final size
 
 
 def test_it_learns_and_its_backbone_starts_detectors(run):
@@ -116,11 +116,3 @@ def test_an_interrupted_run_ends_with_the_same_weights(folder, run, tmp_path, mo
             pretrain(tiny(folder, tmp_path))
     pretrain(tiny(folder, tmp_path))
     assert equal(load_last(tmp_path), load_last(run[0].run_dir))
-
-
-def test_every_option_says_what_it_does(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["pretrain", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        pretraining.main()
-    text = capsys.readouterr().out
-    assert all(option in text for option in ("--final-size", "--width", "in ImageNet's layout"))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from src.config import Config
-from src.data import cache
 from src.data.datamodule import DetectionDataModule
 from tests.test_voc import obj, write_tree
 
@@ -30,16 +29,15 @@ def load_batches(config: Config) -> None:
         assert len(next(iter(loader))["images"]) == 1
 
 
-def test_read_only_voc_tree(monkeypatch):
+def test_read_only_voc_tree():
     """Kaggle's input folders are read-only."""
     root = write_tree(Path(tempfile.mkdtemp()), "2007", {"train": {"1": obj()}})
     for path in (root, *root.rglob("*")):
         path.chmod(0o555)
-    monkeypatch.setattr(cache, "FOLDER", root / "cache")
     splits = {"train_splits": ("2007/train",), "val_splits": ("2007/train",)}
     settings = {"classes": ("cat",), "image_size": 64, "num_workers": 0, "batch_size": 1}
-    config = Config(data_root=str(root), **settings, **splits)
-    load_batches(config.replace(cache_gb=0))  # imports modules that the user nobody can't read
+    config = Config(data_root=str(root), cache_gb=0, **settings, **splits)
+    load_batches(config)  # imports modules that the user nobody can't read
     user = os.geteuid()
     try:
         os.seteuid(65534 if user == 0 else user)

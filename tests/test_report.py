@@ -4,11 +4,10 @@ import json
 import sys
 
 import pytest
-from PIL import Image
 
 from src.config import Config
 from src.data.datamodule import DetectionDataModule
-from src.training.fit import evaluate, fit, load_detector
+from src.training.fit import evaluate, load_detector
 from src.training.metrics import Evaluation
 from src.training.report import ResultsTable, main, measure, write
 from tests.runs import tiny
@@ -62,21 +61,3 @@ def test_exported_weights_have_card_log_and_settings(trained_run, tmp_path):
     again, _ = measure(tmp_path, Config.load(tmp_path / "run.json"))
     assert again.accuracies == evaluation.accuracies and again.precisions == evaluation.precisions
     assert Config.load(tmp_path / "run.json").replace(data_root=config.data_root) == config
-
-
-def test_weights_of_own_data_are_measured_on_it(tmp_path):
-    for split in ("train", "val"):
-        images, labels = (tmp_path / "mine" / part / split for part in ("images", "labels"))
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
-        for number in range(4):
-            Image.new("RGB", (64, 64), (60 * number, 0, 0)).save(images / f"{number}.png")
-            (labels / f"{number}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
-    settings = "train: images/train\nval: images/val\nnames: [square]\n"
-    (tmp_path / "mine/data.yaml").write_text(settings)
-    own = {"dataset": "voc", "classes": Config().classes, "data_root": str(tmp_path / "mine")}
-    config = tiny(tmp_path / "run", epochs=1, **own)
-    fit(config)
-    evaluation = write(tmp_path / "run", tmp_path / "weights").evaluation
-    assert [row["class"] for row in evaluation.per_class] == ["square"]
-    assert Config.load(tmp_path / "weights/run.json").data_root == config.data_root

@@ -28,7 +28,7 @@ def open_dataset(config: Config) -> tuple:
     Only defaults are replaced, and VOC's fit a VOC tree. The synthetic data set has no reader.
     """
     if config.dataset == "shapes":
-        return None, config
+        return None, config.replace(train_splits=("training",), val_splits=("validation",))
     names = READERS if config.dataset == "voc" else [config.dataset]
     readers = ((name, READERS[name](config.data_root)) for name in names)
     default = ("voc", VOCReader(config.data_root))

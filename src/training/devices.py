@@ -35,14 +35,11 @@ def make_trainer(config: Config, **options) -> pl.Trainer:
     With several devices it runs in one of as many processes, see `fit.train_in_process`. Buffers
     are not broadcast at each forward pass: in validation one process can have a batch more.
     """
-    strategy = "auto"
-    if config.devices > 1:
-        strategy = DDPStrategy(broadcast_buffers=False)
     return pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=config.devices,
         precision=resolve_precision(config),
-        strategy=strategy,
+        strategy=DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto",
         accumulate_grad_batches=config.accumulate_grad_batches,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

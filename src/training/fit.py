@@ -120,7 +120,7 @@ def load_average(module: OneCycleModule, checkpoint: Path) -> OneCycleModule:
 def load_detector(folder: str | Path, which: str = "best") -> YOLOv3Module:
     """Load the detector of a run's folder: the averaged (EMA) weights of a checkpoint.
 
-    which: "best" or "last". Raises FileNotFoundError if it is missing, ValueError if it is damaged.
+    which: "best" or "last". Raises FileNotFoundError if it is missing or damaged.
     """
     folder = Path(folder)
     path = run_folder.find_checkpoint(folder, which)

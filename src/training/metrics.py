@@ -119,9 +119,8 @@ def match(
     """
     best = np.full(len(predictions), -1)
     iou = np.zeros(len(predictions))
-    image = predictions[:, 0].copy()  # contiguous: the loop reads it once per image
     for number in np.unique(ground_truth[:, 0]):
-        rows = np.flatnonzero(image == number)  # [r]
+        rows = np.flatnonzero(predictions[:, 0] == number)  # [r]
         objects = np.flatnonzero(ground_truth[:, 0] == number)  # [c]
         boxes = torch.from_numpy(predictions[rows, 3:]).double()
         object_boxes = torch.from_numpy(ground_truth[objects, 3:]).double()

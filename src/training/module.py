@@ -66,8 +66,6 @@ def training_metadata(
 ) -> dict:
     """Describe weights: training data, epochs such as "3 of 40", and validation metrics."""
     data = f"{DATASETS[config.dataset]} {', '.join(config.train_splits)}"
-    if config.dataset == "shapes":
-        data = f"{config.shapes_train:,} synthetic images of {len(config.classes)} shapes"
     metrics = {
         "mAP50": map50,
         "class accuracy": accuracies["class"],

@@ -11,34 +11,30 @@ while read -r f c _; do mkdir -p $c; mv images/$f $c/; done < val_annotations.tx
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 from torchvision.transforms import v2
 
-from src.config import Config, setting
+from src.config import Config
 from src.data.datamodule import SampleIdSampler, make_loader
 from src.model.network import YOLOv3
 from src.model.pretrained import save_backbone
 from src.serving.images import to_network_input
 from src.training.devices import make_trainer
 from src.training.fit import train
+from src.training.module import sample_image_size
 from src.training.optimizer import OneCycleModule
 
 MIN_CROP = 0.35  # smallest random crop, as a fraction of the image's area
 LABEL_SMOOTHING = 0.1
 OPTIONS = {
     "width": "width multiplier of the network",
-    "image_size": "width and height of the training images in pixels",
-    "final_size": "the same in the last epochs and in validation",
-    "final_epochs": "number of last epochs at --final-size",
     "epochs": "epochs of training",
     "batch_size": "images per batch and device",
     "max_lr": "highest learning rate of OneCycle",
@@ -59,31 +55,32 @@ Validation at {final_size} pixels: top-1 accuracy {top1:.1%}.
 """
 
 
-@dataclass(frozen=True)
 class PretrainConfig(Config):
     """Settings of a pretraining run. It doesn't use `Config`'s settings of detection."""
-
-    width: float = 0.25
-    image_size: int = 64
-    final_size: int = 96
-    final_epochs: int = 3
-    num_workers: int = setting(1, resumable=True)
-    epochs: int = 30
-    batch_size: int = 256
-    max_lr: float = setting(4e-3, resumable=True)
-    ema_decay: float = 0.999
-    run_dir: str = setting("runs/pretrain", resumable=True)
 
     def _validate(self) -> None:
         """Accept every image size: the classifier averages over the last grid."""
 
 
+PRETRAIN = PretrainConfig(
+    width=0.25,
+    multiscale_sizes=(64,),  # pixels of the training images
+    image_size=96,  # the same in the last epochs and in validation
+    close_mosaic_epochs=3,  # number of these last epochs
+    num_workers=1,
+    epochs=30,
+    batch_size=256,
+    max_lr=4e-3,
+    ema_decay=0.999,
+    run_dir="runs/pretrain",
+)
+
+
 class RandomCrops(ImageFolder):
     """Training samples (uint8 [3, S, S], label): random crops (Szegedy et al. 2015).
 
-    `dataset[sample_id]`, sample_id = epoch * len(dataset) + index. S is `config.image_size`,
-    in the last epochs `final_size`. A sample depends on (seed, sample_id) only, so a resumed run
-    has the same.
+    `dataset[sample_id]`, sample_id = epoch * len(dataset) + index. S depends on the epoch, see
+    `PRETRAIN`. A sample depends on (seed, sample_id) only, so a resumed run has the same.
     """
 
     def __init__(self, folder: Path, config: PretrainConfig):
@@ -93,8 +90,7 @@ class RandomCrops(ImageFolder):
     def __getitem__(self, sample_id: int) -> tuple[Tensor, int]:
         epoch, index = divmod(sample_id, len(self))
         path, label = self.samples[index]
-        is_final = epoch >= self.config.epochs - self.config.final_epochs
-        size = self.config.final_size if is_final else self.config.image_size
+        size = sample_image_size(self.config, 0, epoch)
         transform = v2.Compose(
             [
                 v2.RandomResizedCrop(size, (MIN_CROP, 1), antialias=True),
@@ -114,7 +110,7 @@ class PretrainDataModule(pl.LightningDataModule):
         super().__init__()
         self.config = config
         root = Path(config.data_root)
-        size = config.final_size
+        size = config.image_size
         center = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
         self.train_data = RandomCrops(root / "train", config)
         self.val_data = ImageFolder(root / "val", center)
@@ -164,7 +160,7 @@ class Darknet53Classifier(OneCycleModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images, labels = batch
         logits = self(to_network_input(images))
-        loss = cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
@@ -172,7 +168,10 @@ class Darknet53Classifier(OneCycleModule):
         images, labels = batch
         logits = self(to_network_input(images)).float()
         hits = logits.argmax(dim=1) == labels
-        values = {"val/loss": cross_entropy(logits, labels), "val/top1": hits.float().mean()}
+        values = {
+            "val/loss": nn.functional.cross_entropy(logits, labels),
+            "val/top1": hits.float().mean(),
+        }
         self.log_dict(values, on_epoch=True, batch_size=len(images), sync_dist=True)
 
 
@@ -194,8 +193,8 @@ def pretrain(
         "images": len(data.train_data),
         "classes": len(data.train_data.classes),
         "epochs": config.epochs,
-        "image_size": config.image_size,
-        "final_size": config.final_size,
+        "image_size": config.multiscale_sizes[0],
+        "final_size": config.image_size,
         "top1": values["val/top1"],
     }
     folder = Path(config.run_dir) / "backbone"
@@ -214,13 +213,13 @@ def main() -> None:
     )
     parser.add_argument("data_root", help="folder in ImageNet's layout")
     for name, text in OPTIONS.items():
-        default = getattr(PretrainConfig, name)
+        default = getattr(PRETRAIN, name)
         option = "--" + name.replace("_", "-")
         parser.add_argument(
             option, type=type(default), default=default, help=f"{text} (%(default)s)"
         )
     try:
-        print("Backbone:", pretrain(PretrainConfig(**vars(parser.parse_args()))))
+        print("Backbone:", pretrain(PRETRAIN.replace(**vars(parser.parse_args()))))
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 

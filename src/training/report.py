@@ -141,8 +141,6 @@ def measure(folder: Path, config: Config) -> tuple[Evaluation, DetectionDataModu
 def write_card(folder: Path, model, config: Config, evaluation: Evaluation, data) -> None:
     """Write the model card of exported weights, README.md in Markdown with the Hub's header."""
     val_data = ", ".join(config.val_splits) or f"{config.val_fraction:.0%} of the training images"
-    if config.dataset == "shapes":
-        val_data = "images of another seed"
     classes = [
         (row["class"], str(row["num_gt"]), f"{row['ap']:.3f}") for row in evaluation.per_class
     ]

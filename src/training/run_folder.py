@@ -17,7 +17,12 @@ except ImportError:  # Windows
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 METRICS, CONFIG = "metrics.csv", "config.json"
-CHECKPOINTS = {"best": [BEST], "last": [LAST, PREVIOUS], "auto": [LAST, PREVIOUS]}  # by ckpt_path
+CHECKPOINTS = {  # to look for, by ckpt_path
+    "best": [BEST],
+    "last": [LAST, PREVIOUS],
+    "auto": [LAST, PREVIOUS],
+    None: [],
+}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -58,14 +63,12 @@ def find_corruption(path: Path) -> str:
 
 
 def find_checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
-    """Return the path of a valid checkpoint of a run.
+    """Return the path of a valid checkpoint of a run; a message names those that are damaged.
 
-    ckpt_path: "best"; "last": last.ckpt, or previous.ckpt with a message if last.ckpt is damaged;
-    "auto": the same, or None if there is no checkpoint; None returns None.
-    Raises FileNotFoundError if the checkpoint is missing, ValueError if it is damaged.
+    ckpt_path: "best"; "last": last.ckpt, or previous.ckpt if last.ckpt is damaged; "auto": the
+    same, or None if there is no checkpoint; None returns None.
+    Raises FileNotFoundError if there is no valid checkpoint.
     """
-    if not ckpt_path:
-        return None
     paths = [folder / name for name in CHECKPOINTS[ckpt_path]]
     found = [path for path in paths if path.exists()]
     for path in found:
@@ -73,14 +76,13 @@ def find_checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
         if not problem:
             return path
         print(f"{path} is damaged: {problem}.")
-    if found:
-        raise ValueError(
-            f"{path} is damaged: {problem}. Start again without ckpt_path; if another checkpoint "
-            f"of {folder} is intact, load_detector can load it."
-        )
-    if ckpt_path == "auto":
+    if ckpt_path in (None, "auto") and not found:
         return None
-    raise FileNotFoundError(f"{paths[0]} is missing. Train first, or correct the run's folder.")
+    names = " and no ".join(path.name for path in paths)
+    raise FileNotFoundError(
+        f"{folder} has no valid {names}. Correct the folder, load another checkpoint of the run, "
+        "or train without ckpt_path."
+    )
 
 
 def config_for_resume(config: Config, checkpoint: Path) -> Config:
