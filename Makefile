@@ -47,4 +47,4 @@ bench: $(VENV)/installed ## measure speed, as ratios to straightforward implemen
 	$(BIN) -m benchmarks
 
 clean: ## delete runs, exported Spaces and caches, but not the environment
-	rm -rf runs space static_space data/cache
+	rm -rf runs space static_space

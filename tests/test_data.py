@@ -278,17 +278,17 @@ def test_cache_reads_each_image_once(files):
 
     def read(value):
         reads.append(value)
-        return np.full((40, 64, 3), value, np.uint8), (400, 250)
+        return np.full((40, 64, 3), value, np.uint8), (2, 0.5, 0, 7)
 
     first = open_cache(files, "one", 64, max_gb=1)
     assert first.fetch(1, read, 7)[0].max() == 7 and first.fetch(0, read, 9)[0].max() == 9
-    image, size = open_cache(files, "one", 64, max_gb=1).fetch(1, read, 8)
-    assert reads == [7, 9] and size == (400, 250)
+    image, placement = open_cache(files, "one", 64, max_gb=1).fetch(1, read, 8)
+    assert reads == [7, 9] and placement.tolist() == [2, 0.5, 0, 7]
     assert image.shape == (40, 64, 3) and (image == 7).all()
 
 
 def load_pixels(value: int) -> tuple:
-    return np.full((8, 8, 3), value, np.uint8), (8, 8)
+    return np.full((8, 8, 3), value, np.uint8), (1, 1, 0, 0)
 
 
 def test_another_cache_of_the_name_replaces_the_former(files):

@@ -8,17 +8,14 @@ from pathlib import Path
 import pytest
 
 from src.config import Config
-from src.data.datamodule import DetectionDataModule
+from src.data.datamodule import DetectionDataModule, make_loader
 from tests.test_voc import obj, write_tree
 
 
 def test_loader_processes_share_the_available_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    workers = [
-        DetectionDataModule(Config(devices=devices, image_size=32)).num_workers
-        for devices in (1, 2, 8)
-    ]
-    assert workers == [6, 3, 1]
+    configs = [Config(devices=devices) for devices in (1, 2, 8)]
+    assert [make_loader([], config).num_workers for config in configs] == [6, 3, 1]
 
 
 def load_batches(config: Config) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = Path("data/cache")
+FOLDER = Path("runs/cache")
 DISK_MARGIN = 3e9  # bytes that stay free: three checkpoints at full width
-HEADER = 16  # bytes: height, width and original width, height as int32; all 0 before the first use
+HEADER = 6  # float32: height, width, placement; all 0 before the first use
 
 
 class ImageCache:
@@ -21,29 +21,28 @@ class ImageCache:
 
     def __init__(self, path: Path, count: int, size: int):
         self.path = path
-        self.slot_bytes = HEADER + 3 * size * size
+        self.slot_bytes = 4 * HEADER + 3 * size * size
         self.num_bytes = count * self.slot_bytes
 
-    def fetch(self, index: int, read: Callable, image) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return image `index`, uint8 [h, w, 3], and its original (width, height).
+    def fetch(self, index: int, read: Callable, image) -> tuple[np.ndarray, np.ndarray]:
+        """Return image `index`, uint8 [h, w, 3], and its placement, float32 [4].
 
         On first use, both come from `read(image)`.
         """
         self.path.touch()
         with self.path.open("r+b") as file:
             file.seek(index * self.slot_bytes)
-            header = file.read(HEADER)
-            if any(header):
-                height, width, *original_size = np.frombuffer(header, "<i4").tolist()
-                pixels = np.empty((height, width, 3), np.uint8)
-                file.readinto(pixels)
-                return pixels, tuple(original_size)
-            pixels, original_size = read(image)
-            file.seek(index * self.slot_bytes + HEADER)
+            header = np.fromfile(file, np.float32, HEADER)
+            if header.any():
+                height, width = header[:2].astype(int)
+                pixels = np.fromfile(file, np.uint8, 3 * height * width)
+                return pixels.reshape(height, width, 3), header[2:]
+            pixels, placement = read(image)
+            file.seek(index * self.slot_bytes + 4 * HEADER)
             file.write(np.ascontiguousarray(pixels))
             file.seek(index * self.slot_bytes)  # last: other processes may be reading
-            file.write(np.array((*pixels.shape[:2], *original_size), "<i4"))
-        return pixels, original_size
+            file.write(np.float32([*pixels.shape[:2], *placement]))
+        return pixels, placement
 
 
 def open_cache(images: list, name: str, size: int, max_gb: float) -> ImageCache | None:

@@ -18,24 +18,20 @@ from src.data.mosaic import MosaicDataset, RecordDataset, to_sample
 from src.data.records import ImageRecord
 from src.data.shapes import draw_shapes
 from src.data.voc import download_voc
-from src.serving.images import get_image_size, letterbox, letterbox_placement, load_image
+from src.serving.images import letterbox, load_image
 
 
 class ValDataset(RecordDataset):
     """Validation samples: each record letterboxed, not augmented, with its `difficult` flags."""
 
-    def read(self, image: str | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return an image letterboxed to `image_size` pixels, and its original (width, height)."""
-        square, _ = letterbox(load_image(image), self.config.image_size)
-        return square, get_image_size(image)
+    def read(self, image: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image letterboxed to `image_size` pixels, and its placement."""
+        return letterbox(load_image(image), self.config.image_size)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        image, (width, height) = self.load(index)
+        image, boxes = self.image(index)
         record = self.records[index]
-        placement = letterbox_placement(width, height, self.config.image_size)
-        boxes = record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)  # [n, 4]
-        sample = to_sample(image, boxes, record.labels)
-        return *sample, torch.from_numpy(record.difficult)
+        return *to_sample(image, boxes, record.labels), torch.from_numpy(record.difficult)
 
 
 def collate(samples: list[tuple]) -> dict[str, Tensor | list[int]]:
@@ -76,12 +72,17 @@ def world_and_rank() -> tuple[int, int]:
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, collate_fn: Callable, **options
+    dataset: Dataset, config: Config, collate_fn: Callable | None = None, **options
 ) -> DataLoader:
     """Build a loader whose processes stay alive between epochs. options: of `DataLoader`."""
+    num_workers = config.num_workers
+    if num_workers < 0:
+        # sched_getaffinity: the cores that this process may use; not on macOS
+        cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
+        num_workers = min(8, max(1, cores // config.devices))
     return DataLoader(
         dataset,
-        batch_size,
+        config.batch_size,
         num_workers=num_workers,
         collate_fn=collate_fn,
         worker_init_fn=single_thread_worker,
@@ -154,22 +155,11 @@ class DetectionDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return the training loader, without an incomplete last batch unless there is only one."""
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        drop_last = len(sampler) >= self.config.batch_size
-        return self._loader(self.train_data, sampler=sampler, drop_last=drop_last)
+        options = {"sampler": sampler, "drop_last": len(sampler) >= self.config.batch_size}
+        return make_loader(self.train_data, self.config, collate, **options)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation loader: each image exactly once, split among the processes."""
         world, rank = world_and_rank()
-        return self._loader(self.val_data, sampler=range(rank, len(self.val_data), world))
-
-    def _loader(self, dataset: Dataset, **options) -> DataLoader:
-        return make_loader(dataset, self.config.batch_size, self.num_workers, collate, **options)
-
-    @property
-    def num_workers(self) -> int:
-        """Number of loader processes: Config.num_workers, or from the available cores."""
-        if self.config.num_workers >= 0:
-            return self.config.num_workers
-        # sched_getaffinity: the cores that this process may use; not on macOS
-        cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
-        return min(8, max(1, cores // self.config.devices))
+        sampler = range(rank, len(self.val_data), world)
+        return make_loader(self.val_data, self.config, collate, sampler=sampler)

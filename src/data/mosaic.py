@@ -76,7 +76,11 @@ def transform_boxes(
 
 
 class RecordDataset(Dataset):
-    """Records whose resized images are cached. Subclasses define `read` and `__getitem__`."""
+    """Records whose resized images are cached. Subclasses define `__getitem__` and `read`.
+
+    read(image) returns it resized, uint8 [h, w, 3], and its placement, float32 (scale x, scale y,
+    left, top): coordinates move as x -> x * scale x + left, y likewise.
+    """
 
     def __init__(self, records: list[ImageRecord], config: Config, cache: ImageCache | None = None):
         self.records = records
@@ -86,10 +90,14 @@ class RecordDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def load(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return what `read` returns for image `index`, from the cache if there is one."""
-        image = self.records[index].image
-        return self.cache.fetch(index, self.read, image) if self.cache else self.read(image)
+    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return image `index`, resized, and its boxes [n, 4] xyxy in its pixels."""
+        record = self.records[index]
+        if self.cache:
+            image, placement = self.cache.fetch(index, self.read, record.image)
+        else:
+            image, placement = self.read(record.image)
+        return image, record.boxes * np.tile(placement[:2], 2) + np.tile(placement[2:], 2)
 
 
 class MosaicDataset(RecordDataset):
@@ -178,16 +186,12 @@ class MosaicDataset(RecordDataset):
         boxes, keep = transform_boxes(boxes, scale, top_left, region, self.config.min_visibility)
         return boxes[keep], self.records[index].labels[keep]
 
-    def read(self, image: str | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return an image with a long side of `canvas_size`, and its original (width, height)."""
+    def read(self, image: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return an image with a long side of `canvas_size`, and its placement."""
         size = self.config.canvas_size
-        return resize_long_side(load_image(image, size), size), get_image_size(image)
-
-    def image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image `index`, resized, and its boxes in its pixels."""
-        image, original_size = self.load(index)
-        scale = np.divide(image.shape[1::-1], original_size)
-        return image, self.records[index].boxes * np.tile(scale, 2)
+        resized = resize_long_side(load_image(image, size), size)
+        scale = np.divide(resized.shape[1::-1], get_image_size(image))
+        return resized, np.float32([*scale, 0, 0])
 
 
 def to_sample(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> Sample:

@@ -105,27 +105,18 @@ def resize_long_side(image: np.ndarray, long_side: int) -> np.ndarray:
     return cv2.merge([*resized])  # [H, W, 3], or [H, W] of one channel
 
 
-def letterbox_placement(width: int, height: int, size: int) -> np.ndarray:
-    """Return what `letterbox` does to coordinates: x -> x * scale x + left, y likewise.
-
-    float32 (scale x, scale y, left, top).
-    """
-    inner_width, inner_height = _scaled_size(width, height, size)
-    left, top = (size - inner_width) // 2, (size - inner_height) // 2
-    return np.float32([inner_width / width, inner_height / height, left, top])
-
-
 def letterbox(image: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Resize with the aspect ratio kept and pad with grey 114.
 
-    uint8 [H, W, 3] -> uint8 [size, size, 3], and the placement.
+    uint8 [H, W, 3] -> uint8 [size, size, 3], and its placement, float32 (scale x, scale y, left,
+    top): coordinates move as x -> x * scale x + left, y likewise.
     """
-    placement = letterbox_placement(image.shape[1], image.shape[0], size)
     inner = resize_long_side(image, size)
-    left, top = placement[2:].astype(int)
+    height, width = inner.shape[:2]
+    left, top = (size - width) // 2, (size - height) // 2
     square = np.full((size, size, 3), PAD, dtype=np.uint8)
-    square[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
-    return square, placement
+    square[top : top + height, left : left + width] = inner
+    return square, np.float32([width / image.shape[1], height / image.shape[0], left, top])
 
 
 def to_network_input(images: Tensor) -> Tensor:

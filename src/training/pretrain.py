@@ -123,15 +123,10 @@ class PretrainDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        return self._loader(self.train_data, sampler=sampler, drop_last=True)
+        return make_loader(self.train_data, self.config, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val_data)
-
-    def _loader(self, dataset: ImageFolder, **options) -> DataLoader:
-        return make_loader(
-            dataset, self.config.batch_size, self.config.num_workers, None, **options
-        )
+        return make_loader(self.val_data, self.config)
 
 
 class Darknet53Classifier(OneCycleModule):
