@@ -2,7 +2,6 @@
 
 import csv
 import sys
-import time
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -95,7 +94,6 @@ class Progress(pl.Callback):
     """
 
     def on_train_start(self, trainer, module) -> None:
-        self.start = time.monotonic()
         self.bar = tqdm(
             total=trainer.estimated_stepping_batches,
             initial=trainer.global_step,
@@ -114,7 +112,6 @@ class Progress(pl.Callback):
         cells = [f"epoch {trainer.current_epoch + 1:>2}"]
         for name, (metric, style) in module.progress_metrics.items():
             cells.append(f"{name} {trainer.callback_metrics[metric]:{style}}")
-        cells.append(f"{(time.monotonic() - self.start) / 60:.1f} minutes")
         if trainer.is_global_zero:
             tqdm.write("  ".join(cells), file=sys.stdout)
 

@@ -1,7 +1,6 @@
 """Train, resume, load and evaluate."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -76,13 +75,9 @@ def train_in_process(
 
     Processes are spawned, because a fork of a process that has used the GPU can't use it: the
     classes of `data` and module must be importable, not defined in the notebook, and a script needs
-    `if __name__ == "__main__":`. Only the first process prints. An error ends all processes and is
-    raised with its traceback.
+    `if __name__ == "__main__":`. An error ends all processes and is raised with its traceback.
     """
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-        sys.stderr = sys.stdout
     run_trainer(module_class(config), data)
 
 

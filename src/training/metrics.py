@@ -102,7 +102,6 @@ class DetectionAccumulator(Metric):
         self.images += len(logits[0])
 
     def compute(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (predictions [n, 7], ground_truth [m, 7])."""
         states = (self.predictions, self.ground_truth)
         return tuple(dim_zero_cat(rows).cpu().numpy() for rows in states)
 

@@ -209,9 +209,11 @@ def main() -> None:
     parser.add_argument("data_root", help="folder in ImageNet's layout")
     for name, text in OPTIONS.items():
         default = getattr(PRETRAIN, name)
-        option = "--" + name.replace("_", "-")
         parser.add_argument(
-            option, type=type(default), default=default, help=f"{text} (%(default)s)"
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{text} (%(default)s)",
         )
     try:
         print("Backbone:", pretrain(PRETRAIN.replace(**vars(parser.parse_args()))))

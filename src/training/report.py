@@ -49,9 +49,7 @@ training weights, at the epoch of the best validation mAP.
 
 {results}
 
-Average precision of each class at IoU 0.5 (VOC, area; `difficult` objects don't count):
-
-{classes}
+Each class and the confusion matrix: [`validation.json`](validation.json).
 
 `python -m src.training.report FOLDER` computes these results again, if the data set's lists
 name the same images. For PASCAL VOC set `VOC_ROOT` to the folder that contains `VOCdevkit`.
@@ -118,8 +116,9 @@ def write(run: Path, folder: Path) -> ResultsTable:
     model.save_pretrained(folder)
     evaluation, data = measure(folder, config)
     map50 = evaluation.precisions["VOC AP@.5, area"]
-    epochs = model.metadata["epochs"]
-    model.metadata = training_metadata(evaluation.accuracies, map50, config, epochs)
+    model.metadata = training_metadata(
+        evaluation.accuracies, map50, config, epochs=model.metadata["epochs"]
+    )
     model.save_pretrained(folder)
     write_card(folder, model, config, evaluation, data)
     counts = confusion(evaluation.predictions, evaluation.ground_truth, len(evaluation.per_class))
@@ -141,9 +140,6 @@ def measure(folder: Path, config: Config) -> tuple[Evaluation, DetectionDataModu
 def write_card(folder: Path, model, config: Config, evaluation: Evaluation, data) -> None:
     """Write the model card of exported weights, README.md in Markdown with the Hub's header."""
     val_data = ", ".join(config.val_splits) or f"{config.val_fraction:.0%} of the training images"
-    classes = [
-        (row["class"], str(row["num_gt"]), f"{row['ap']:.3f}") for row in evaluation.per_class
-    ]
     text = CARD.format(
         config=config,
         parameters=model.num_parameters / 1e6,
@@ -153,7 +149,6 @@ def write_card(folder: Path, model, config: Config, evaluation: Evaluation, data
         val_data=f"{DATASETS[config.dataset]} {val_data}",
         start=Path(config.pretrained_weights).name or "random",
         results=ResultsTable(evaluation, config),
-        classes=markdown_table(("class", "objects", "AP"), classes),
         confidence=CONFIDENCE,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
