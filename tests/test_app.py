@@ -17,7 +17,6 @@ from src.serving.predictor import Detections, Predictor
 from src.serving.session import (
     analyze_image,
     credits_html,
-    model_card,
     model_facts_html,
     render_detections,
     render_heatmap,
@@ -177,9 +176,9 @@ def test_the_table_equals_the_predictor(predictor, image_path):
 def test_class_names_are_escaped(image_path):
     model = planted_model()
     model.classes = ["<script>", "b", "c"]
-    predictor = Predictor(model, device="cpu")
-    table = render_detections(analyze_image(predictor, image_path), 0.2, 0.45)[2]
-    assert "<script>" not in model_facts_html(predictor, {"<b>": 'x"y'}) + str(table)
+    session = analyze_image(Predictor(model, device="cpu"), image_path)
+    table = render_detections(session, 0.2, 0.45)[2]
+    assert "<script>" not in model_facts_html(model, {"<b>": 'x"y'}) + str(table)
 
 
 def test_the_heatmap_has_a_message(predictor, image_path):
@@ -209,33 +208,11 @@ def test_other_thresholds_keep_the_explained_detection(predictor, image_path):
     assert on_row_select(session, 0.2, 0.95, SimpleNamespace(row_value=["3"])) == many[2]
 
 
-def test_other_opacities_use_the_same_heatmap(predictor, image_path):
-    session = analyze_image(predictor, image_path)
-    compute = session.explainer.explain
-    with mock.patch.object(session.explainer, "explain", wraps=compute) as computed:
-        images = [
-            render_heatmap(session, "all", *DEFAULTS, opacity, 0.2, 0.45)[0].tobytes()
-            for opacity in (0.3, 0.7, 0.9)
-        ]
-        assert computed.call_count == 1
-    assert len(set(images)) == 3
-
-
 def test_the_page_lists_the_metadata(predictor):
-    text = model_facts_html(predictor, {"The code": "https://example.org/code"})
+    text = model_facts_html(predictor.model, {"The code": "https://example.org/code"})
     link = 'href="https://example.org/code"'
     for part in ("nothing &lt;yet&gt;", "0.123", "million", link, *CLASSES):
         assert part in text
-
-
-def test_the_page_links_to_the_model_and_shows_its_card(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# My card\n")
-    assert model_card(tmp_path) == ("#card", "# My card\n")
-    assert model_card("somebody/their-model") == ("https://huggingface.co/somebody/their-model", "")
-    assert model_card("") == ("", "")
-    page = build_app(ROOT / "weights")
-    html = "".join(str(block.value) for block in page.blocks.values() if hasattr(block, "value"))
-    assert 'href="#card"' in html and "Darknet-53" in html
 
 
 def test_letters_of_other_scripts_are_drawn():

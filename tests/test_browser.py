@@ -40,11 +40,11 @@ def visitor(visit):
     return visit()
 
 
-def test_upload_shows_detections_heatmap_table_and_time(visitor, images):
+def test_upload_shows_detections_heatmap_and_table(visitor, images):
     visitor.driver.get_log("browser")
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
-    assert re.search(r"\d+ detections · \d+\.\d\d s · 300 × 180 pixels", visitor.text("#summary"))
+    assert re.search(r"\d+ detections · 300 × 180 pixels", visitor.text("#summary"))
     rows = visitor.until(visitor.rows)
     assert re.fullmatch(r"1\s+■ (circle|square|star)\s+\d+\.\d%\s+\d+, \d+, \d+, \d+", rows[0])
     assert "SEVERE" not in [entry["level"] for entry in visitor.driver.get_log("browser")]
@@ -55,16 +55,14 @@ def test_a_sample_can_be_clicked(visitor):
     visitor.wait_for_images(192, 192)
 
 
-def test_a_slider_updates_without_another_forward_pass(visitor, images):
+def test_sliders_update_detections_and_heatmap(visitor, images):
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
-    seconds = visitor.text("#summary").split("·")[1]
     boxes, heatmap = visitor.source("detections"), visitor.source("heatmap")
     visitor.set_slider("confidence", 0.45)
     visitor.until(
         lambda: visitor.source("detections") != boxes and visitor.source("heatmap") != heatmap
     )
-    assert visitor.text("#summary").split("·")[1] == seconds  # of the one forward pass
     visitor.set_slider("confidence", 0.95)
     visitor.until(lambda: "No detections" in visitor.text("#summary"))
     visitor.until(lambda: "top candidate" in visitor.text("#message"))

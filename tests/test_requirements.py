@@ -14,7 +14,7 @@ from tools import wheels
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"onnxscript", "onnxruntime"}  # of the ONNX export
-DEPENDENCIES = {"ipython": "ipywidgets", "gradio-client": "gradio", "starlette": "gradio"}
+DEPENDENCIES = {"ipython": "ipywidgets", "gradio-client": "gradio"}
 
 
 def test_the_package_imports_only_what_requirements_install():

@@ -17,7 +17,7 @@ ALLOWED = {  # package -> the packages it may import
     "figures": {"config", "model", "serving", "data", "training"},
 }
 LIBRARIES = {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "huggingface_hub"}
-GRADIO = {"gradio", "gradio_client", "starlette"}  # gradio installs the other two
+GRADIO = {"gradio", "gradio_client"}  # gradio installs the other
 ONNX = {"onnxscript", "onnxruntime"}  # in functions only: a Space runs without them
 EXTRA = {
     "gradcam.py": {"pytorch_grad_cam"},

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import gradio as gr
 from gradio_client.utils import is_file_obj
-from starlette.middleware import Middleware
 
 from src.serving.gradcam import LAYERS, METHODS
-from src.serving.guard import MAX_UPLOAD_BYTES, NOT_UPLOADED, BoundedRequests, GuardedBlocks
+from src.serving.guard import NOT_UPLOADED, GuardedBlocks
 from src.serving.images import IMAGE_SUFFIXES
 from src.serving.predict import WEIGHTS, detections_to_dicts
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Predictor
@@ -20,7 +19,6 @@ from src.serving.session import (
     ImageSession,
     analyze_image,
     credits_html,
-    model_card,
     model_facts_html,
     render_detections,
     render_heatmap,
@@ -44,29 +42,24 @@ LAUNCH_OPTIONS = {
     "head": f"<style>{STYLE}</style>",
     "footer_links": ["api"],
     "ssr_mode": False,
-    "max_file_size": MAX_UPLOAD_BYTES,
+    "max_file_size": "64mb",
     "state_session_capacity": 64,
     "enable_monitoring": False,
-    "app_kwargs": {"middleware": [Middleware(BoundedRequests)]},
 }
 
 
 def build_app(
-    source: Predictor | str | Path,
+    predictor: Predictor,
     samples: str | Path = "",
     links: dict[str, str] | None = None,
     title: str = "YOLOv3 object detection with Grad-CAM",
 ) -> gr.Blocks:
-    """Build the app for a predictor, or for weights in a folder or on the Hub.
+    """Build the app. `.launch()` starts it, with LAUNCH_OPTIONS if not overridden.
 
-    `.launch()` starts it, with LAUNCH_OPTIONS if not overridden. Programs use the endpoint
-    /detect(image, confidence, iou_threshold).
+    Programs use the endpoint /detect(image, confidence, iou_threshold).
     samples: a folder of example images, with their authors in LICENSES.txt.
-    links: text -> address. "Model" is by default the card of the weights, or their Hub page.
+    links: text -> address.
     """
-    predictor = source if isinstance(source, Predictor) else Predictor.load(source)
-    address, card = model_card(predictor.source)
-    links = ({"Model": address} if address else {}) | (links or {})
     with GuardedBlocks(
         title=title, analytics_enabled=False, delete_cache=(SESSION_TTL_S, SESSION_TTL_S)
     ) as page:
@@ -83,10 +76,7 @@ def build_app(
                 detections, thresholds = _detections_column()
             with gr.Column(min_width=320):
                 explanation, choices = _explanation_column()
-        gr.HTML(model_facts_html(predictor, links), padding=False)
-        if card:
-            with gr.Accordion("Model card", open=False, elem_id="card"):
-                gr.Markdown(card)
+        gr.HTML(model_facts_html(predictor.model, links or {}), padding=False)
         _connect(predictor, image, detections, thresholds, explanation, choices)
         gr.api(_endpoint(predictor), api_name="detect", **SERIALIZED)
     page.launch = partial(page.launch, **LAUNCH_OPTIONS)
@@ -189,7 +179,6 @@ def _endpoint(predictor: Predictor) -> Callable:
         return {
             "width": width,
             "height": height,
-            "seconds": round(session.seconds, 3),
             "detections": detections_to_dicts(detections, predictor.classes),
         }
 
@@ -291,8 +280,9 @@ def main() -> None:
         help="a folder of exported weights, or a Hub id (default: the shipped weights)",
     )
     source = parser.parse_args().weights
-    samples = Path(source) / "samples"
-    build_app(source, samples if samples.is_dir() else "").launch()
+    samples = Path(source, "samples")
+    links = {} if Path(source).exists() else {"Model": f"https://huggingface.co/{source}"}
+    build_app(Predictor.load(source), samples if samples.is_dir() else "", links).launch()
 
 
 if __name__ == "__main__":

@@ -59,9 +59,7 @@ class Explainer:
         self.inputs, self.placement = predictor.preprocess(image)
         self.logits = self._run()
         self.predictions = torch.cat([level[0].flatten(0, 2) for level in self.logits])
-        self.candidates = predictor.postprocess(
-            [level[0] for level in self.logits], self.placement, image
-        )
+        self.candidates = predictor.postprocess(self.logits, self.placement, image)
 
     def _run(self) -> list[torch.Tensor]:
         """Run the network, keep the features of stages 3, 4, 5, and return the logits."""

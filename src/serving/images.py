@@ -24,14 +24,13 @@ IMAGE_SUFFIXES = tuple(
 UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, TypeError, AttributeError)
 
 
-def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
+def load_image(source, min_size: int = 0) -> np.ndarray:
     """Load an image as uint8 [H, W, 3] RGB: upright (EXIF), first frame, transparency on white.
 
     source: a path (FORMATS), a PIL image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4]. Of 16
         bits per pixel the upper 8 are used.
     min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 scale, to a long side of at least
         min_size pixels.
-    max_pixels: larger images are refused before they are decoded. Default: PIL's own limit.
     Raises FileNotFoundError, and ValueError with the file's name if it is not an image, is
     truncated or too large, or if an array has another type or shape.
     """
@@ -40,13 +39,8 @@ def load_image(source, min_size: int = 0, max_pixels: int = 0) -> np.ndarray:
     name = source if isinstance(source, str | os.PathLike) else "The image"
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        width, height = image.size
-        if max_pixels and width * height > max_pixels:
-            raise ValueError(
-                f"{width:,} x {height:,} pixels, more than {max_pixels / 1e6:.0f} million"
-            )
         if min_size:
-            image.draft("RGB", _scaled_size(width, height, min_size))
+            image.draft("RGB", _scaled_size(*image.size, min_size))
         return np.asarray(_convert_to_rgb(ImageOps.exif_transpose(image)))
     except FileNotFoundError:
         raise

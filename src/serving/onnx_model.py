@@ -125,27 +125,16 @@ class OnnxModel(nn.Module):
         self.register_buffer("anchors", anchors)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images float [B, 3, S, S] in 0..1 -> three logits [B, 3, G, G, 5 + C], as YOLOv3."""
-        shapes = [value.shape[1:] for value in self.session.get_inputs()]
-        if list(images.shape[1:]) != shapes[0]:
-            raise ValueError(
-                f"The file takes images [B, 3, S, S] with S = {self.image_size}, not "
-                f"{list(images.shape)}. Leave out image_size, or export another file."
-            )
-        return self.run(images, [torch.zeros(len(images), *shape) for shape in shapes[1:]])[:3]
+        """images float [1, 3, S, S] in 0..1 -> three logits [1, 3, G, G, 5 + C], as YOLOv3."""
+        seeds = [torch.zeros(value.shape) for value in self.session.get_inputs()[1:]]
+        return self.run(images, seeds)[:3]
 
     def run(self, images: Tensor, seeds: list[Tensor]) -> list[Tensor]:
-        """Return the outputs of `HeatmapGraph`, of one image after the other, [B, ...]."""
-        outputs = []
-        for arrays in zip(*(t.float().cpu().split(1) for t in (images, *seeds)), strict=True):
-            feeds = {name: array.numpy() for name, array in zip(INPUTS, arrays, strict=True)}
-            outputs.append(map(torch.from_numpy, self.session.run(OUTPUTS, feeds)))
-        return [torch.cat(parts).to(images.device) for parts in zip(*outputs, strict=True)]
+        """Return the outputs of `HeatmapGraph`."""
+        arrays = [tensor.float().numpy(force=True) for tensor in (images, *seeds)]
+        outputs = self.session.run(OUTPUTS, dict(zip(INPUTS, arrays, strict=True)))
+        return [torch.from_numpy(output).to(images.device) for output in outputs]
 
     def anchors_at(self, image_size: int) -> Tensor:
         """Return the anchors [3, 3, 2] in 0..1 of an image of `image_size` pixels, as YOLOv3."""
         return self.anchors * (self.image_size / image_size)
-
-    def __deepcopy__(self, memo: dict) -> "OnnxModel":
-        """Return the model itself: it never changes, and its session can't be copied."""
-        return self

@@ -3,20 +3,20 @@
 import html
 import os
 import re
-import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from src.model.network import YOLOv3
 from src.model.pretrained import format_metadata
 from src.serving.drawing import class_colours, draw_detections, draw_explanation
 from src.serving.gradcam import Explainer, Explanation
 from src.serving.images import LICENSES, load_image, resize_long_side
+from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import Detections, Predictor
 
-MAX_PIXELS = 50_000_000
 ALL_DETECTIONS = ("All detections", "all")
 BRIGHT_AREAS = (
     "Bright areas are the pixels that matter most for the score: if only a quarter of the image, "
@@ -27,6 +27,9 @@ LICENSE_TEXTS = {
     "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
     "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
 }
+CREDIT = re.compile(  # an entry of LICENSES.txt
+    r"^(\S+).*\n(?:  .*\n)*?  author: (.+)\n  licence: (.+)\n  source: (.+)", re.M
+)
 FACTS = {  # metadata of the weights -> what a visitor reads
     "data": "Training data",
     "epochs": "Training epochs",
@@ -44,28 +47,22 @@ class ImageSession:
 
     explainer: Explainer
     view: np.ndarray  # uint8 [h, w, 3], the image as displayed
-    seconds: float  # for reading the file and the forward pass
-    last: dict[tuple, Explanation] = field(default_factory=dict)  # settings -> the last heatmap
 
     def detections(self, confidence: float, iou_threshold: float) -> Detections:
         """Return the detections, boxes in pixels of the original image."""
         return self.explainer.candidates.detections(confidence, iou_threshold)
 
     def explain(self, target: str | int, layers: str, method: str, *thresholds) -> Explanation:
-        """Compute a heatmap [h, w] on the view. The last one is kept, for other opacities.
+        """Compute a heatmap [h, w] on the view.
 
         target: "all", a class name, or the index of one of the network's predictions, which is
             replaced by "all" if it is not detected at these thresholds.
         """
-        settings = (target, layers, method, *thresholds)
-        if settings not in self.last:
-            if isinstance(target, int):
-                rows = self.detections(*thresholds).index.tolist()
-                target = rows.index(target) if target in rows else "all"
-            result = self.explainer.explain(target, layers, method, *thresholds)
-            heatmap = resize_long_side(result.heatmap, max(self.view.shape))
-            self.last = {settings: replace(result, heatmap=heatmap)}
-        return self.last[settings]
+        if isinstance(target, int):
+            rows = self.detections(*thresholds).index.tolist()
+            target = rows.index(target) if target in rows else "all"
+        result = self.explainer.explain(target, layers, method, *thresholds)
+        return replace(result, heatmap=resize_long_side(result.heatmap, max(self.view.shape)))
 
     def scale_to_view(self, detections: Detections) -> Detections:
         """Convert boxes from pixels of the original image to pixels of the view."""
@@ -78,15 +75,12 @@ def analyze_image(predictor: Predictor, path: str | os.PathLike) -> ImageSession
 
     Raises ValueError with a message for the visitor.
     """
-    start = time.perf_counter()
     try:
-        image = load_image(path, max_pixels=MAX_PIXELS)
+        image = load_image(path)
     except ValueError as error:
         raise ValueError(str(error).replace(str(path), "This file")) from None
-    explainer = Explainer(predictor, image)
-    seconds = time.perf_counter() - start
     view = resize_long_side(image, int(np.clip(max(image.shape), 480, 1024)))
-    return ImageSession(explainer, view, seconds)
+    return ImageSession(Explainer(predictor, image), view)
 
 
 def render_detections(
@@ -99,7 +93,7 @@ def render_detections(
     count = f"{len(detections)} detection{'s' * (len(detections) != 1)}"
     title = count if len(detections) else "No detections. Lower the confidence threshold."
     size = " &times; ".join(map(str, session.explainer.size))
-    summary = f"<b>{title}</b> &middot; {session.seconds:.2f} s &middot; {size} pixels"
+    summary = f"<b>{title}</b> &middot; {size} pixels"
     return drawn, summary, *_table_and_targets(detections, classes)
 
 
@@ -141,24 +135,14 @@ def render_heatmap(
     return drawn, html.escape(result.message) or BRIGHT_AREAS
 
 
-def model_card(source: str | Path) -> tuple[str, str]:
-    """Return the address of the weights in `source` and their card, each "" if there is none."""
-    card = Path(source, "README.md")
-    if source and card.exists():
-        return "#card", card.read_text(encoding="utf-8").partition("\n---\n")[2]
-    return f"https://huggingface.co/{source}" if source and not Path(source).exists() else "", ""
-
-
-def model_facts_html(predictor: Predictor, links: dict[str, str]) -> str:
+def model_facts_html(model: YOLOv3 | OnnxModel, links: dict[str, str]) -> str:
     """List the model's classes, metadata, metrics and links (text -> address)."""
-    classes = predictor.classes
-    metadata = format_metadata(predictor.model.metadata)
+    metadata = format_metadata(model.metadata)
     facts = {FACTS.get(name, name.capitalize()): value for name, value in metadata.items()}
-    facts["Parameters"] = f"{predictor.model.num_parameters / 1e6:.1f} million"
-    facts["Image size"] = f"{predictor.image_size} x {predictor.image_size} pixels"
+    facts["Parameters"] = f"{model.num_parameters / 1e6:.1f} million"
     chips = "".join(
         f'<span class="chip"><i style="background:rgb{colour}"></i>{html.escape(name)}</span>'
-        for name, colour in zip(classes, class_colours(len(classes)), strict=True)
+        for name, colour in zip(model.classes, class_colours(len(model.classes)), strict=True)
     )
     rows = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>"
@@ -177,15 +161,13 @@ def credits_html(samples: str | Path) -> str:
     They are read from LICENSES.txt in the images' folder, if it has one. An entry starts with the
     file's name; the lines "  author: ...", "  licence: ..." and "  source: ..." follow.
     """
-    path = Path(samples) / LICENSES
+    path = Path(samples, LICENSES)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     credits = {}
-    for name, lines in sorted(re.findall(r"^(\S+).*\n((?:  .*\n?)+)", text, re.M)):
-        if (path.parent / name).is_file():
-            facts = dict(re.findall(r"^  (\w+): (.+)", lines, re.M))
-            author = f"{Path(name).stem} by {facts.get('author', 'unknown')}"
-            link = _link(author, facts.get("source", ""))
-            credits.setdefault(facts.get("licence", "unknown licence"), []).append(link)
+    for name, author, licence, source in sorted(CREDIT.findall(text)):
+        if path.with_name(name).is_file():
+            link = _link(f"{Path(name).stem} by {author}", source)
+            credits.setdefault(licence, []).append(link)
     return "".join(
         f"<p>{_link(licence, LICENSE_TEXTS.get(licence, ''))}: {', '.join(links)}</p>"
         for licence, links in sorted(credits.items())
@@ -194,8 +176,7 @@ def credits_html(samples: str | Path) -> str:
 
 def _link(text: str, address: str) -> str:
     """Return an HTML link, or only the text if the address is none, such as "(none named)"."""
-    if not address.startswith(("https://", "http://", "./", "#")):
+    if not address.startswith(("https://", "http://", "./")):
         return html.escape(text)
     href = html.escape(address, quote=True)
-    target = "" if address.startswith("#") else ' target="_blank" rel="noopener"'
-    return f'<a href="{href}"{target}>{html.escape(text)}</a>'
+    return f'<a href="{href}" target="_blank" rel="noopener">{html.escape(text)}</a>'

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -106,48 +104,43 @@ def export_space(
 
     samples: see `write_samples`. links: text -> address.
     hub_model: the model's id on the Hub ("name/model"), if it was uploaded; the app links to it.
-    Raises FileExistsError and ValueError, see `replace_export` and `write_samples`.
+    Raises FileExistsError and ValueError, see `new_folder` and `write_samples`.
     """
     links = ({"Model": f"https://huggingface.co/{hub_model}"} if hub_model else {}) | (links or {})
     source = Path(__file__).parents[1]
-    with replace_export(folder) as new:
-        for part in ("model", "serving"):
-            shutil.copytree(
-                source / part, new / "src" / part, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        shutil.copyfile(source / "__init__.py", new / "src" / "__init__.py")
-        model.save_pretrained(new / "weights")
-        write_samples(samples, new / "samples")
-        for name, text in {
-            "app.py": APP.format(title=title, links=links),
-            "requirements.txt": REQUIREMENTS + "".join(f"{p}=={version(p)}\n" for p in PINNED),
-            "README.md": _readme(model, links, title, hub_model),
-            ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
-        }.items():
-            (new / name).write_text(text, encoding="utf-8")
-    return Path(folder)
+    folder = new_folder(folder)
+    for part in ("model", "serving"):
+        shutil.copytree(
+            source / part, folder / "src" / part, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    shutil.copyfile(source / "__init__.py", folder / "src" / "__init__.py")
+    model.save_pretrained(folder / "weights")
+    write_samples(samples, folder / "samples")
+    for name, text in {
+        "app.py": APP.format(title=title, links=links),
+        "requirements.txt": REQUIREMENTS + "".join(f"{p}=={version(p)}\n" for p in PINNED),
+        "README.md": _readme(model, links, title, hub_model),
+        ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
+    }.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
-@contextmanager
-def replace_export(folder: str | Path) -> Iterator[Path]:
-    """Yield a new folder that becomes `folder`, in place of an older export, if no error occurs.
+def new_folder(folder: str | Path) -> Path:
+    """Create an empty folder for an export, in place of an older export.
 
-    Raises FileExistsError if `folder` is a file, or has files but is not an export.
+    Raises FileExistsError if there is something else than an export.
     """
     folder = Path(folder)
-    if (folder.is_file() or any(folder.glob("*"))) and not (folder / MARKER).is_file():
-        raise FileExistsError(
-            f"{folder} is not an exported Space and is not replaced. Choose another folder."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
-        (new / MARKER).write_text("An exported Space. The next export replaces this folder.\n")
-        yield new
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        new.rename(folder)
+    if folder.exists():
+        if not (folder / MARKER).is_file():
+            raise FileExistsError(
+                f"{folder} is not an exported Space and is not replaced. Choose another folder."
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).write_text("An exported Space. The next export replaces this folder.\n")
+    return folder
 
 
 def write_samples(samples: Sequence[str | Path | np.ndarray], folder: Path) -> None:
@@ -190,14 +183,8 @@ def push_space(folder: str | Path, repo_id: str, token: str | None = None) -> st
     Returns the Space's address. A missing Space is created. Gradio ones are created on ZeroGPU, the
     only hardware of free accounts; the app doesn't use its GPU.
     token: one with write access. Default: the one of `hf auth login` or of the variable HF_TOKEN.
-    Raises FileNotFoundError if the folder is not an export, and PermissionError if there is no
-    token or the account may not create the Space.
+    Raises PermissionError if there is no token or the account may not create the Space.
     """
-    if not (Path(folder) / MARKER).is_file():
-        raise FileNotFoundError(
-            f"{folder} is not an exported Space. "
-            f"Make one with export_space(model, {str(folder)!r})."
-        )
     sdk = metadata_load(Path(folder) / "README.md")["sdk"]
     api = HfApi(token=token)
     try:

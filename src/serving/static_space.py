@@ -15,9 +15,9 @@ from src.serving.drawing import class_colours
 from src.serving.gradcam import LAYERS
 from src.serving.images import IMAGE_SUFFIXES
 from src.serving.onnx_model import export_onnx, model_facts
-from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, MIN_SCORE, Predictor
+from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, MIN_SCORE
 from src.serving.session import BRIGHT_AREAS, credits_html, model_facts_html
-from src.serving.space import replace_export, write_samples
+from src.serving.space import new_folder, write_samples
 
 MODEL = "./model.onnx"
 PACKAGE = "onnxruntime-web@1.30.0"  # npm's name
@@ -64,27 +64,26 @@ def export_static_space(
     """Write a static Space into `folder` and return its path. An older export is replaced.
 
     samples: see `write_samples`. links: text -> address; "Model" is by default the file itself.
-    vendor: copy onnxruntime-web into the folder, for use without internet. The default loads it
-        from a content delivery network (cdn.jsdelivr.net).
-    Raises FileExistsError and ValueError, see `replace_export` and `write_samples`, and with
-    `vendor` RuntimeError, see `copy_runtime`.
+    vendor: copy onnxruntime-web into the folder with npm, for use without internet. The default
+        loads it from a content delivery network (cdn.jsdelivr.net).
+    Raises FileExistsError and ValueError, see `new_folder` and `write_samples`.
     """
-    with replace_export(folder) as new:
-        shutil.copytree(Path(__file__).parent / "static", new, dirs_exist_ok=True)
-        write_samples(samples, new / "samples")
-        bytes_of_model = export_onnx(model, new / "model.onnx").stat().st_size
-        if vendor:
-            copy_runtime(new / "runtime")
-        facts = page_facts(model, new / "samples", {"Model": MODEL} | (links or {}), title)
-        address = "runtime/" if vendor else CDN
-        facts["downloads"] = [
-            {"url": MODEL, "bytes": bytes_of_model, "integrity": ""},
-            *({"url": address + part["file"]} | part for part in RUNTIME),
-        ]
-        (new / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        readme = README.format(title=json.dumps(title, ensure_ascii=False))
-        (new / "README.md").write_text(readme, encoding="utf-8")
-    return Path(folder)
+    folder = new_folder(folder)
+    shutil.copytree(Path(__file__).parent / "static", folder, dirs_exist_ok=True)
+    write_samples(samples, folder / "samples")
+    bytes_of_model = export_onnx(model, folder / "model.onnx").stat().st_size
+    if vendor:
+        copy_runtime(folder / "runtime")
+    facts = page_facts(model, folder / "samples", {"Model": MODEL} | (links or {}), title)
+    address = "runtime/" if vendor else CDN
+    facts["downloads"] = [
+        {"url": MODEL, "bytes": bytes_of_model, "integrity": ""},
+        *({"url": address + part["file"]} | part for part in RUNTIME),
+    ]
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    readme = README.format(title=json.dumps(title, ensure_ascii=False))
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    return folder
 
 
 def page_facts(model: YOLOv3, samples: Path, links: dict[str, str], title: str) -> dict:
@@ -100,7 +99,7 @@ def page_facts(model: YOLOv3, samples: Path, links: dict[str, str], title: str) 
         "layers": list(LAYERS.items()),
         "samples": sorted(p.name for p in samples.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES),
         "credits_html": credits_html(samples),
-        "about_html": model_facts_html(Predictor(model), links),
+        "about_html": model_facts_html(model, links),
     }
 
 
@@ -111,19 +110,10 @@ def heatmap_colours() -> list[list[int]]:
 
 
 def copy_runtime(folder: Path) -> None:
-    """Download PACKAGE with npm and copy the files of RUNTIME into a new folder.
-
-    Raises RuntimeError if npm is missing.
-    """
-    if not shutil.which("npm"):
-        raise RuntimeError(
-            "vendor=True needs npm. Install it from https://nodejs.org, or use vendor=False."
-        )
+    """Download PACKAGE with npm and copy the files of RUNTIME into a new folder."""
     folder.mkdir()
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["npm", "pack", PACKAGE, "--prefer-offline", "--silent", "--pack-destination"]
-        subprocess.run([*command, scratch], check=True, stdout=subprocess.DEVNULL)
-        (archive,) = Path(scratch).glob("*.tgz")
-        shutil.unpack_archive(archive, scratch, filter="data")
+        npm = ["npm", "install", PACKAGE, "--prefer-offline", "--ignore-scripts", "--silent"]
+        subprocess.run([*npm, "--prefix", scratch], check=True)
         for part in RUNTIME:
-            shutil.copy(Path(scratch, "package/dist", part["file"]), folder)
+            shutil.copy(Path(scratch, "node_modules/onnxruntime-web/dist", part["file"]), folder)

@@ -223,13 +223,12 @@ function update() {
   }
   $("colours").style.opacity = $("opacity").value;
   if (!current) return;
-  const { bitmap: { width, height }, candidates, seconds } = current;
+  const { bitmap: { width, height }, candidates } = current;
   const detections = nms(candidates, $("confidence").value, $("iou_threshold").value);
   current.detections = detections;
   showBoxes("detections", detections);
   const count = `Detections: ${detections.length || "none. Lower the confidence threshold."}`;
-  $("summary").replaceChildren(
-    element("b", {}, count), ` · ${seconds.toFixed(2)} s · ${width} × ${height} pixels`);
+  $("summary").replaceChildren(element("b", {}, count), ` · ${width} × ${height} pixels`);
   const former = $("target").value;
   const classes = [...new Set(detections.map(({ label }) => label))].map((label) =>
     new Option(`Class ${facts.classes[label]}`, `class ${label}`));
@@ -264,13 +263,11 @@ async function analyze(file) {
     throw new Error("This file can't be read as an image. Use a JPEG or PNG file.");
   });
   await session;
-  const start = performance.now();
   const { pixels, placement } = letterbox(bitmap, facts.image_size);
   const { logits } = await run(pixels);
   if (number !== work) return;
-  const seconds = (performance.now() - start) / 1000;
   const candidates = decode(logits, placement, bitmap);
-  current = { bitmap, pixels, placement, candidates, seconds };
+  current = { bitmap, pixels, placement, candidates };
   const src = URL.createObjectURL(file);
   for (const image of document.querySelectorAll(".image img")) image.src = src;
   $("main").className = "";
