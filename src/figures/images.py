@@ -16,7 +16,7 @@ from src.data.mosaic import MosaicDataset
 from src.data.records import ImageRecord, make_record
 from src.figures.style import DPI, FONT_POINTS, WIDTH, NotebookFigure, colours, with_style
 from src.model.boxes import cxcywh_to_xyxy
-from src.serving.drawing import draw_boxes, draw_detections, draw_explanation, label_colours
+from src.serving.drawing import class_colour, draw_boxes, draw_detections, draw_explanation
 from src.serving.images import load_image, resize_long_side
 from src.serving.predictor import Detections
 from src.training.loss import assign_targets
@@ -56,12 +56,13 @@ def _resize(image, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return resized, boxes * np.tile(np.divide(resized.shape[1::-1], image.shape[1::-1]), 2)
 
 
-def _draw_record(record: ImageRecord, classes: Sequence[str], dashed: bool = False) -> np.ndarray:
+def _draw_record(record: ImageRecord, classes: Sequence[str]) -> np.ndarray:
     """Draw the boxes and classes of an image, with a "?" for difficult objects."""
     image, boxes = _resize(record.image, record.boxes)
     labels = zip(record.labels, record.difficult, strict=True)
     names = [classes[label] + "?" * bool(difficult) for label, difficult in labels]
-    return draw_boxes(image, boxes, label_colours(record.labels, classes), names, dashed, FONT_SIZE)
+    colours = [class_colour(label) for label in record.labels]
+    return draw_boxes(image, boxes, colours, names, FONT_SIZE)
 
 
 def _draw_detections(image, found: Detections, classes: Sequence[str]) -> np.ndarray:
@@ -136,7 +137,7 @@ def plot_detections(
     tiles, names = [], []
     for number, (image, found) in enumerate(zip(images, detections, strict=True)):
         if ground_truth:
-            tiles.append(_draw_record(ground_truth[number], classes, dashed=True))
+            tiles.append(_draw_record(ground_truth[number], classes))
             names.append("ground truth")
         tiles.append(_draw_detections(image, found, classes))
         names.append(titles[number])

@@ -7,7 +7,7 @@ from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from src.serving.drawing import class_colours
+from src.serving.drawing import class_colour
 
 WIDTH = 9.0  # inches
 DPI = 120  # a figure is 1080 pixels wide, slightly more than GitHub and Jupyter show
@@ -81,4 +81,4 @@ class NotebookFigure(Figure):
 
 def colours(count: int) -> np.ndarray:
     """Return the class colours for matplotlib: float [count, 3] in 0..1."""
-    return np.array(class_colours(count)) / 255
+    return np.array([class_colour(label) for label in range(count)]) / 255

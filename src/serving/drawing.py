@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 from src.serving.predictor import Detections
 
 SYSTEM_FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
-LABEL_SCALES = (1, 0.85, 0.7)  # of the font, tried in this order
 
 # The first seven are by Okabe and Ito (2008, https://jfly.uni-koeln.de/color), for any colour
 # vision. Each of the others has the largest distance in Oklab to those before it, for normal,
@@ -24,14 +23,9 @@ COLOURS = (
 )  # fmt: skip
 
 
-def class_colours(count: int) -> list[tuple[int, int, int]]:
-    """Return one RGB colour (0..255) per class, the same in every figure. They repeat after 20."""
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-def label_colours(labels: Sequence[int], classes: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Return the colour of each label."""
-    return [class_colours(len(classes))[label] for label in labels]
+def class_colour(label: int) -> tuple[int, int, int]:
+    """Return the RGB colour (0..255) of a class, the same in every figure. They repeat after 20."""
+    return COLOURS[label % len(COLOURS)]
 
 
 def _contrast(colour: Sequence[int]) -> tuple[int, int, int]:
@@ -45,14 +39,12 @@ def draw_boxes(
     boxes: np.ndarray,
     colours: Sequence[tuple[int, int, int]],
     texts: Sequence[str] = (),
-    dashed: bool = False,
     font_size: float = 0,
 ) -> np.ndarray:
     """Draw boxes [n, 4] (xyxy in pixels) on a copy of uint8 [H, W, 3] RGB. The first box is on top.
 
     colours, texts: one per box. A thin border in black or white makes a box visible on any
         background. A text is left out if it would be over another text, wherever it is placed.
-    dashed: for ground truth.
     font_size: in pixels, by default 1/30 of the long side and at least 9. The line width follows.
     """
     drawn = Image.fromarray(image)
@@ -61,15 +53,12 @@ def draw_boxes(
     line = max(1, round(0.15 * font_size))
     for box, colour in reversed(list(zip(boxes, colours, strict=True))):
         _draw_box(draw, box, colour, line, drawn.size)
-    if dashed:
-        rows, columns = np.indices(image.shape[:2])
-        gaps = (rows + columns) // (4 * line) % 2 == 1
-        drawn = Image.fromarray(np.where(gaps[..., None], image, drawn))
-        draw = ImageDraw.Draw(drawn)
     labels = np.zeros((0, 4))
     for number, text in enumerate(texts):
-        if place := place_label(text, number, boxes, labels, drawn.size, font_size):
-            label, font = place
+        font = _font(font_size, text.isascii())
+        extent = np.array([font.getlength(text) + font_size / 3, 1.1 * sum(font.getmetrics())])
+        label = place_label(extent, number, boxes, labels, drawn.size)
+        if label is not None:
             labels = np.vstack([labels, label])
             ink = _contrast(colours[number])
             draw.rectangle((*label[:2], *label[2:] - 1), fill=colours[number], outline=ink)
@@ -91,7 +80,7 @@ def draw_detections(
     rows: the detections to draw, by default all. font_size: see `draw_boxes`.
     """
     rows = np.arange(len(detections)) if rows is None else np.asarray(rows, dtype=int)
-    colours = label_colours(detections.labels[rows], classes)
+    colours = [class_colour(label) for label in detections.labels[rows]]
     texts = [f"{classes[detections.labels[n]]} {100 * detections.scores[n]:.0f}%" for n in rows]
     boxes = detections.boxes[rows]
     return draw_boxes(image, boxes, colours, texts if labels else (), font_size=font_size)
@@ -109,33 +98,23 @@ def _draw_box(
 
 
 def place_label(
-    text: str,
-    number: int,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    size: tuple[int, int],
-    font_size: float,
-) -> tuple[np.ndarray, ImageFont.FreeTypeFont] | None:
-    """Find a rectangle (xyxy) and a font for the label of boxes[number].
+    extent: np.ndarray, number: int, boxes: np.ndarray, labels: np.ndarray, size: tuple[int, int]
+) -> np.ndarray | None:
+    """Find a rectangle [4] (xyxy) for the label of boxes[number].
 
-    The first place that covers no box is taken: above the box, below, at its sides, then with
-    smaller text. Otherwise the place that covers the least, its own box only if there is no other.
+    The first place that covers no box is taken: above the box, below, or at its sides. Otherwise
+    the place that covers the least, its own box only if there is no other.
+    extent: width and height of the label. size: those of the image.
     labels: rectangles [m, 4] that are never covered. Returns None if there is no place.
     """
-    places = []
-    for scale in LABEL_SCALES:
-        font = _font(max(8.0, scale * font_size), text.isascii())
-        extent = np.array([font.getlength(text) + font_size / 3, 1.1 * sum(font.getmetrics())])
-        corners = _label_corners(boxes[number], *extent)
-        corners = np.clip(corners, 0, np.maximum(np.array(size) - extent, 0))
-        places += [(np.hstack([corner, corner + extent]), font) for corner in corners]
-    rectangles = np.array([rectangle for rectangle, _ in places])  # [3 * 16, 4]
+    corners = np.clip(_label_corners(boxes[number], *extent), 0, np.maximum(size - extent, 0))
+    rectangles = np.hstack([corners, corners + extent])  # [16, 4]
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).clip(min=1)  # [n]
-    covered = _overlaps(rectangles, boxes) / areas  # [3 * 16, n]
+    covered = _overlaps(rectangles, boxes) / areas  # [16, n]
     cost = covered.sum(axis=1) + 10 * (covered[:, number] > 0)
     cost[_overlaps(rectangles, labels).any(axis=1)] = np.inf
     best = cost.argmin()
-    return places[best] if cost[best] < np.inf else None
+    return rectangles[best] if cost[best] < np.inf else None
 
 
 @cache
@@ -148,11 +127,12 @@ def _font(size: float, is_ascii: bool) -> ImageFont.FreeTypeFont:
 
 
 def _label_corners(box: np.ndarray, width: float, height: float) -> list[tuple[float, float]]:
-    """Return places (left, top) for a label of a box: around it, a line away, and inside."""
+    """Return places (left, top) for a label of a box: around it, one or two lines away, inside."""
     x1, y1, x2, y2 = box
     around = [(x, y) for y in (y1 - height, y2) for x in (x1, x2 - width)]
     around += [(x, y) for x in (x2, x1 - width) for y in (y1, y2 - height)]
-    rows = (y1 - 2 * height, y2 + height, y1, y2 - height)
+    away = (y1 - 2 * height, y2 + height, y1 - 3 * height, y2 + 2 * height)
+    rows = (*away, y1, y2 - height)
     return around + [(x, y) for y in rows for x in (x1, x2 - width)]
 
 

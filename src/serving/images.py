@@ -73,13 +73,12 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def get_image_size(source: str | os.PathLike | np.ndarray) -> tuple[int, int]:
-    """Return (width, height) as `load_image` would give it; of files, only TIFFs are decoded."""
+    """Return (width, height) as `load_image` would give it; files are not decoded."""
     if isinstance(source, np.ndarray):
         return source.shape[1], source.shape[0]
     with Image.open(source, formats=FORMATS) as image:
-        if image.format == "TIFF":
-            image.load()  # Pillow rotates TIFFs itself
-        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        rotated = orientation >= 5 and image.format != "TIFF"  # Pillow rotates TIFFs itself
         return image.size[::-1] if rotated else image.size
 
 

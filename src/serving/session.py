@@ -11,7 +11,7 @@ import numpy as np
 
 from src.model.network import YOLOv3
 from src.model.pretrained import format_metadata
-from src.serving.drawing import class_colours, draw_detections, draw_explanation
+from src.serving.drawing import class_colour, draw_detections, draw_explanation
 from src.serving.gradcam import Explainer, Explanation
 from src.serving.images import LICENSES, load_image, resize_long_side
 from src.serving.onnx_model import OnnxModel
@@ -101,14 +101,13 @@ def _table_and_targets(
     detections: Detections, classes: list[str]
 ) -> tuple[list[list], list[tuple]]:
     """Return the table's rows, and the choices (text, value) of what to explain."""
-    colours = class_colours(len(classes))
     counts = Counter(classes[label] for label in detections.labels)
     by_class = [(f"Class {name} ({count})", name) for name, count in counts.items()]
     targets = [ALL_DETECTIONS, *by_class]
     table = []
     for row, label in enumerate(detections.labels):
         name, score = classes[label], detections.scores[row]
-        square = f'<span style="color:rgb{colours[label]}">&#9632;</span>'
+        square = f'<span style="color:rgb{class_colour(label)}">&#9632;</span>'
         box = ", ".join(f"{edge:.0f}" for edge in detections.boxes[row])
         table.append([row + 1, f"{square} {html.escape(name)}", f"{100 * score:.1f}%", box])
         targets.append((f"{row + 1}: {name}, {100 * score:.0f}%", int(detections.index[row])))
@@ -141,8 +140,9 @@ def model_facts_html(model: YOLOv3 | OnnxModel, links: dict[str, str]) -> str:
     facts = {FACTS.get(name, name.capitalize()): value for name, value in metadata.items()}
     facts["Parameters"] = f"{model.num_parameters / 1e6:.1f} million"
     chips = "".join(
-        f'<span class="chip"><i style="background:rgb{colour}"></i>{html.escape(name)}</span>'
-        for name, colour in zip(model.classes, class_colours(len(model.classes)), strict=True)
+        f'<span class="chip"><i style="background:rgb{class_colour(label)}"></i>'
+        f"{html.escape(name)}</span>"
+        for label, name in enumerate(model.classes)
     )
     rows = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>"

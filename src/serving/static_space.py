@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from src.model.network import YOLOv3
-from src.serving.drawing import class_colours
+from src.serving.drawing import class_colour
 from src.serving.gradcam import LAYERS
 from src.serving.images import IMAGE_SUFFIXES
 from src.serving.onnx_model import export_onnx, model_facts
@@ -90,7 +90,7 @@ def page_facts(model: YOLOv3, samples: Path, links: dict[str, str], title: str) 
     """Return what the page needs to know: of the model, the thresholds, the texts and samples."""
     return model_facts(model) | {
         "title": title,
-        "colours": class_colours(len(model.classes)),
+        "colours": [class_colour(label) for label in range(len(model.classes))],
         "heatmap_colours": heatmap_colours(),
         "confidence": CONFIDENCE,
         "iou_threshold": IOU_THRESHOLD,
