@@ -70,12 +70,12 @@ def test_damaged_or_missing_checkpoints_are_named(copy, capsys):
     for name in (LAST, PREVIOUS, BEST):
         flip_bit(copy / name)
     for call, name in (
-        (lambda: fit(tiny(copy), ckpt_path="auto"), PREVIOUS),
-        (lambda: load_detector(copy, "last"), PREVIOUS),
+        (lambda: fit(tiny(copy), ckpt_path="auto"), LAST),
+        (lambda: load_detector(copy, "last"), LAST),
         (lambda: load_detector(copy), BEST),
         (lambda: fit(tiny(copy / "new"), ckpt_path="last"), LAST),
     ):
-        with pytest.raises(FileNotFoundError, match=f"has no valid .*{name}"):
+        with pytest.raises(FileNotFoundError, match=f"has no valid {name}"):
             call()
     printed = capsys.readouterr().out
     assert printed.count("is damaged: the checksum of") == 5

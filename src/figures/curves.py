@@ -25,11 +25,11 @@ from src.training.metrics import COURSE_THRESHOLD, match, precision_recall
 from src.training.report import NAMES, course_targets
 
 
-def _bars(names: Sequence[str], values: Sequence, texts: Sequence[str], **labels) -> Figure:
-    """Plot one horizontal bar per class in its colour, and a text to the right of it."""
+def _bars(names: Sequence[str], values: Sequence, style: str, **labels) -> Figure:
+    """Plot one horizontal bar per class in its colour, and its value in this format."""
     axis = NotebookFigure(0.23 * len(names) + 1).add_subplot(**labels)
     bars = axis.barh(names, values, color=colours(len(names)), edgecolor=INK, linewidth=0.4)
-    axis.bar_label(bars, texts, padding=3, fontsize=FONT_POINTS)
+    axis.bar_label(bars, fmt=style, padding=3, fontsize=FONT_POINTS)
     axis.invert_yaxis()
     return axis.figure
 
@@ -39,7 +39,7 @@ def plot_dataset_summary(records: Sequence, classes: Sequence[str]) -> Figure:
     """Plot the number of objects per class."""
     counts = np.bincount(np.concatenate([r.labels for r in records]), minlength=len(classes))
     title = f"{counts.sum():,} objects in {len(records):,} images"
-    return _bars(classes, counts, [f"{n:,}" for n in counts], title=title, xlabel="objects")
+    return _bars(classes, counts, "{:,.0f}", title=title, xlabel="objects")
 
 
 @with_style
@@ -51,9 +51,15 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
     for scale, stride, marker in zip(anchors, (32, 16, 8, 4, 2), "s^oDv", strict=False):
         percent = 100 * np.transpose(scale)
         axis.scatter(*percent, s=60, marker=marker, label=f"anchors of stride {stride}")
-    axis.set(xscale="log", yscale="log", xlim=(1, 110), ylim=(1, 110))
-    axis.set(xlabel="width, in % of the image size", ylabel="height, in % of the image size")
-    axis.set_title("Width and height of objects (grey) and anchors")
+    axis.set(
+        title="Width and height of objects (grey) and anchors",
+        xlabel="width, in % of the image size",
+        ylabel="height, in % of the image size",
+        xscale="log",
+        yscale="log",
+        xlim=(1, 110),
+        ylim=(1, 110),
+    )
     axis.legend()
     return axis.figure
 
@@ -61,8 +67,12 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
 @with_style
 def plot_lr_finder(result: LRFinderResult) -> Figure:
     """Plot the loss against the learning rate, and mark the suggestion."""
-    labels = {"xlabel": "learning rate", "ylabel": "training loss (smoothed)"}
-    axis = NotebookFigure(3.0).add_subplot(title="Range test", xscale="log", **labels)
+    axis = NotebookFigure(3.0).add_subplot(
+        title="Range test",
+        xlabel="learning rate",
+        ylabel="training loss (smoothed)",
+        xscale="log",
+    )
     axis.plot(result.rates, result.losses, color=VAL)
     axis.axvline(result.suggestion, color=TARGET, label=f"suggestion: {result.suggestion:.2g}")
     axis.legend()
@@ -123,11 +133,18 @@ def plot_precision_recall(
     for label, row in enumerate(per_class):
         precision, recall = precision_recall(predictions, ground_truth, matched, label)
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
-        ticks = {"xticks": [0, 0.5, 1], "yticks": [0, 0.5, 1], "xlim": (0, 1), "ylim": (0, 1.03)}
-        axis = figure.add_subplot(rows, columns, label + 1, **ticks)
+        axis = figure.add_subplot(
+            rows,
+            columns,
+            label + 1,
+            title=f"{row['class']}  AP {row['ap']:.2f}",
+            xticks=[0, 0.5, 1],
+            yticks=[0, 0.5, 1],
+            xlim=(0, 1),
+            ylim=(0, 1.03),
+        )
         colour = colours(len(per_class))[label]
         axis.stairs(envelope, np.r_[0, recall], fill=True, facecolor=colour, edgecolor=INK)
-        axis.set_title(f"{row['class']}  AP {row['ap']:.2f}", fontsize=9)
     figure.suptitle("Precision (y) against recall (x) of each class at IoU 0.5", fontsize=9.5)
     return figure
 
@@ -137,10 +154,15 @@ def plot_per_class_ap(per_class: Sequence[dict]) -> Figure:
     """Plot the average precision of each class at IoU 0.5 (VOC's, area)."""
     names = [f"{row['class']} ({row['num_gt']:,})" for row in per_class]
     values = np.array([row["ap"] for row in per_class])  # NaN without objects
-    title = f"Average precision of each class at IoU 0.5 (mean {np.nanmean(values):.3f})"
-    texts = [f"{value:.2f}" for value in values]
-    labels = {"title": title, "xlabel": "average precision", "ylabel": "class (objects)"}
-    return _bars(names, np.nan_to_num(values), texts, xlim=(0, 1.05), **labels)
+    return _bars(
+        names,
+        np.nan_to_num(values),
+        "{:.2f}",
+        title=f"Average precision of each class at IoU 0.5 (mean {np.nanmean(values):.3f})",
+        xlabel="average precision",
+        ylabel="class (objects)",
+        xlim=(0, 1.05),
+    )
 
 
 @with_style
@@ -149,8 +171,11 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     names = [*classes, "background"]
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = NotebookFigure(0.32 * len(names) + 1.2, width=min(9.0, 0.5 * len(names) + 2.4))
-    labels = {"xlabel": "predicted class (colour: fraction of the row)", "ylabel": "true class"}
-    axis = figure.add_subplot(title="Confusion matrix", **labels)
+    axis = figure.add_subplot(
+        title="Confusion matrix",
+        xlabel="predicted class (colour: fraction of the row)",
+        ylabel="true class",
+    )
     axis.grid(visible=False)
     axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(counts):
@@ -165,10 +190,13 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
 @with_style
 def plot_multiscale_sizes(sizes: Sequence[int]) -> Figure:
     """Plot the image size at each step of a multi-resolution run."""
-    labels = {"title": "Image size during training", "xlabel": "step", "ylabel": "pixels"}
-    axis = NotebookFigure(2.6).add_subplot(**labels)
+    axis = NotebookFigure(2.6).add_subplot(
+        title="Image size during training",
+        xlabel="step",
+        ylabel="pixels",
+        yticks=sorted(set(sizes)),
+    )
     axis.step(range(len(sizes)), sizes, where="post", color=VAL, linewidth=1.2)
-    axis.set_yticks(sorted(set(sizes)))
     return axis.figure
 
 

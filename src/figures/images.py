@@ -203,8 +203,14 @@ def plot_anchor_assignment(sample: tuple, anchors: Tensor, classes: Sequence[str
     axes = figure.subplots(1, len(anchors), squeeze=False)[0]
     for axis, grid, assigned, sizes in zip(axes, grids, scales, anchors, strict=True):
         axis.imshow(image.permute(1, 2, 0).numpy(), extent=(0, grid, grid, 0))  # a unit is a cell
-        axis.set(title=f"stride {image.shape[-1] // grid}: {grid} × {grid} cells", axisbelow=False)
-        axis.set(xticks=range(grid + 1), xticklabels=[], yticks=range(grid + 1), yticklabels=[])
+        axis.set(
+            title=f"stride {image.shape[-1] // grid}: {grid} × {grid} cells",
+            axisbelow=False,
+            xticks=range(grid + 1),
+            xticklabels=[],
+            yticks=range(grid + 1),
+            yticklabels=[],
+        )
         cells = torch.stack((assigned.column, assigned.row), dim=1) + 0.5
         shapes = sizes[assigned.anchor] * grid
         for number, colour in enumerate(colours(len(classes))[labels.numpy()]):

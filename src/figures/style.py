@@ -14,7 +14,6 @@ DPI = 120  # a figure is 1080 pixels wide, slightly more than GitHub and Jupyter
 FONT_POINTS = 8.5
 INK, SOFT, GRID = "#1f2328", "#6b7280", "#e3e5e8"
 TRAIN, VAL, TARGET = "#e69f00", "#0072b2", "#d55e00"  # by Okabe and Ito, for any colour vision
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 STYLE = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -38,7 +37,7 @@ STYLE = {
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "axes.ymargin": 0.1,
-    "axes.prop_cycle": cycler(color=SERIES),
+    "axes.prop_cycle": cycler(color=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")),
     "lines.linewidth": 1.8,
     "legend.frameon": False,
     "legend.fontsize": FONT_POINTS,

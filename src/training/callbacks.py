@@ -33,16 +33,15 @@ class MetricsCSV(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         if trainer.global_step % LR_INTERVAL == 0:
-            self._add(trainer, trainer.global_step, {"lr": optimizer.param_groups[0]["lr"]})
+            place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+            self.rows.append(place | {"lr": optimizer.param_groups[0]["lr"]})
 
     def on_train_epoch_end(self, trainer, module) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self._add(trainer, trainer.global_step - 1, metrics)
+        place = {"epoch": trainer.current_epoch, "step": trainer.global_step - 1}
+        self.rows.append(place | metrics)
         if trainer.is_global_zero:
             atomic_write(self.path, self._write, "w", encoding="utf-8", newline="")
-
-    def _add(self, trainer, step: int, values: dict[str, float]) -> None:
-        self.rows.append({"epoch": trainer.current_epoch, "step": step} | values)
 
     def _write(self, file) -> None:
         writer = csv.DictWriter(file, sorted(set().union(*self.rows)))

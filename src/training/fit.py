@@ -90,18 +90,28 @@ def run_trainer(module: OneCycleModule, data: pl.LightningDataModule) -> None:
     best = ModelCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options)
     # not the option save_last: it would save only when the best improves
     last = ModelCheckpoint(folder, "last", **options)
-    metrics = MetricsCSV(folder / run_folder.METRICS)
     trainer = make_trainer(
         config,
         max_epochs=config.epochs,
         default_root_dir=folder,
         plugins=run_folder.AtomicCheckpointIO(),
         enable_checkpointing=True,
-        callbacks=[Progress(), StopIfNotFinite(), EMA(config.ema_decay), metrics, best, last],
+        callbacks=[
+            Progress(),
+            StopIfNotFinite(),
+            EMA(config.ema_decay),
+            MetricsCSV(folder / run_folder.METRICS),
+            best,
+            last,
+        ],
     )
     checkpoint = folder / run_folder.LAST
-    ckpt_path = checkpoint if checkpoint.exists() else None
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(
+        module,
+        datamodule=data,
+        ckpt_path=checkpoint if checkpoint.exists() else None,
+        weights_only=True,
+    )
 
 
 def load_average(module: OneCycleModule, checkpoint: Path) -> OneCycleModule:
@@ -117,9 +127,8 @@ def load_detector(folder: str | Path, which: str = "best") -> YOLOv3Module:
 
     which: "best" or "last". Raises FileNotFoundError if it is missing or damaged.
     """
-    folder = Path(folder)
-    path = run_folder.find_checkpoint(folder, which)
-    config = Config.load(folder / run_folder.CONFIG)
+    path = run_folder.find_checkpoint(Path(folder), which)
+    config = Config.load(path.with_name(run_folder.CONFIG))
     config = config.replace(pretrained_weights="")  # the checkpoint replaces them
     return load_average(YOLOv3Module(config), path)
 
@@ -144,8 +153,8 @@ def evaluate(detector: YOLOv3Module, data: DetectionDataModule) -> Evaluation:
         "VOC AP@.5, area": mean_average_precision(detector.per_class),
         "VOC AP@.5, 11 points": mean_average_precision(detector.per_class, "ap_11pt"),
         "course mAP@.5": mean_average_precision(detector.per_class, "ap_course"),
+        **coco_average_precision(detector.predictions, detector.ground_truth),
     }
-    precisions |= coco_average_precision(detector.predictions, detector.ground_truth)
     return Evaluation(
         detector.accuracies,
         precisions,

@@ -40,8 +40,9 @@ def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFi
     test = RangeTest(np.geomspace(1e-5, 0.1, steps))
     accumulate = config.accumulate_grad_batches * config.devices
     one_device = config.replace(devices=1, accumulate_grad_batches=accumulate, max_lr=1e-3)
-    options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
-    trainer = make_trainer(one_device, callbacks=[test], **options)
+    trainer = make_trainer(
+        one_device, callbacks=[test], max_steps=steps, max_epochs=-1, limit_val_batches=0
+    )
     trainer.fit(YOLOv3Module(one_device), datamodule=data)
     losses = smooth_until_divergence(np.array([np.mean(loss) for loss in test.losses]))
     rates = test.rates[: len(losses)].tolist()

@@ -73,8 +73,12 @@ def training_metadata(
         "object accuracy": accuracies[f"object@{COURSE_THRESHOLD}"],
         "objectness threshold": COURSE_THRESHOLD,
     }
-    weights = "averaged over the steps (EMA)"
-    return {"data": data, "epochs": epochs, "weights": weights, "metrics": metrics}
+    return {
+        "data": data,
+        "epochs": epochs,
+        "weights": "averaged over the steps (EMA)",
+        "metrics": metrics,
+    }
 
 
 class YOLOv3Module(OneCycleModule):

@@ -10,11 +10,9 @@ class OneCycleModule(pl.LightningModule):
     """Base of the modules that `fit.train` trains: optimizer, schedule and gradient clipping.
 
     config: has max_lr, weight_decay, warmup_fraction and gradient_clip_val.
-    Subclasses set `monitor` and `progress_metrics`.
+    Subclasses set `monitor`, the metric that selects best.ckpt (higher is better), and
+    `progress_metrics`, the printed ones: name -> (metric, format).
     """
-
-    monitor = ""  # metric that selects best.ckpt; higher is better
-    progress_metrics: dict[str, tuple[str, str]] = {}  # name -> metric, format
 
     def __init__(self, config):
         super().__init__()

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 from torchvision.transforms import v2
@@ -121,11 +120,11 @@ class PretrainDataModule(pl.LightningDataModule):
                 "Both need a folder of images per class."
             )
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self):
         sampler = SampleIdSampler(self.train_data, self.config.seed)
         return make_loader(self.train_data, self.config, sampler=sampler, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self):
         return make_loader(self.val_data, self.config)
 
 

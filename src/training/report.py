@@ -74,7 +74,7 @@ def course_targets(config: Config) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ResultsTable:
-    """The accuracies with the course targets, and the average precisions.
+    """The accuracies with the course targets, and the average precisions, in aligned Markdown.
 
     The columns are objectness thresholds; the course target applies at 0.05. Class accuracy and
     average precision don't depend on them.
@@ -93,16 +93,11 @@ class ResultsTable:
             rows.append((NAMES[key], f"{target:.0%}", f"{value:.2%}", f"{strict:.2%}", verdict))
         for name, value in self.evaluation.precisions.items():
             rows.append((name, "", f"{value:.4f}", "", ""))
-        return markdown_table(HEADER, rows)
+        columns = zip(HEADER, ["---"] * len(HEADER), *rows, strict=True)
+        padded = [[f"{cell:<{max(map(len, column))}}" for cell in column] for column in columns]
+        return "\n".join("| " + " | ".join(line) + " |" for line in zip(*padded, strict=True))
 
     _repr_markdown_ = __repr__
-
-
-def markdown_table(header: tuple, rows: list[tuple]) -> str:
-    """Format a table in Markdown, with aligned columns to be read as text, too."""
-    columns = zip(header, ["---"] * len(header), *rows, strict=True)
-    padded = [[f"{cell:<{max(map(len, column))}}" for cell in column] for column in columns]
-    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*padded, strict=True))
 
 
 def write(run: Path, folder: Path) -> ResultsTable:

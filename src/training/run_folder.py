@@ -78,10 +78,9 @@ def find_checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
         print(f"{path} is damaged: {problem}.")
     if ckpt_path in (None, "auto") and not found:
         return None
-    names = " and no ".join(path.name for path in paths)
     raise FileNotFoundError(
-        f"{folder} has no valid {names}. Correct the folder, load another checkpoint of the run, "
-        "or train without ckpt_path."
+        f"{folder} has no valid {paths[0].name}. Correct the folder, load another checkpoint of "
+        "the run, or train without ckpt_path."
     )
 
 
