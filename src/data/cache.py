@@ -1,7 +1,6 @@
 """Cache of resized images in a file that all loader processes share."""
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +53,7 @@ def open_cache(images: list, name: str, size: int, max_gb: float) -> ImageCache 
     """
     if not max_gb or isinstance(images[0], np.ndarray):
         return None
-    versions = repr([(image, os.path.getmtime(image)) for image in images])
+    versions = repr([(image, Path(image).stat().st_mtime) for image in images])
     digest = hashlib.blake2b(versions.encode(), digest_size=8).hexdigest()
     cache = ImageCache(FOLDER / f"{name}-{size}-{digest}.u8", len(images), size)
     FOLDER.mkdir(parents=True, exist_ok=True)
