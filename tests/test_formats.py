@@ -250,11 +250,17 @@ def test_coco_crowds_are_validated_but_not_trained(tmp_path):
     assert val[0].difficult.tolist() == [False, True] and len(val[0].boxes) == 2
 
 
-def test_roles_of_split_names():
-    names = ("annotations_test", "lvis_v1_train", "pascal_val2007", "contrast")
-    assert train_val_splits(names) == (("lvis_v1_train",), ("pascal_val2007",))
-    assert train_val_splits(("Training", "Valid", "test-dev")) == (("Training",), ("Valid",))
-    assert train_val_splits(("latest", "my_test")) == (("latest",), ())
+@pytest.mark.parametrize(
+    ("names", "train", "val"),
+    [
+        (("annotations_test", "lvis_v1_train", "val2017"), ("lvis_v1_train",), ("val2017",)),
+        (("Training", "Valid", "test-dev"), ("Training",), ("Valid",)),
+        (("trainval2012", "test2007"), ("trainval2012",), ()),
+        (("default", "my_test"), ("default",), ()),
+    ],
+)
+def test_roles_of_split_names(names, train, val):
+    assert train_val_splits(names) == (train, val)
 
 
 def test_hidden_files_are_no_images(tmp_path):

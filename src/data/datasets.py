@@ -6,10 +6,8 @@ image size)`: objects (class name, box xyxy in pixels, difficult), and the state
 None. It only reads: `make_records` decides what is used.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -52,11 +50,10 @@ def train_val_splits(splits: Sequence[str]) -> tuple[tuple[str, ...], tuple[str,
     Without a name that says "train", those that say neither "val" nor "test" are for training.
     None may be for validation.
     """
-    by_role = {"train": (), "val": (), "test": (), "": ()}
-    for split in splits:
-        role = re.search(r"(?:^|[-_./ ])(train|val|test)|$", split.lower())[1]  # starts a word
-        by_role[role or ""] += (split,)
-    return by_role["train"] or by_role[""], by_role["val"]
+    train = tuple(split for split in splits if "train" in split.lower())
+    val = tuple(split for split in splits if "val" in split.lower() and split not in train)
+    others = tuple(split for split in splits if split not in val and "test" not in split.lower())
+    return train or others, val
 
 
 def read_splits(reader, config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
@@ -138,7 +135,7 @@ def check_classes(
         )
 
 
-def check(root: str | Path, classes: tuple[str, ...] = VOC_CLASSES) -> list[str]:
+def check(root: str, classes: tuple[str, ...] = VOC_CLASSES) -> list[str]:
     """Decode every image of a VOC, YOLO or COCO data set, and print each case of the policy.
 
     classes: the default stands for those of data.yaml or of the COCO files, or VOC's.
