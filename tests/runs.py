@@ -32,6 +32,11 @@ def tiny(folder: Path, **changes) -> Config:
     return config.replace(**changes)
 
 
+def load(path: Path) -> dict:
+    """The contents of a checkpoint."""
+    return torch.load(path, weights_only=True)
+
+
 def metrics_rows(folder: Path) -> list[dict]:
     """The rows of a run's metrics.csv, as text."""
     with open(folder / "metrics.csv", newline="") as lines:

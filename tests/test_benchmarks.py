@@ -19,10 +19,9 @@ from src.data.mosaic import MosaicDataset
 from src.model.network import ANCHORS
 from src.training import module
 from src.training.loss import YOLOLoss, assign_targets
-from src.training.metrics import Evaluation, average_precision
-from tests.test_boxes import iou
+from src.training.metrics import Evaluation
 from tests.test_loss import count_objects, random_targets
-from tests.test_metrics import random_results
+from tests.test_metrics import loop_average_precision, loop_curve, random_results
 
 ANCHOR, GRIDS = torch.tensor(ANCHORS), [3, 6, 12]
 
@@ -147,22 +146,9 @@ def test_table_of_ablations_compares_runs_with_the_same_seed(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_micro_average_precision_equals_a_loop(seed):
-    """The loop ranks all classes together; a detection matches objects of its class only."""
-    predictions, ground_truth = random_results(seed)
-    matched, correct = set(), []
-    for row in sorted(predictions, key=lambda row: -row[2]):
-        objects = [
-            number for number, other in enumerate(ground_truth) if (other[:2] == row[:2]).all()
-        ]
-        best = max(objects, key=lambda number: iou(row[3:], ground_truth[number, 3:]), default=None)
-        hit = best is not None and iou(row[3:], ground_truth[best, 3:]) >= 0.5
-        if hit and ground_truth[best, 2]:
-            continue  # difficult
-        correct.append(hit and best not in matched)
-        matched |= {best} if hit else set()
-    true = np.cumsum(correct)
-    expected = average_precision(
-        true / np.arange(1, len(correct) + 1), true / (ground_truth[:, 2] == 0).sum(), "area"
-    )
-    measured = ablations.micro_average_precision(Evaluation({}, {}, [], predictions, ground_truth))
+    """One ranking of all classes; a detection matches objects of its image and class only."""
+    results = random_results(seed)
+    rows = [[[3 * row[0] + row[1], 0, *row[2:]] for row in part.tolist()] for part in results]
+    expected = loop_average_precision(loop_curve(*rows, label=0, course=False)[0], "area")
+    measured = ablations.micro_average_precision(Evaluation({}, {}, [], *results))
     assert 0.2 < expected < 0.95 and measured == pytest.approx(expected, abs=1e-6)

@@ -33,16 +33,12 @@ from src.training.run_folder import (
     write_start,
 )
 from tests.forking import begin
-from tests.runs import epoch_rows, equal, metrics_rows, tiny
+from tests.runs import epoch_rows, equal, load, metrics_rows, tiny
 
 
 @pytest.fixture
 def copy(trained_run, tmp_path) -> Path:
     return shutil.copytree(trained_run, tmp_path / "copy")
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 def flip_bit(file: Path) -> None:

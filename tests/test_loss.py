@@ -59,6 +59,7 @@ def loop_assign(targets, grid, anchors):
 @pytest.mark.parametrize("seed", range(8))
 def test_assignment_equals_the_loop(seed):
     targets = random_targets(40, images=3, seed=seed)  # crowded: several match the same anchor
+    targets = torch.cat((targets, torch.tensor([[2, 1, 0.999, 1.0, 0.01, 0.01]])))  # at the border
     collisions = 0
     for scale, assigned in enumerate(assign_targets(targets, GRIDS, ANCHOR, batch=3)):
         positives, ignored = loop_assign(targets, GRIDS[scale], ANCHOR[scale])
@@ -70,12 +71,6 @@ def test_assignment_equals_the_loop(seed):
         assert set(map(tuple, assigned.ignored.nonzero().tolist())) == ignored
         collisions += len(targets) - len(positives)
     assert collisions > 0
-
-
-def test_every_object_has_one_positive_per_scale():
-    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.3], [1, 2, 0.999, 1.0, 0.01, 0.01]])
-    for assigned in assign_targets(targets, GRIDS, ANCHOR, batch=2):
-        assert assigned.valid.all() and assigned.positive.sum() == 2
 
 
 def test_objectness_is_trained_alone():

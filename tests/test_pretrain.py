@@ -14,8 +14,7 @@ from src.model.pretrained import load_backbone
 from src.training import pretrain as pretraining
 from src.training.module import build_model
 from src.training.pretrain import PRETRAIN, PretrainDataModule, pretrain
-from src.training.run_folder import LAST
-from tests.runs import equal, fail_in
+from tests.runs import equal, fail_in, load
 
 
 def write_image(path, label, seed):
@@ -67,10 +66,6 @@ def run(folder, tmp_path_factory):
     return config, pretrain(config)
 
 
-def load_last(run_dir) -> dict:
-    return torch.load(f"{run_dir}/{LAST}", weights_only=True)["state_dict"]
-
-
 def test_wrong_layouts_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="train"):
         PretrainDataModule(tiny(tmp_path, tmp_path))
@@ -101,7 +96,7 @@ def test_it_learns_and_its_backbone_starts_detectors(run):
     assert not torch.equal(saved.backbone.stem[0].weight, fresh.backbone.stem[0].weight)
     assert equal(saved.heads.state_dict(), fresh.heads.state_dict())
     assert json.loads((backbone / "config.json").read_text())["metadata"]["classes"] == 3
-    model, state = YOLOv3(5, 0.0625), load_last(config.run_dir)
+    model, state = YOLOv3(5, 0.0625), load(f"{config.run_dir}/last.ckpt")["state_dict"]
     load_backbone(model, backbone)
     for name, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, state[f"backbone.{name}"], rtol=1e-3, atol=1e-4)
@@ -115,4 +110,5 @@ def test_an_interrupted_run_ends_with_the_same_weights(folder, run, tmp_path, mo
         with pytest.raises(ConnectionError):
             pretrain(tiny(folder, tmp_path))
     pretrain(tiny(folder, tmp_path))
-    assert equal(load_last(tmp_path), load_last(run[0].run_dir))
+    states = [load(f"{folder}/last.ckpt")["state_dict"] for folder in (tmp_path, run[0].run_dir)]
+    assert equal(*states)

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -23,7 +22,7 @@ from src.training.fit import evaluate, fit, load_detector
 from src.training.lr_finder import find_lr
 from src.training.module import YOLOv3Module, sample_image_size
 from src.training.optimizer import OneCycleModule
-from tests.runs import epoch_rows, equal, fail_in, metrics_rows, tiny
+from tests.runs import epoch_rows, equal, fail_in, load, metrics_rows, tiny
 
 
 def test_run_writes_config_metrics_and_checkpoints(trained_run):
@@ -57,10 +56,6 @@ def test_best_checkpoint_and_accumulated_batches(trained_run, tmp_path, monkeypa
     steps = [[(row["step"], row["lr"]) for row in run] for run in rows]
     assert steps[0] == steps[1]
     assert last["callbacks"]["EMA"] == {"latest_update_step": 12}
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 def onecycle_rates(warmup: float, total_steps: int) -> list[float]:

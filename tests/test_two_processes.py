@@ -2,7 +2,6 @@
 
 import math
 import multiprocessing
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from src.training.fit import evaluate, fit, load_detector
 from src.training.module import YOLOv3Module, sample_image_size
 from src.training.run_folder import LAST, find_checkpoint
 from tests.forking import MODULES
-from tests.runs import epoch_rows, equal, metrics_rows, tiny
+from tests.runs import epoch_rows, equal, load, metrics_rows, tiny
 
 CONFIG = tiny(
     Path("run"),
@@ -49,9 +48,6 @@ class LoggedModule(YOLOv3Module):
     def log_rename(self, event: str, args: tuple) -> None:
         if event == "os.rename":
             self.log_event("wrote", Path(args[1]).name)
-
-    def on_fit_start(self) -> None:
-        self.log_event("started", os.getpid())
 
     def log_size(self, network, inputs) -> None:
         if network.training:
@@ -104,11 +100,9 @@ def resumed(tmp_path_factory, two_processes):
         patch.setattr(fitting, "YOLOv3Module", NaNModule)
         with pytest.raises(ProcessRaisedException, match="loss is not finite in epoch 2"):
             fit(CONFIG.replace(run_dir=str(run)))
-    checkpoint = torch.load(find_checkpoint(run, "last"), weights_only=True)
+    checkpoint = load(find_checkpoint(run, "last"))
     assert checkpoint["epoch"] == 0
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
-    pids = [pid for rank in (0, 1) for (pid,) in events(run, "started", rank)]
-    assert [Path(f"/proc/{pid}").exists() for pid in pids] == [False, False]
     (run / "events").unlink()
     return run, fit(CONFIG.replace(run_dir=str(run)), ckpt_path="last")
 

@@ -2,6 +2,8 @@
 
 python -m src.training.pretrain FOLDER --width 0.25       the same command resumes
 
+PRETRAIN has the settings without an option, such as the image sizes.
+
 FOLDER is in ImageNet's layout, train/CLASS/*.jpg and val/CLASS/*.jpg. In a shell, this brings the
 validation images of Tiny ImageNet (http://cs231n.stanford.edu/tiny-imagenet-200.zip) into it:
 
