@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,15 @@ DATASETS = {
     "yolo": "YOLO data set",
     "coco": "COCO data set",
     "shapes": "synthetic data set",
+}
+LIMITS = {  # lowest and highest value of a setting
+    "val_fraction": (0, 1),
+    "mosaic_prob": (0, 1),
+    "min_visibility": (0, 1),
+    "warmup_fraction": (0, 1),
+    "ema_decay": (0, 1),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
 }
 
 
@@ -127,10 +137,17 @@ class Config:
             raise ValueError(
                 f"Config.dataset is {self.dataset!r}. Use one of {', '.join(DATASETS)}."
             )
-        if len(set(self.classes)) != len(self.classes) or not self.classes:
+        is_tuple = isinstance(self.classes, tuple)  # ("mask") is a text, ("mask",) a tuple
+        if not is_tuple or not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(
-                f"Config.classes is {self.classes}. Name at least one class, each only once."
+                f"Config.classes is {self.classes!r}. Use a tuple of at least one class, each only "
+                'once: ("mask",)'
             )
+        for name, (lowest, highest) in LIMITS.items():
+            if not lowest <= getattr(self, name) <= highest:
+                raise ValueError(
+                    f"Config.{name} is {getattr(self, name)}. Use {lowest} to {highest}."
+                )
 
     @classmethod
     def names(cls, **metadata: bool) -> list[str]:

@@ -13,6 +13,9 @@ from src.model.network import ANCHORS
         ({"multiscale_sizes": (256, 300)}, "image size 300"),
         ({"dataset": "imagenet"}, "Config.dataset is 'imagenet'"),
         ({"classes": ("a", "a")}, "Config.classes"),
+        ({"classes": "mask"}, r"Config.classes is 'mask'. Use a tuple"),
+        ({"mosaic_prob": 75}, "Config.mosaic_prob is 75. Use 0 to 1"),
+        ({"epochs": 0}, "Config.epochs is 0"),
     ],
 )
 def test_invalid_settings_are_named(setting, message):

@@ -235,6 +235,20 @@ def test_coco_layouts(tmp_path, layout):
     assert open_dataset(config)[1] == config
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": [{"id": 1}]}, "KeyError.'file_name'"),
+        ({"annotations": [1]}, "TypeError"),
+        ({"categories": [{"id": 1, "name": ["a"]}]}, "AttributeError"),
+    ],
+)
+def test_invalid_coco_files_are_named(tmp_path, changes, message):
+    (tmp_path / "train.json").write_text(json.dumps(coco_data() | changes))
+    with pytest.raises(ValueError, match=rf"train\.json is not a valid COCO file: {message}"):
+        splits_of(tmp_path)
+
+
 def test_coco_crowds_are_validated_but_not_trained(tmp_path):
     data = coco_data()
     data["annotations"].append(

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -191,6 +192,17 @@ def test_resuming_needs_the_same_settings(trained_run, change):
     with pytest.raises(ValueError, match=message):
         fit(tiny(trained_run, **change), ckpt_path="last")
     assert (trained_run / "config.json").read_text() == before
+
+
+def test_resuming_needs_the_same_number_of_images(trained_run, tmp_path):
+    """As if the data set had changed: settings are the same, the schedule isn't."""
+    shutil.copytree(trained_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "last.ckpt").unlink()
+    data = DetectionDataModule(tiny(tmp_path))
+    data.setup()
+    data.train_data.records = data.train_data.records + data.train_data.records[:4]
+    with pytest.raises(ValueError, match=r"schedule has 12 steps, the data now give 15"):
+        fit(tiny(tmp_path), data, ckpt_path="last")
 
 
 def test_data_module_of_another_config_is_refused(tmp_path):

@@ -181,9 +181,10 @@ def test_exit_status_of_the_command(tmp_path, monkeypatch, name, classes, status
     assert exit_info.value.code == status
 
 
-def test_a_folder_without_data_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no VOCdevkit folder, no data.yaml and no COCO"):
-        check(tmp_path)
+def test_a_folder_without_data_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["check", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no VOCdevkit folder, no data.yaml and no COCO file"):
+        main()
 
 
 def test_training_refuses_bad_files_or_leaves_them_out(tmp_path, capsys):

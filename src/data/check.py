@@ -18,7 +18,10 @@ def main() -> None:
         default=VOC_CLASSES,
     )
     args = parser.parse_args()
-    sys.exit(bool(check(args.folder, args.classes)))
+    try:
+        sys.exit(bool(check(args.folder, args.classes)))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ class COCOReader:
     """Reader of the COCO files in a folder, or of a single one. Each is read once.
 
     The split "train2017" is instances_train2017.json, "valid" is valid/labels.json.
+    Raises ValueError if a file that names all SECTIONS is not valid.
     """
 
     def __init__(self, root: str | Path):
@@ -27,7 +28,10 @@ class COCOReader:
         for path in [root] if root.is_file() else paths:
             text = b"" if path.name.startswith(OTHER_TASKS) else path.read_bytes()
             if all(section in text for section in SECTIONS):
-                self._load(path, json.loads(text))
+                try:
+                    self._load(path, json.loads(text))
+                except Exception as error:  # of many types: a JSON file can contain anything
+                    raise ValueError(f"{path} is not a valid COCO file: {error!r}.") from None
         self.splits = list(self.images)
 
     def _load(self, path: Path, data: dict) -> None:

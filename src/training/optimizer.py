@@ -47,3 +47,13 @@ class OneCycleModule(pl.LightningModule):
         if scaler is not None:
             scaler.unscale_(optimizer)
         clip_grad_norm_(self.parameters(), self.config.gradient_clip_val or float("inf"))
+
+    def on_train_start(self) -> None:
+        """Raise ValueError if the data of a resumed run no longer fit its schedule."""
+        scheduled = self.lr_schedulers().total_steps
+        steps = int(self.trainer.estimated_stepping_batches)
+        if scheduled != steps:
+            raise ValueError(
+                f"The data set has changed: this run's schedule has {scheduled:,} steps, the data "
+                f"now give {steps:,}. Restore it to resume, or start a new Config.run_dir."
+            )
