@@ -42,10 +42,8 @@ def _grid(tiles: Sequence[np.ndarray], titles: Sequence[str], columns: int = COL
     for number, (tile, title) in enumerate(zip(tiles, titles, strict=True)):
         row, column = divmod(number, columns)
         left, top = column * (TILE + GAP) + GAP // 2, sum(heights[row:]) - header
-        box = (left, top - tile.shape[0], tile.shape[1], tile.shape[0])
-        axis = figure.add_axes(np.divide(box, [*size, *size]), frame_on=False, xticks=[], yticks=[])
-        axis.imshow(tile)
-        axis.set_title(title, fontsize=FONT_POINTS, fontweight="normal", pad=4)
+        figure.figimage(tile, left, top - len(tile))
+        figure.text(left / size[0], (top + GAP // 2) / size[1], title, fontsize=FONT_POINTS)
     return figure
 
 

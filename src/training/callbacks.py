@@ -101,6 +101,7 @@ class Progress(pl.Callback):
             file=sys.stdout,
             mininterval=2,
             ncols=90,
+            position=0,  # also after a run that was interrupted
             disable=not trainer.is_global_zero,
         )
 

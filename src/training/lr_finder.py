@@ -44,6 +44,7 @@ def find_lr(config: Config, data: DetectionDataModule, steps: int = 100) -> LRFi
         one_device, callbacks=[test], max_steps=steps, max_epochs=-1, limit_val_batches=0
     )
     trainer.fit(YOLOv3Module(one_device), datamodule=data)
+    test.bar.close()
     losses = smooth_until_divergence(np.array([np.mean(loss) for loss in test.losses]))
     rates = test.rates[: len(losses)].tolist()
     return LRFinderResult(rates, losses.tolist(), rates[suggest_lr(losses)])
@@ -93,6 +94,3 @@ class RangeTest(pl.Callback):
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning has divided it
         self.losses[self.step].append(loss)
         self.bar.update(trainer.global_step - self.step)
-
-    def on_train_end(self, *_) -> None:
-        self.bar.close()
