@@ -162,7 +162,7 @@ def test_the_table_equals_the_predictor(predictor, image_path):
     expected = predictor(image_path, 0.2)
     session = analyze_image(predictor, image_path)
     drawn, summary, table, choices = render_detections(session, 0.2, 0.45)
-    assert f"{len(expected)} detections" in summary and "150 &times; 90" in summary
+    assert f"Detections: {len(expected)}" in summary and "150 &times; 90" in summary
     assert [row[0] for row in table] == [*range(1, len(expected) + 1)]
     assert [row[2] for row in table] == [f"{100 * score:.1f}%" for score in expected.scores]
     boxes = [[float(edge) for edge in row[3].split(", ")] for row in table]

@@ -44,7 +44,7 @@ def test_upload_shows_detections_heatmap_and_table(visitor, images):
     visitor.driver.get_log("browser")
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
-    assert re.search(r"\d+ detections · 300 × 180 pixels", visitor.text("#summary"))
+    assert re.search(r"Detections: \d+ · 300 × 180 pixels", visitor.text("#summary"))
     rows = visitor.until(visitor.rows)
     assert re.fullmatch(r"1\s+■ (circle|square|star)\s+\d+\.\d%\s+\d+, \d+, \d+, \d+", rows[0])
     assert "SEVERE" not in [entry["level"] for entry in visitor.driver.get_log("browser")]
@@ -64,7 +64,7 @@ def test_sliders_update_detections_and_heatmap(visitor, images):
         lambda: visitor.source("detections") != boxes and visitor.source("heatmap") != heatmap
     )
     visitor.set_slider("confidence", 0.95)
-    visitor.until(lambda: "No detections" in visitor.text("#summary"))
+    visitor.until(lambda: "Detections: none" in visitor.text("#summary"))
     visitor.until(lambda: "top candidate" in visitor.text("#message"))
     assert not visitor.rows()
 

@@ -123,8 +123,8 @@ def test_files_that_nobody_uploaded_are_not_read(client, folder):
     paths = f"""
         /etc/passwd /proc/self/environ /dev/zero / . ~/.bashrc ../../../../../etc/passwd
         {folder}/app.py {folder}/secret.txt {folder}/weights/model.safetensors
-        {folder}/samples/first.jpg app.py samples/first.jpg {upload} {upload}/../../etc/passwd
-        {upload}/nothing.png {upload}/\0.png file:///etc/passwd ftp://127.0.0.1/etc/passwd
+        {folder}/samples/first.jpg app.py samples/first.jpg {upload}/../../etc/passwd
+        file:///etc/passwd ftp://127.0.0.1/etc/passwd
         data:/etc/passwd http://127.0.0.1:1/a.png http://169.254.169.254/a.png
         http://example.com/a.png data:image/png;base64,iVBORw0KGgo=""".split()
     for path in ["", "a" * 5_000, *paths]:
@@ -134,12 +134,19 @@ def test_files_that_nobody_uploaded_are_not_read(client, folder):
             call_page(client, "on_upload", file_data(path), 0.3, 0.5),
         ):
             assert NOT_UPLOADED in answer, f"{path}: {answer}"
+    for path in (upload, f"{upload}/nothing.png"):
+        assert UNREADABLE in detect(client, file_data(path))
     settings = (next(iter(LAYERS)), next(iter(METHODS)), 0.7, 0.3, 0.5)
     passwd = file_data("/etc/passwd")
     assert NOT_UPLOADED in call_page(client, "explain", None, passwd, *settings)
     for file in (None, 0, "/etc/passwd", [], ["x"], {}, {"path": 0}, {"url": "http://127.0.0.1/"}):
         assert NOT_UPLOADED in detect(client, file)
-    for file in ([passwd], {"a": passwd}, passwd | {"is_stream": True}):
+    for file in (
+        file_data(f"{upload}/\0.png"),
+        [passwd],
+        {"a": passwd},
+        passwd | {"is_stream": True},
+    ):
         assert "event: error" in detect(client, file)
 
 

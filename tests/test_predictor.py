@@ -128,7 +128,7 @@ def test_unreadable_files_are_named_and_bombs_refused_before_decoding(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.*JPEG or PNG"):
             load_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="missing.jpg can't be read.*No such file"):
         load_image(tmp_path / "missing.jpg")
 
 

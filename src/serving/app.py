@@ -222,8 +222,7 @@ def on_upload(
     try:
         session = analyze_image(predictor, file["path"])
     except ValueError as error:
-        message = html.escape(str(error))
-        return _no_image(f'<div class="error-message" role="alert">{message}</div>')
+        return _no_image(f'<div class="error-message" role="alert">{html.escape(str(error))}</div>')
     drawn, summary, table, targets = render_detections(session, confidence, iou_threshold)
     return session, drawn, summary, table, gr.Dropdown(targets, value="all"), gr.skip(), gr.skip()
 
@@ -263,8 +262,13 @@ def _connect(predictor, image, detections, thresholds, explanation, choices) -> 
         show_progress="hidden",
         api_visibility="private",
     )
-    heatmap = {"fn": explain, "inputs": [state, *choices, *thresholds], "outputs": explanation}
-    heatmap |= SERIALIZED | LATEST_ONLY
+    heatmap = {
+        "fn": explain,
+        "inputs": [state, *choices, *thresholds],
+        "outputs": explanation,
+        **SERIALIZED,
+        **LATEST_ONLY,
+    }
     for event in (upload, move_slider, click_row):
         event.then(**heatmap)
     gr.on([choice.input for choice in choices], **heatmap)

@@ -82,8 +82,7 @@ def draw_detections(
     rows = np.arange(len(detections)) if rows is None else np.asarray(rows, dtype=int)
     colours = [class_colour(label) for label in detections.labels[rows]]
     texts = [f"{classes[detections.labels[n]]} {100 * detections.scores[n]:.0f}%" for n in rows]
-    boxes = detections.boxes[rows]
-    return draw_boxes(image, boxes, colours, texts if labels else (), font_size=font_size)
+    return draw_boxes(image, detections.boxes[rows], colours, texts if labels else (), font_size)
 
 
 def _draw_box(
@@ -92,8 +91,9 @@ def _draw_box(
     """Draw one box: a coloured line between two thin lines of the contrasting brightness."""
     edge = max(1, line // 3)
     corners = np.clip([np.floor(box[:2]), np.ceil(box[2:])], 0, np.array(size) - 1)
-    around = (*corners[0] - edge, *corners[1] + edge)
-    draw.rectangle(around, outline=_contrast(colour), width=2 * edge + line)
+    draw.rectangle(
+        (*corners[0] - edge, *corners[1] + edge), outline=_contrast(colour), width=2 * edge + line
+    )
     draw.rectangle((*corners[0], *corners[1]), outline=colour, width=line)
 
 
@@ -131,8 +131,7 @@ def _label_corners(box: np.ndarray, width: float, height: float) -> list[tuple[f
     x1, y1, x2, y2 = box
     around = [(x, y) for y in (y1 - height, y2) for x in (x1, x2 - width)]
     around += [(x, y) for x in (x2, x1 - width) for y in (y1, y2 - height)]
-    away = (y1 - 2 * height, y2 + height, y1 - 3 * height, y2 + 2 * height)
-    rows = (*away, y1, y2 - height)
+    rows = (y1 - 2 * height, y2 + height, y1 - 3 * height, y2 + 2 * height, y1, y2 - height)
     return around + [(x, y) for y in rows for x in (x1, x2 - width)]
 
 

@@ -1,7 +1,5 @@
 """Protection of a public app: it reads no files but uploaded ones."""
 
-import os
-
 import gradio as gr
 from gradio.utils import get_upload_folder, is_in_or_equal
 from gradio_client.utils import is_file_obj, traverse
@@ -26,5 +24,5 @@ class GuardedBlocks(gr.Blocks):
 
 
 def _require_upload(file: dict) -> None:
-    if not (os.path.isfile(file["path"]) and is_in_or_equal(file["path"], get_upload_folder())):
+    if not is_in_or_equal(file["path"], get_upload_folder()):
         raise gr.Error(NOT_UPLOADED, print_exception=False)

@@ -31,8 +31,8 @@ def load_image(source, min_size: int = 0) -> np.ndarray:
         bits per pixel the upper 8 are used.
     min_size: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 scale, to a long side of at least
         min_size pixels.
-    Raises FileNotFoundError, and ValueError with the file's name if it is not an image, is
-    truncated or too large, or if an array has another type or shape.
+    Raises ValueError with the file's name if it is missing, not an image, truncated or too large,
+    or if an array has another type or shape.
     """
     if isinstance(source, np.ndarray | Tensor):
         source = _from_array(source)
@@ -42,11 +42,10 @@ def load_image(source, min_size: int = 0) -> np.ndarray:
         if min_size:
             image.draft("RGB", _scaled_size(*image.size, min_size))
         return np.asarray(_convert_to_rgb(ImageOps.exif_transpose(image)))
-    except FileNotFoundError:
-        raise
     except (*UNREADABLE, ValueError) as error:
-        message = f"{name} can't be read as an image ({error}). Use a JPEG or PNG file."
-        raise ValueError(message) from None
+        raise ValueError(
+            f"{name} can't be read as an image ({error}). Use a JPEG or PNG file."
+        ) from None
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:

@@ -81,7 +81,6 @@ def export_onnx(model: YOLOv3, path: str | Path) -> Path:
         part.metadata_props.clear()  # the exporter's stack traces
     for name, value in model_facts(model).items():
         program.model.metadata_props[name] = json.dumps(value)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=False)
     return Path(path)
 
@@ -118,11 +117,11 @@ class OnnxModel(nn.Module):
             facts = self.session.get_modelmeta().custom_metadata_map
             for name in ("classes", "image_size", "metadata", "num_parameters"):
                 setattr(self, name, json.loads(facts[name]))
-            anchors = torch.tensor(json.loads(facts["anchors"])) / self.image_size
+            self.anchors = torch.tensor(json.loads(facts["anchors"])) / self.image_size
         except Exception as error:  # onnxruntime has an exception class per error code
-            message = f"{path} is not a file of export_onnx. Export it again. {error!r}"
-            raise ValueError(message) from None
-        self.register_buffer("anchors", anchors)
+            raise ValueError(
+                f"{path} is not a file of export_onnx. Export it again. {error!r}"
+            ) from None
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images float [1, 3, S, S] in 0..1 -> three logits [1, 3, G, G, 5 + C], as YOLOv3."""

@@ -50,8 +50,8 @@ def predict(
             entries += predict_video(file, predictor, folder, thresholds)
         else:
             entries.append(predict_image(file, predictor, folder, thresholds, heatmap))
-    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-    (folder / "predictions.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    text = json.dumps(entries, ensure_ascii=False, indent=1)
+    (folder / "predictions.json").write_text(text, encoding="utf-8")
     print(f"Results: {folder}")
     return entries
 
@@ -63,14 +63,12 @@ def source_files(source: Path) -> list[Path]:
     """
     if source.is_file():
         return [source]
-    suffixes = sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES})
-    found = [path for path in source.glob("[!.]*") if path.is_file()]
-    files = sorted(path for path in found if path.suffix.lower() in suffixes)
-    supported = f"Supported files: {', '.join(suffixes)}."
+    suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+    files = sorted(path for path in source.glob("[!.]*") if path.suffix.lower() in suffixes)
     if not files:
-        raise FileNotFoundError(f"{source} does not exist or has no images. {supported}")
-    if len(files) < len(found):
-        print(f"{source}: other files are left out ({len(found) - len(files)}). {supported}")
+        raise FileNotFoundError(
+            f"{source} does not exist or has no images. Supported files: {', '.join(suffixes)}."
+        )
     return files
 
 
@@ -80,7 +78,7 @@ def predict_image(
     """Save the results of an image in its format, and return them."""
     try:
         image = load_image(file)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         print(error)
         return {"image": file.name, "error": str(error)}
     drawn, result = detect(predictor, image, thresholds)
@@ -99,27 +97,21 @@ def predict_video(file: Path, predictor: Predictor, folder: Path, thresholds: tu
     """Save a video of the results, and return those of each frame."""
     capture = cv2.VideoCapture(str(file))
     fps = capture.get(cv2.CAP_PROP_FPS)
+    writer = cv2.VideoWriter(
+        str(folder / f"{file.stem}.mp4"),
+        cv2.VideoWriter_fourcc(*"mp4v"),
+        fps if 0 < fps < 1000 else DEFAULT_FPS,
+        (int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))),
+    )
     entries = []
-    writer = None
     while (frame := capture.read()[1]) is not None:
         drawn, result = detect(predictor, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), thresholds)
-        if writer is None:
-            writer = cv2.VideoWriter(
-                str(folder / f"{file.stem}.mp4"),
-                cv2.VideoWriter_fourcc(*"mp4v"),
-                fps if 0 < fps < 1000 else DEFAULT_FPS,
-                frame.shape[1::-1],
-            )
         writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
-        if len(entries) % 100 == 0:
-            print(
-                f"{file.name}: frame {len(entries)}: {len(result['detections'])} detections",
-                flush=True,
-            )
         entries.append({"image": file.name, "frame": len(entries), **result})
+    writer.release()
     if not entries:
         raise ValueError(f"{file} can't be read as a video. Check that it plays.")
-    writer.release()
+    print(f"{file.name}: {len(entries)} frames", flush=True)
     return entries
 
 
@@ -130,8 +122,10 @@ def detect(
     detections = predictor(image, *thresholds)
     height, width = image.shape[:2]
     rows = detections_to_dicts(detections, predictor.classes)
-    result = {"width": width, "height": height, "detections": rows}
-    return draw_detections(image, detections, predictor.classes), result
+    return (
+        draw_detections(image, detections, predictor.classes),
+        {"width": width, "height": height, "detections": rows},
+    )
 
 
 def detections_to_dicts(detections: Detections, classes: list[str]) -> list[dict]:
@@ -170,10 +164,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        predictor = Predictor.load(args.weights)
         entries = predict(
             args.source,
-            predictor,
+            Predictor.load(args.weights),
             args.save,
             args.confidence,
             args.iou_threshold,

@@ -3,7 +3,6 @@
 import html
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,29 +88,20 @@ def render_detections(
     """Return the view with boxes, the summary, the table's rows and the targets to explain."""
     detections = session.detections(confidence, iou_threshold)
     classes = session.explainer.predictor.classes
-    drawn = draw_detections(session.view, session.scale_to_view(detections), classes)
-    count = f"{len(detections)} detection{'s' * (len(detections) != 1)}"
-    title = count if len(detections) else "No detections. Lower the confidence threshold."
-    size = " &times; ".join(map(str, session.explainer.size))
-    summary = f"<b>{title}</b> &middot; {size} pixels"
-    return drawn, summary, *_table_and_targets(detections, classes)
-
-
-def _table_and_targets(
-    detections: Detections, classes: list[str]
-) -> tuple[list[list], list[tuple]]:
-    """Return the table's rows, and the choices (text, value) of what to explain."""
-    counts = Counter(classes[label] for label in detections.labels)
-    by_class = [(f"Class {name} ({count})", name) for name, count in counts.items()]
-    targets = [ALL_DETECTIONS, *by_class]
+    names = [classes[label] for label in detections.labels]
+    targets = [ALL_DETECTIONS, *((f"Class {name}", name) for name in dict.fromkeys(names))]
     table = []
-    for row, label in enumerate(detections.labels):
-        name, score = classes[label], detections.scores[row]
-        square = f'<span style="color:rgb{class_colour(label)}">&#9632;</span>'
+    for row, name in enumerate(names):
+        score = f"{100 * detections.scores[row]:.1f}%"
+        colour = class_colour(detections.labels[row])
+        square = f'<span style="color:rgb{colour}">&#9632;</span>'
         box = ", ".join(f"{edge:.0f}" for edge in detections.boxes[row])
-        table.append([row + 1, f"{square} {html.escape(name)}", f"{100 * score:.1f}%", box])
-        targets.append((f"{row + 1}: {name}, {100 * score:.0f}%", int(detections.index[row])))
-    return table, targets
+        table.append([row + 1, f"{square} {html.escape(name)}", score, box])
+        targets.append((f"{row + 1}: {name}, {score}", int(detections.index[row])))
+    drawn = draw_detections(session.view, session.scale_to_view(detections), classes)
+    size = " &times; ".join(map(str, session.explainer.size))
+    count = f"Detections: {len(detections) or 'none. Lower the confidence threshold.'}"
+    return drawn, f"<b>{count}</b> &middot; {size} pixels", table, targets
 
 
 def render_heatmap(
@@ -129,8 +119,7 @@ def render_heatmap(
     """
     result = session.explain(target, layers, method, confidence, iou_threshold)
     on_view = replace(result, detections=session.scale_to_view(result.detections))
-    classes = session.explainer.predictor.classes
-    drawn = draw_explanation(session.view, on_view, classes, opacity)
+    drawn = draw_explanation(session.view, on_view, session.explainer.predictor.classes, opacity)
     return drawn, html.escape(result.message) or BRIGHT_AREAS
 
 
@@ -166,8 +155,7 @@ def credits_html(samples: str | Path) -> str:
     credits = {}
     for name, author, licence, source in sorted(CREDIT.findall(text)):
         if path.with_name(name).is_file():
-            link = _link(f"{Path(name).stem} by {author}", source)
-            credits.setdefault(licence, []).append(link)
+            credits.setdefault(licence, []).append(_link(f"{Path(name).stem} by {author}", source))
     return "".join(
         f"<p>{_link(licence, LICENSE_TEXTS.get(licence, ''))}: {', '.join(links)}</p>"
         for licence, links in sorted(credits.items())
@@ -178,5 +166,6 @@ def _link(text: str, address: str) -> str:
     """Return an HTML link, or only the text if the address is none, such as "(none named)"."""
     if not address.startswith(("https://", "http://", "./")):
         return html.escape(text)
-    href = html.escape(address, quote=True)
-    return f'<a href="{href}" target="_blank" rel="noopener">{html.escape(text)}</a>'
+    return (
+        f'<a href="{html.escape(address)}" target="_blank" rel="noopener">{html.escape(text)}</a>'
+    )

@@ -12,8 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from src.model.network import YOLOv3
-from src.serving.images import LICENSES, load_image
+from src.serving.images import LICENSES
 
+# Not torch and torchvision: Spaces choose their versions, and ZeroGPU refuses others.
 PINNED = (
     "numpy",
     "opencv-python-headless",
@@ -22,11 +23,6 @@ PINNED = (
     "grad-cam",
     "gradio",
 )  # gradio requires huggingface_hub
-REQUIREMENTS = """\
-# Spaces choose the versions of torch and torchvision. ZeroGPU refuses others.
-torch
-torchvision
-"""
 REFUSED = """\
 Hugging Face doesn't create the Space {repo_id}: {error}
 A token with write access is needed, from https://huggingface.co/settings/tokens. Give it to
@@ -104,7 +100,7 @@ def export_space(
 
     samples: see `write_samples`. links: text -> address.
     hub_model: the model's id on the Hub ("name/model"), if it was uploaded; the app links to it.
-    Raises FileExistsError and ValueError, see `new_folder` and `write_samples`.
+    Raises FileExistsError, see `new_folder`.
     """
     links = ({"Model": f"https://huggingface.co/{hub_model}"} if hub_model else {}) | (links or {})
     source = Path(__file__).parents[1]
@@ -118,7 +114,8 @@ def export_space(
     write_samples(samples, folder / "samples")
     for name, text in {
         "app.py": APP.format(title=title, links=links),
-        "requirements.txt": REQUIREMENTS + "".join(f"{p}=={version(p)}\n" for p in PINNED),
+        "requirements.txt": "torch\ntorchvision\n"
+        + "".join(f"{p}=={version(p)}\n" for p in PINNED),
         "README.md": _readme(model, links, title, hub_model),
         ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
     }.items():
@@ -147,17 +144,16 @@ def write_samples(samples: Sequence[str | Path | np.ndarray], folder: Path) -> N
     """Write example images into a new folder.
 
     Files are copied unchanged, with the LICENSES.txt beside them; uint8 [H, W, 3] become PNG.
-    Raises ValueError if one is not an image.
     """
     folder.mkdir()
     for number, sample in enumerate(samples, start=1):
-        image = load_image(sample)
         if isinstance(sample, np.ndarray):
-            Image.fromarray(image).save(folder / f"{number:02d}.png")
-            continue
-        shutil.copyfile(sample, folder / Path(sample).name)
-        if Path(sample).with_name(LICENSES).is_file():
-            shutil.copyfile(Path(sample).with_name(LICENSES), folder / LICENSES)
+            Image.fromarray(sample).save(folder / f"{number:02d}.png")
+        else:
+            shutil.copy(sample, folder)
+            licenses = Path(sample).with_name(LICENSES)
+            if licenses.is_file():
+                shutil.copy(licenses, folder)
 
 
 def _readme(model: YOLOv3, links: dict, title: str, hub_model: str) -> str:

@@ -19,7 +19,6 @@ from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, MIN_SCORE
 from src.serving.session import BRIGHT_AREAS, credits_html, model_facts_html
 from src.serving.space import new_folder, write_samples
 
-MODEL = "./model.onnx"
 PACKAGE = "onnxruntime-web@1.30.0"  # npm's name
 CDN = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/dist/"
 RUNTIME = (  # files of PACKAGE/dist; a browser refuses one with another SHA-384
@@ -34,23 +33,6 @@ RUNTIME = (  # files of PACKAGE/dist; a browser refuses one with another SHA-384
         "integrity": "sha384-PLWz+nHEVHpjwBsO0YVdvQj6n5814Iv8E3b8FG0Rp/uIAtjFMCKOpP66iPzedrIG",
     },
 )
-README = """---
-title: {title}
-emoji: 🔎
-colorFrom: blue
-colorTo: yellow
-sdk: static
-app_file: index.html
-license: mit
-short_description: Object detection with Grad-CAM in your browser
----
-
-Detects the objects in an image and shows the Grad-CAM heatmap of each detection. The network,
-`model.onnx`, runs in the visitor's browser; no image is uploaded.
-
-To run it on your own machine: `python -m http.server`, then open http://localhost:8000. The folder
-also works on GitHub Pages.
-"""
 
 
 def export_static_space(
@@ -58,7 +40,6 @@ def export_static_space(
     folder: str | Path,
     samples: Sequence[str | Path | np.ndarray] = (),
     links: dict[str, str] | None = None,
-    title: str = "YOLOv3 object detection with Grad-CAM",
     vendor: bool = False,
 ) -> Path:
     """Write a static Space into `folder` and return its path. An older export is replaced.
@@ -66,7 +47,7 @@ def export_static_space(
     samples: see `write_samples`. links: text -> address; "Model" is by default the file itself.
     vendor: copy onnxruntime-web into the folder with npm, for use without internet. The default
         loads it from a content delivery network (cdn.jsdelivr.net).
-    Raises FileExistsError and ValueError, see `new_folder` and `write_samples`.
+    Raises FileExistsError, see `new_folder`.
     """
     folder = new_folder(folder)
     shutil.copytree(Path(__file__).parent / "static", folder, dirs_exist_ok=True)
@@ -74,22 +55,19 @@ def export_static_space(
     bytes_of_model = export_onnx(model, folder / "model.onnx").stat().st_size
     if vendor:
         copy_runtime(folder / "runtime")
-    facts = page_facts(model, folder / "samples", {"Model": MODEL} | (links or {}), title)
+    facts = page_facts(model, folder / "samples", {"Model": "./model.onnx"} | (links or {}))
     address = "runtime/" if vendor else CDN
     facts["downloads"] = [
-        {"url": MODEL, "bytes": bytes_of_model, "integrity": ""},
+        {"url": "model.onnx", "bytes": bytes_of_model, "integrity": ""},
         *({"url": address + part["file"]} | part for part in RUNTIME),
     ]
     (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    readme = README.format(title=json.dumps(title, ensure_ascii=False))
-    (folder / "README.md").write_text(readme, encoding="utf-8")
     return folder
 
 
-def page_facts(model: YOLOv3, samples: Path, links: dict[str, str], title: str) -> dict:
+def page_facts(model: YOLOv3, samples: Path, links: dict[str, str]) -> dict:
     """Return what the page needs to know: of the model, the thresholds, the texts and samples."""
     return model_facts(model) | {
-        "title": title,
         "colours": [class_colour(label) for label in range(len(model.classes))],
         "heatmap_colours": heatmap_colours(),
         "confidence": CONFIDENCE,

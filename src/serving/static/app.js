@@ -293,8 +293,6 @@ async function start() {
     throw new Error("This page needs WebAssembly. Use a current Chrome, Edge, Firefox or Safari.");
   }
   facts = JSON.parse(new TextDecoder().decode(await download({ url: "facts.json" })));
-  document.title = facts.title;
-  $("title").textContent = facts.title;
   for (const id of ["confidence", "iou_threshold"]) $(id).value = facts[id];
   for (const [value, name] of facts.layers) $("layers").append(new Option(name, value));
   for (const name of facts.samples) {
