@@ -49,8 +49,8 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
     sizes = [(r.boxes[:, 2:] - r.boxes[:, :2]) / max(get_image_size(r.image)) for r in records]
     axis.scatter(*100 * np.concatenate(sizes).T, s=6, color=SOFT, alpha=0.3, linewidths=0)
     for scale, stride, marker in zip(anchors, (32, 16, 8, 4, 2), "s^oDv", strict=False):
-        percent = 100 * np.transpose(scale)
-        axis.scatter(*percent, s=60, marker=marker, label=f"anchors of stride {stride}")
+        label = f"anchors of stride {stride}"
+        axis.scatter(*100 * np.transpose(scale), s=60, marker=marker, label=label)
     axis.set(
         title="Width and height of objects (grey) and anchors",
         xlabel="width, in % of the image size",
@@ -180,8 +180,15 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(counts):
         colour = "white" if fractions[row, column] > 0.55 else INK
-        style = {"ha": "center", "va": "center", "fontsize": FONT_POINTS, "color": colour}
-        axis.text(column, row, f"{counts[row, column]:,}", **style)
+        axis.text(
+            column,
+            row,
+            f"{counts[row, column]:,}",
+            ha="center",
+            va="center",
+            fontsize=FONT_POINTS,
+            color=colour,
+        )
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(names)), names)
     return figure

@@ -28,12 +28,11 @@ def insertion_deletion(
     """
     box, label = detections.boxes[row], detections.labels[row]
     blurred = cv2.GaussianBlur(image, (0, 0), BLUR * max(image.shape))
-    ranking = np.argsort(-heatmap, axis=None, kind="stable")
+    order = np.argsort(-heatmap, axis=None, kind="stable")
+    rank = np.argsort(order).reshape(*heatmap.shape, 1)  # [H, W, 1], 0: the highest
     inserted, deleted = [], []
     for fraction in FRACTIONS:
-        marked = np.zeros(heatmap.size, bool)
-        marked[ranking[: round(fraction * heatmap.size)]] = True
-        marked = marked.reshape(*heatmap.shape, 1)  # [H, W, 1]
+        marked = rank < round(fraction * heatmap.size)  # [H, W, 1]
         inserted.append(score(predictor, np.where(marked, image, blurred), box, label))
         deleted.append(score(predictor, np.where(marked, blurred, image), box, label))
     whole = score(predictor, image, box, label)

@@ -12,7 +12,7 @@ from src.data.datamodule import DetectionDataModule
 from src.training.devices import explain_out_of_memory, make_trainer
 from src.training.module import YOLOv3Module
 
-SMOOTHING_RADIUS = 7  # steps before and after, of the running mean
+RADIUS = 7  # steps before and after, of the running mean
 DIVERGENCE = 1.5  # the test ends at this multiple of the lowest loss
 FALL_FRACTION = 0.9  # of the loss's fall, at the suggested rate
 
@@ -55,10 +55,9 @@ def smooth_until_divergence(losses: np.ndarray) -> np.ndarray:
 
     That is where it is NaN, or 1.5 times its minimum so far.
     """
-    windows = (
-        losses[max(0, i - SMOOTHING_RADIUS) : i + SMOOTHING_RADIUS + 1] for i in range(len(losses))
+    means = np.array(
+        [losses[max(0, i - RADIUS) : i + RADIUS + 1].mean() for i in range(len(losses))]
     )
-    means = np.array([window.mean() for window in windows])
     diverged = np.flatnonzero(~(means < DIVERGENCE * np.fmin.accumulate(means)))
     return means[: diverged[0] if len(diverged) else len(means)]
 

@@ -147,8 +147,7 @@ class YOLOv3Module(OneCycleModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Add what the weights need: the anchors, which pretrained weights may have brought."""
         epochs = f"{self.current_epoch + 1} of {self.config.epochs}"
-        metadata = training_metadata(self.accuracies, self.map50, self.config, epochs)
-        self.model.metadata = metadata
+        self.model.metadata = training_metadata(self.accuracies, self.map50, self.config, epochs)
         checkpoint["anchors"] = self.model.anchor_sizes
         checkpoint["metadata"] = self.model.metadata
 
