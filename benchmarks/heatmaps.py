@@ -57,8 +57,7 @@ def heatmaps(explainer: Explainer, stride: int, default: bool) -> Iterator[tuple
     for layers, method in [("all", "layercam")] if default else combinations:
         heatmap = explainer.explain(0, layers, method, CONFIDENCE).heatmap
         yield f"{METHODS[method]}, {LAYERS[layers]}", heatmap
-    own_stage = {8: "3", 16: "4", 32: "5"}[stride]
-    heatmap = explainer.explain(0, own_stage, "hirescam", CONFIDENCE).heatmap
+    heatmap = explainer.explain(0, str(stride), "hirescam", CONFIDENCE).heatmap
     yield "HiResCAM, the detection's own stage", heatmap
     box, (width, height) = explainer.candidates.detections(CONFIDENCE).boxes[0], explainer.size
     yield "Gaussian at the box", gaussian(box, width, height)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
 
+from src.model.network import STRIDES
 from src.serving.images import load_image
 from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
@@ -25,11 +26,11 @@ METHODS = {
     "gradcam++": "Grad-CAM++",
     "eigencam": "EigenCAM",
 }
-LAYERS = {  # stages of the backbone
+LAYERS = {  # the backbone's features, by their stride
     "all": "All levels",
-    "3": "Objects' parts (stride 8)",
-    "4": "Parts and objects (stride 16)",
-    "5": "Whole objects (stride 32)",
+    "8": "Objects' parts (stride 8)",
+    "16": "Parts and objects (stride 16)",
+    "32": "Whole objects (stride 32)",
 }
 MAX_EXPLAINED = 24  # detections per heatmap, the best; each costs a backward pass
 
@@ -71,7 +72,7 @@ class Explainer:
             stage3 = torch.nn.Sequential(stem, *stages[:3])(self.inputs).requires_grad_()
         stage4 = stages[3](stage3)  # [1, C4, S/16, S/16]
         stage5 = stages[4](stage4)  # [1, C5, S/32, S/32]
-        self.features = {"3": stage3, "4": stage4, "5": stage5}
+        self.features = {"8": stage3, "16": stage4, "32": stage5}
         return predictor.fused.forward_heads((stage5, stage4, stage3))
 
     def explain(
@@ -155,9 +156,11 @@ class Explainer:
         """Return the map [G, G] of each layer."""
         if isinstance(self.predictor.model, OnnxModel):
             seeds = torch.autograd.grad(log_score, self.logits, retain_graph=True)
-            cams = zip("543", self.predictor.model.run(self.inputs, seeds)[3:], strict=True)
-            return [cam[0].numpy(force=True) for stage, cam in cams if layers in ("all", stage)]
-        features = [self.features[stage] for stage in self.features if layers in ("all", stage)]
+            cams = zip(STRIDES, self.predictor.model.run(self.inputs, seeds)[3:], strict=True)
+            return [
+                cam[0].numpy(force=True) for stride, cam in cams if layers in ("all", str(stride))
+            ]
+        features = [self.features[stride] for stride in self.features if layers in ("all", stride)]
         gradients = torch.autograd.grad(log_score, features, retain_graph=True)
         cam = CAMS[method](self.predictor.fused, target_layers=[])
         features, gradients = (

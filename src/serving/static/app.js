@@ -152,7 +152,7 @@ function combine(cams, layers, { left, top, width, height }) {
   const size = facts.image_size;
   const heatmap = new Float32Array(width * height);
   facts.strides.forEach((stride, i) => {
-    if (layers !== "all" && 2 ** layers !== stride) return; // stage 3 has stride 8
+    if (layers !== "all" && layers !== `${stride}`) return;
     const grid = size / stride;
     const wide = resample(normalize(cams[i]), grid, grid, size, 1);
     const upsampled = resample(wide, 1, grid, size, size);
