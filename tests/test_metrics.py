@@ -190,7 +190,7 @@ def test_confusion_matrix_of_a_written_example():
     )
     # of image 2 nothing is found: one object is missed, and the difficult one doesn't count
     expected = [[1, 0, 1], [1, 0, 1], [1, 1, 0]]
-    assert confusion(predictions, ground_truth, 2, confidence=0.25).tolist() == expected
+    assert confusion(predictions, ground_truth, 2).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [96, 300, 416, 500, 1000])

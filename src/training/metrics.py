@@ -244,22 +244,17 @@ def coco_average_precision(predictions: np.ndarray, ground_truth: np.ndarray) ->
     return {"COCO AP@.5": float(values["map_50"]), "COCO AP@.5:.95": float(values["map"])}
 
 
-def confusion(
-    predictions: np.ndarray,
-    ground_truth: np.ndarray,
-    num_classes: int,
-    confidence: float = CONFIDENCE,
-) -> np.ndarray:
+def confusion(predictions: np.ndarray, ground_truth: np.ndarray, num_classes: int) -> np.ndarray:
     """Count pairs of ground truth (rows) and predictions (columns), int64 [C + 1, C + 1].
 
     The last row and column are background.
 
-    A detection above `confidence` is matched to the object of its image with the highest IoU,
+    A detection above CONFIDENCE is matched to the object of its image with the highest IoU,
     whatever its class, if that is at least 0.5. The best scored detection of an object counts for
     it; its others, and those without a match, count as background. Difficult objects that are
     missed are left out.
     """
-    predictions = predictions[predictions[:, 2] > confidence]
+    predictions = predictions[predictions[:, 2] > CONFIDENCE]
     predictions = predictions[np.argsort(-predictions[:, 2], kind="stable")]
     best, iou = match(predictions, ground_truth, any_class=True)
     found = first_hits(best, iou >= 0.5)

@@ -171,16 +171,14 @@ class Darknet53Classifier(OneCycleModule):
         self.log_dict(values, on_epoch=True, batch_size=len(images), sync_dist=True)
 
 
-def pretrain(
-    config: PretrainConfig, data: PretrainDataModule | None = None, ckpt_path: str | None = "auto"
-) -> Path:
+def pretrain(config: PretrainConfig) -> Path:
     """Train the classifier, and return the folder of its backbone, `run_dir`/backbone.
 
-    The folder has weights, config.json and a card. ckpt_path: as for `fit`.
+    The folder has weights, config.json and a card. Resumes if `run_dir` has a checkpoint.
     Raises ValueError or FileNotFoundError if `data_root` isn't in ImageNet's layout.
     """
-    data = data or PretrainDataModule(config)
-    module = train(Darknet53Classifier, config, data, ckpt_path)
+    data = PretrainDataModule(config)
+    module = train(Darknet53Classifier, config, data, ckpt_path="auto")
     module.backbone.half().float()  # as written
     trainer = make_trainer(config.replace(devices=1, precision="32-true"))
     values = trainer.validate(module, data.val_dataloader(), verbose=False)[0]
