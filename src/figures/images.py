@@ -59,8 +59,7 @@ def _draw_record(record: ImageRecord, classes: Sequence[str]) -> np.ndarray:
     image, boxes = _resize(record.image, record.boxes)
     labels = zip(record.labels, record.difficult, strict=True)
     names = [classes[label] + "?" * bool(difficult) for label, difficult in labels]
-    colours = [class_colour(label) for label in record.labels]
-    return draw_boxes(image, boxes, colours, names, FONT_SIZE)
+    return draw_boxes(image, boxes, [*map(class_colour, record.labels)], names, FONT_SIZE)
 
 
 def _draw_detections(image, found: Detections, classes: Sequence[str]) -> np.ndarray:

@@ -32,9 +32,8 @@ class OneCycleModule(pl.LightningModule):
         optimizer = AdamW(groups, lr=self.config.max_lr, fused=True)
 
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = float(self.config.warmup_fraction)
-        if warmup * steps == 1:  # OneCycleLR divides by zero
-            warmup = 1.001 / steps
+        # With exactly one step of warm-up OneCycleLR would divide by zero
+        warmup = min(1.0, self.config.warmup_fraction + 1e-6)
         schedule = OneCycleLR(optimizer, self.config.max_lr, steps, pct_start=warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

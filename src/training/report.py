@@ -111,15 +111,17 @@ def write(run: Path, folder: Path) -> ResultsTable:
     model = load_detector(run).model.half()
     model.save_pretrained(folder)
     evaluation, data = measure(folder, config)
-    map50 = evaluation.precisions["VOC AP@.5, area"]
     model.metadata = training_metadata(
-        evaluation.accuracies, map50, config, epochs=model.metadata["epochs"]
+        evaluation.accuracies,
+        evaluation.precisions["VOC AP@.5, area"],
+        config,
+        epochs=model.metadata["epochs"],
     )
     model.save_pretrained(folder)
     write_card(folder, model, config, evaluation, data)
     counts = confusion(evaluation.predictions, evaluation.ground_truth, len(evaluation.per_class))
-    validation = {"per_class": evaluation.per_class, "confusion": counts.tolist()}
-    (folder / "validation.json").write_text(json.dumps(validation), encoding="utf-8")
+    text = json.dumps({"per_class": evaluation.per_class, "confusion": counts.tolist()})
+    (folder / "validation.json").write_text(text, encoding="utf-8")
     shutil.copyfile(run / "metrics.csv", folder / "metrics.csv")
     is_voc = config.dataset == "voc"  # its folder differs between machines
     config.replace(data_root=DATA_ROOT if is_voc else config.data_root).save(folder / "run.json")
