@@ -157,8 +157,11 @@ def rank_by_errors(evaluation: Evaluation, number_of_images: int) -> list[tuple[
 def describe_errors(counts: np.ndarray, classes: Sequence[str]) -> str:
     """Say what a confusion matrix counts: "2 correct, star taken for background"."""
     names = [*classes, "background"]
-    pairs = [(names[true], names[found]) for true, found in np.argwhere(counts) if true != found]
-    errors = [f"{true} taken for {found}" for true, found in pairs]
+    errors = [
+        f"{names[true]} taken for {names[found]}"
+        for true, found in np.argwhere(counts)
+        if true != found
+    ]
     return ", ".join([f"{counts.trace()} correct", *errors])
 
 

@@ -18,18 +18,18 @@ LR_INTERVAL = 10  # steps between two rows of the learning rate
 class MetricsCSV(pl.Callback):
     """Write metrics.csv: the learning rate every ten steps, and a row of all metrics per epoch.
 
-    The file is replaced once per epoch, before the epoch's checkpoint. A resumed run keeps the rows
-    of the steps before its checkpoint.
+    The file is replaced once per epoch, before the epoch's checkpoint. The checkpoint has the rows,
+    too, so a resumed run continues them.
     """
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
 
-    def on_train_start(self, trainer, module) -> None:
-        if self.path.exists():
-            with open(self.path, encoding="utf-8", newline="") as file:
-                rows = csv.DictReader(file)
-                self.rows = [row for row in rows if int(row["step"]) < trainer.global_step]
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.rows = state_dict["rows"]
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         if trainer.global_step % LR_INTERVAL == 0:
