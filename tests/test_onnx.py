@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from src.model.network import ANCHORS, fuse_batch_norms
-from src.serving.gradcam import LAYERS, explain
-from src.serving.onnx_model import OnnxModel, export_onnx
+from src.serving.gradcam import explain
+from src.serving.onnx_model import INPUTS, OUTPUTS, OnnxModel, export_onnx
 from src.serving.predictor import Predictor
 from tests.planted import blurred_noise, planted_model
 
@@ -39,9 +39,12 @@ def test_the_graph_is_that_of_torch_and_autograd(scale, model, file):
     gradients = torch.autograd.grad(logits, features, seeds)
     pairs = zip(features, gradients, strict=True)
     cams = [(gradient.relu() * feature).sum(dim=1).relu() for feature, gradient in pairs]
-    for output, expected in zip(OnnxModel(file).run(images, seeds), [*logits, *cams], strict=True):
+    arrays = [tensor.numpy() for tensor in (images, *seeds)]
+    outputs = OnnxModel(file).session.run(OUTPUTS, dict(zip(INPUTS, arrays, strict=True)))
+    for output, expected in zip(outputs, [*logits, *cams], strict=True):
         largest = expected.abs().max().item()
-        torch.testing.assert_close(output, expected.detach(), rtol=1e-4, atol=1e-5 * largest)
+        expected = expected.detach().numpy()
+        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_the_file_is_complete_and_has_metadata(model, file):
@@ -58,7 +61,7 @@ def test_the_file_is_complete_and_has_metadata(model, file):
         assert getattr(OnnxModel(file), name) == getattr(model, name)
 
 
-def test_detections_and_heatmaps_are_those_of_torch(model, file):
+def test_detections_are_those_of_torch(model, file):
     pytorch, ours = Predictor(model, device="cpu"), Predictor.load(file, device="cpu")
     images = [blurred_noise(150, 90, seed) for seed in range(3)]
     for image in images:
@@ -67,12 +70,6 @@ def test_detections_and_heatmaps_are_those_of_torch(model, file):
         np.testing.assert_array_equal(detections.labels, expected.labels)
         np.testing.assert_allclose(detections.scores, expected.scores, atol=1e-3)
         np.testing.assert_allclose(detections.boxes, expected.boxes, atol=1e-3 * 150)
-        for layers in LAYERS:
-            first, second = (
-                explain(predictor, image, "square", layers, confidence=0.2).heatmap.ravel()
-                for predictor in (pytorch, ours)
-            )
-            assert first.max() == 1 and np.corrcoef(first, second)[0, 1] > 0.99
 
 
 def test_errors_say_what_to_do(file, tmp_path):
@@ -80,5 +77,5 @@ def test_errors_say_what_to_do(file, tmp_path):
     for name in ("damaged.onnx", "missing.onnx"):
         with pytest.raises(ValueError, match=rf"{name} is not a file of export_onnx. Export it"):
             Predictor.load(tmp_path / name)
-    with pytest.raises(ValueError, match="Unknown method 'gradcam' .*Choose one of layercam"):
-        explain(Predictor.load(file), blurred_noise(), method="gradcam")
+    with pytest.raises(ValueError, match="Heatmaps need PyTorch weights"):
+        explain(Predictor.load(file), blurred_noise())

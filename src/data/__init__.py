@@ -2,6 +2,5 @@
 
 import os
 
-os.environ.setdefault(
-    "NO_ALBUMENTATIONS_UPDATE", "1"
-)  # albumentations would look for a newer version online
+# albumentations would look for a newer version online
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")

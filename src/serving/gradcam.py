@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
 
-from src.model.network import STRIDES
 from src.serving.images import load_image
 from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
@@ -50,10 +49,12 @@ class Explainer:
     """Run one forward pass over one image, then compute any number of heatmaps from it.
 
     image: whatever `load_image` takes. `candidates` are those of `Predictor.candidates`, `size` is
-    the image's (width, height).
+    the image's (width, height). Raises ValueError if the model is an OnnxModel.
     """
 
     def __init__(self, predictor: Predictor, image):
+        if isinstance(predictor.model, OnnxModel):
+            raise ValueError("Heatmaps need PyTorch weights: a folder or a Hub id, no .onnx file.")
         image = load_image(image)
         self.predictor = predictor
         self.size = image.shape[1::-1]
@@ -64,16 +65,15 @@ class Explainer:
 
     def _run(self) -> list[torch.Tensor]:
         """Run the network, keep the features of stages 3, 4, 5, and return the logits."""
-        predictor = self.predictor
-        if isinstance(predictor.model, OnnxModel):  # computes LayerCAM from the logits' gradients
-            return [level.requires_grad_() for level in predictor.model(self.inputs)]
-        stem, stages = predictor.fused.backbone.stem, predictor.fused.backbone.stages
+        model = self.predictor.fused
+        stages = model.backbone.stages
         with torch.no_grad():  # gradients end at stage 3
-            stage3 = torch.nn.Sequential(stem, *stages[:3])(self.inputs).requires_grad_()
+            stage3 = torch.nn.Sequential(model.backbone.stem, *stages[:3])(self.inputs)
+        stage3.requires_grad_()  # [1, C3, S/8, S/8]
         stage4 = stages[3](stage3)  # [1, C4, S/16, S/16]
         stage5 = stages[4](stage4)  # [1, C5, S/32, S/32]
         self.features = {"8": stage3, "16": stage4, "32": stage5}
-        return predictor.fused.forward_heads((stage5, stage4, stage3))
+        return model.forward_heads((stage5, stage4, stage3))
 
     def explain(
         self,
@@ -89,15 +89,11 @@ class Explainer:
             Each detection has its own heatmap in 0..1; the maximum over them is returned.
         layers: a key of LAYERS. method: a key of METHODS; "eigencam" doesn't depend on the target.
         confidence, iou_threshold: thresholds of the detections.
-        Raises ValueError with the choices if target, layers or method is unknown, and if the model
-        is an OnnxModel and method is not "layercam".
+        Raises ValueError with the choices if target, layers or method is unknown.
         """
-        methods = ["layercam"] if isinstance(self.predictor.model, OnnxModel) else METHODS
-        for name, value, choices in (("layers", layers, LAYERS), ("method", method, methods)):
+        for name, value, choices in (("layers", layers, LAYERS), ("method", method, METHODS)):
             if value not in choices:
-                raise ValueError(
-                    f"Unknown {name} {value!r} for this model. Choose one of {', '.join(choices)}."
-                )
+                raise ValueError(f"Unknown {name} {value!r}. Choose one of {', '.join(choices)}.")
         detections, rows, missing = self._select(target, confidence, iou_threshold)
         explained = rows[:MAX_EXPLAINED]
         maps = [
@@ -154,12 +150,6 @@ class Explainer:
 
     def _maps(self, log_score: torch.Tensor, layers: str, method: str) -> list[np.ndarray]:
         """Return the map [G, G] of each layer."""
-        if isinstance(self.predictor.model, OnnxModel):
-            seeds = torch.autograd.grad(log_score, self.logits, retain_graph=True)
-            cams = zip(STRIDES, self.predictor.model.run(self.inputs, seeds)[3:], strict=True)
-            return [
-                cam[0].numpy(force=True) for stride, cam in cams if layers in ("all", str(stride))
-            ]
         features = [self.features[stride] for stride in self.features if layers in ("all", stride)]
         gradients = torch.autograd.grad(log_score, features, retain_graph=True)
         cam = CAMS[method](self.predictor.fused, target_layers=[])

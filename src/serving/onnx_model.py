@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -125,13 +126,11 @@ class OnnxModel(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images float [1, 3, S, S] in 0..1 -> three logits [1, 3, G, G, 5 + C], as YOLOv3."""
-        seeds = [torch.zeros(value.shape) for value in self.session.get_inputs()[1:]]
-        return self.run(images, seeds)[:3]
-
-    def run(self, images: Tensor, seeds: list[Tensor]) -> list[Tensor]:
-        """Return the outputs of `HeatmapGraph`."""
-        arrays = [tensor.float().numpy(force=True) for tensor in (images, *seeds)]
-        outputs = self.session.run(OUTPUTS, dict(zip(INPUTS, arrays, strict=True)))
+        inputs = {
+            seed.name: np.zeros(seed.shape, np.float32) for seed in self.session.get_inputs()[1:]
+        }
+        inputs["images"] = images.float().numpy(force=True)
+        outputs = self.session.run(OUTPUTS[: len(STRIDES)], inputs)
         return [torch.from_numpy(output).to(images.device) for output in outputs]
 
     def anchors_at(self, image_size: int) -> Tensor:
