@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,7 +14,7 @@ from benchmarks.synthetic_inputs import write_jpegs
 from benchmarks.timing import Row, threads
 from src.config import Config
 from src.data.cache import ImageCache
-from src.data.datamodule import collate, single_thread_worker
+from src.data.datamodule import collate
 from src.data.mosaic import MosaicDataset
 from src.model.network import ANCHORS
 
@@ -33,7 +32,6 @@ def rows() -> Iterator[Row]:
         cached = MosaicDataset(records, config, ImageCache(folder / "cache.u8", IMAGES, IMAGE_SIZE))
         augment = course_augmentations(IMAGE_SIZE)
         course = BaselineDataset(records, IMAGE_SIZE, torch.tensor(ANCHORS), augment)
-        cv2.setNumThreads(0)
         cold = milliseconds_per_sample([cached], range(IMAGES))[0]
         later = range(IMAGES, 5 * IMAGES)
         warm, off, slow = milliseconds_per_sample([cached, uncached, course], later)
@@ -67,8 +65,8 @@ def samples_per_second(
     """Return the rate of the real loader over `batches` batches, once its processes run."""
     warmup = 4 * workers
     sample_ids = range(10 * len(dataset), 10 * len(dataset) + (warmup + batches) * batch_size)
-    options = {"collate_fn": collate, "worker_init_fn": single_thread_worker}
-    loader = DataLoader(dataset, batch_size, sampler=sample_ids, num_workers=workers, **options)
+    options = {"sampler": sample_ids, "num_workers": workers, "collate_fn": collate}
+    loader = DataLoader(dataset, batch_size, **options)
     times = [time.perf_counter() for _ in loader][-1 - batches :]
     return batches * batch_size / (times[-1] - times[0])
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -85,16 +84,10 @@ def make_loader(
         config.batch_size,
         num_workers=num_workers,
         collate_fn=collate_fn,
-        worker_init_fn=single_thread_worker,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         **options,
     )
-
-
-def single_thread_worker(_: int) -> None:
-    """Limit OpenCV to one thread in each loader process: they would compete for the cores."""
-    cv2.setNumThreads(0)
 
 
 class DetectionDataModule(pl.LightningDataModule):

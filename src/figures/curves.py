@@ -24,6 +24,8 @@ from src.training.lr_finder import LRFinderResult
 from src.training.metrics import COURSE_THRESHOLD, match, precision_recall
 from src.training.report import NAMES, course_targets
 
+PERCENTAGES = (1, 3, 10, 30, 100)  # labels of a logarithmic axis
+
 
 def _bars(names: Sequence[str], values: Sequence, style: str, **labels) -> Figure:
     """Plot one horizontal bar per class in its colour, and its value in this format."""
@@ -57,6 +59,10 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
         ylabel="height, in % of the image size",
         xscale="log",
         yscale="log",
+        xticks=PERCENTAGES,
+        yticks=PERCENTAGES,
+        xticklabels=PERCENTAGES,
+        yticklabels=PERCENTAGES,
         xlim=(1, 110),
         ylim=(1, 110),
     )

@@ -65,9 +65,9 @@ class PretrainConfig(Config):
 
 PRETRAIN = PretrainConfig(
     width=0.25,
-    multiscale_sizes=(64,),  # pixels of the training images
+    multiscale_sizes=(56,),  # pixels of the training images
     image_size=96,  # the same in the last epochs and in validation
-    close_mosaic_epochs=3,  # number of these last epochs
+    close_mosaic_epochs=4,  # number of these last epochs
     num_workers=1,
     epochs=30,
     batch_size=256,
