@@ -115,7 +115,7 @@ def plot_resolutions(sample: tuple, sizes: Sequence[int]) -> Figure:
         centre = resize(sample[0], [size, size])[:, start:end, start:end]
         enlarged = resize(centre, [TILE, TILE], InterpolationMode.NEAREST)
         tiles.append(enlarged.permute(1, 2, 0).numpy())
-    return _grid(tiles, [f"of an image of {size} × {size} pixels" for size in sizes])
+    return _grid(tiles, [f"{size} × {size} pixels" for size in sizes])
 
 
 def plot_detections(
