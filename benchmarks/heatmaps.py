@@ -94,4 +94,5 @@ def main(arguments: list[str]) -> None:
 def cells(name: str, rows: np.ndarray) -> list[str]:
     """Return a line of the table. rows [n, 3]: stride, insertion, deletion of each detection."""
     groups = [rows, *(rows[rows[:, 0] == stride] for stride in STRIDES)]
-    return [name, *(f"{group[:, column].mean():.3f}" for column in (1, 2) for group in groups)]
+    means = [g[:, column].mean() if len(g) else np.nan for column in (1, 2) for g in groups]
+    return [name, *(f"{mean:.3f}" for mean in means)]
