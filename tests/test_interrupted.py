@@ -66,12 +66,13 @@ def test_damaged_or_missing_checkpoints_are_named(copy, capsys):
     for name in (LAST, PREVIOUS, BEST):
         flip_bit(copy / name)
     for call, name in (
-        (lambda: fit(tiny(copy), ckpt_path="auto"), LAST),
-        (lambda: load_detector(copy, "last"), LAST),
-        (lambda: load_detector(copy), BEST),
-        (lambda: fit(tiny(copy / "new"), ckpt_path="last"), LAST),
+        (lambda: fit(tiny(copy), ckpt_path="auto"), "auto"),
+        (lambda: load_detector(copy, "last"), "last"),
+        (lambda: load_detector(copy), "best"),
+        (lambda: fit(tiny(copy / "new"), ckpt_path="last"), "last"),
+        (lambda: fit(tiny(copy), ckpt_path="mistyped.ckpt"), "mistyped.ckpt"),
     ):
-        with pytest.raises(FileNotFoundError, match=f"has no valid {name}"):
+        with pytest.raises(FileNotFoundError, match=f"has no valid checkpoint '{name}'"):
             call()
     printed = capsys.readouterr().out
     assert printed.count("is damaged: the checksum of") == 5
@@ -136,7 +137,7 @@ def test_a_resumed_average_has_the_anchors_of_its_checkpoint(trained, copy, tmp_
 
 
 def test_new_run_deletes_the_former_checkpoints(copy):
-    for ckpt_path, kept in (("auto", True), (None, False)):
+    for ckpt_path, kept in (("best", True), ("auto", True), (None, False)):
         write_start(tiny(copy), find_checkpoint(copy, ckpt_path))
         assert {(copy / name).exists() for name in (BEST, LAST, PREVIOUS, METRICS)} == {kept}
     assert find_checkpoint(copy, "auto") is None

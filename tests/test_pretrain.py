@@ -86,6 +86,12 @@ def test_a_sample_depends_on_its_number_only(folder, tmp_path):
     assert data[3 * 24][0].shape == (3, 56, 56)  # the last epoch has the final size
 
 
+def test_fewer_images_than_a_batch_are_one_batch(folder, tmp_path):
+    for batch_size, batches in ((100, 1), (24, 1), (10, 2)):
+        data = PretrainDataModule(tiny(folder, tmp_path, batch_size=batch_size))
+        assert len(data.train_dataloader()) == batches
+
+
 def test_it_learns_and_its_backbone_starts_detectors(run):
     config, backbone = run
     card = (backbone / "README.md").read_text()

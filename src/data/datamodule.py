@@ -76,8 +76,8 @@ def make_loader(
     """Build a loader whose processes stay alive between epochs. options: of `DataLoader`."""
     num_workers = config.num_workers
     if num_workers < 0:
-        # sched_getaffinity: the cores that this process may use; not on macOS
-        cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
+        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
         num_workers = min(8, max(1, cores // config.devices))
     return DataLoader(
         dataset,
@@ -148,8 +148,13 @@ class DetectionDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return the training loader, without an incomplete last batch unless there is only one."""
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        options = {"sampler": sampler, "drop_last": len(sampler) >= self.config.batch_size}
-        return make_loader(self.train_data, self.config, collate, **options)
+        return make_loader(
+            self.train_data,
+            self.config,
+            collate,
+            sampler=sampler,
+            drop_last=len(sampler) >= self.config.batch_size,
+        )
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation loader: each image exactly once, split among the processes."""

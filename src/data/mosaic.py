@@ -19,7 +19,7 @@ Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the 
 Sample = tuple[Tensor, Tensor, Tensor]  # see `to_sample`
 
 
-def augmentations(min_visibility: float = 0.0) -> A.Compose:
+def augmentations(min_visibility: float) -> A.Compose:
     """Return the augmentations of a finished canvas: horizontal flip, brightness, contrast, color.
 
     min_visibility: of a box's area. Transforms that cut boxes, such as crops, drop boxes below it.

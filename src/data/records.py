@@ -81,7 +81,7 @@ def keep_objects(objects: list, size: tuple, classes: tuple, source, cases: dict
             continue
         clipped = np.clip(box, 0, size * 2)
         case = f"{source}: object {number} ({name[:40]}): {box} in {size} pixels"
-        if not (clipped[2:] - clipped[:2]).min() >= MIN_SIDE:  # nor if a coordinate is not a number
+        if not (clipped[2:] - clipped[:2]).min() >= MIN_SIDE:  # also true of NaN
             cases["boxes left out, empty or outside the image"].append(case)
             continue
         if np.abs(clipped - box).max() > ROUNDING:

@@ -28,12 +28,12 @@ class VOCReader:
     @property
     def splits(self) -> list[str]:
         """Names of the splits, without lists of single classes such as cat_train.txt."""
-        names = {
-            f"{path.parents[2].name[3:]}/{path.stem}": None
+        names = [
+            f"{path.parents[2].name[3:]}/{path.stem}"
             for path in find_in_trees(self.root, "VOC*/ImageSets/Main/[!.]*.txt")
             if path.stem.rpartition("_")[0] not in VOC_CLASSES
-        }
-        return list(names)
+        ]
+        return list(dict.fromkeys(names))
 
     def list_images(self, split: str) -> list[tuple[Path, Path]]:
         """Return (image, annotation) of each image of a split, in the order of its list."""

@@ -108,9 +108,9 @@ def place_label(
     labels: rectangles [m, 4] that are never covered. Returns None if there is no place.
     """
     corners = np.clip(_label_corners(boxes[number], *extent), 0, np.maximum(size - extent, 0))
-    rectangles = np.hstack([corners, corners + extent])  # [16, 4]
+    rectangles = np.hstack([corners, corners + extent])  # [20, 4]
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).clip(min=1)  # [n]
-    covered = _overlaps(rectangles, boxes) / areas  # [16, n]
+    covered = _overlaps(rectangles, boxes) / areas  # [20, n]
     cost = covered.sum(axis=1) + 10 * (covered[:, number] > 0)
     cost[_overlaps(rectangles, labels).any(axis=1)] = np.inf
     best = cost.argmin()

@@ -28,8 +28,9 @@ def fit(
     Writes config.json, metrics.csv and checkpoints to `config.run_dir`: best.ckpt (highest VOC
     mAP), last.ckpt and previous.ckpt (of the epoch before). No other process can train there.
     With several devices, new processes train and `data` is sent to them, see `train_in_process`.
-    ckpt_path: "last" resumes after the last complete epoch; "auto" resumes if there is a checkpoint
-    and starts otherwise; None starts, and deletes the checkpoints and metrics.csv in `run_dir`.
+    ckpt_path: "last" resumes after the last complete epoch, "best" after the best; "auto" is "last"
+    if there is a checkpoint, and starts otherwise; None starts, and deletes the checkpoints and
+    metrics.csv in `run_dir`.
     Raises ValueError if `data` or the run to resume was made with another config,
     torch.OutOfMemoryError that names the settings to reduce if the GPU's memory is too small.
     """

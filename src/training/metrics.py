@@ -1,4 +1,4 @@
-"""The course's three accuracies, average precision in four definitions, and per-class tables."""
+"""The course's three accuracies, average precision in five definitions, and per-class tables."""
 
 from dataclasses import dataclass
 

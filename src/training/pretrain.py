@@ -124,7 +124,12 @@ class PretrainDataModule(pl.LightningDataModule):
 
     def train_dataloader(self):
         sampler = SampleIdSampler(self.train_data, self.config.seed)
-        return make_loader(self.train_data, self.config, sampler=sampler, drop_last=True)
+        return make_loader(
+            self.train_data,
+            self.config,
+            sampler=sampler,
+            drop_last=len(sampler) >= self.config.batch_size,
+        )
 
     def val_dataloader(self):
         return make_loader(self.val_data, self.config)

@@ -21,7 +21,6 @@ CHECKPOINTS = {  # to look for, by ckpt_path
     "best": [BEST],
     "last": [LAST, PREVIOUS],
     "auto": [LAST, PREVIOUS],
-    None: [],
 }
 
 
@@ -67,9 +66,9 @@ def find_checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
 
     ckpt_path: "best"; "last": last.ckpt, or previous.ckpt if last.ckpt is damaged; "auto": the
     same, or None if there is no checkpoint; None returns None.
-    Raises FileNotFoundError if there is no valid checkpoint.
+    Raises FileNotFoundError if there is no valid checkpoint, also of another name.
     """
-    paths = [folder / name for name in CHECKPOINTS[ckpt_path]]
+    paths = [folder / name for name in CHECKPOINTS.get(ckpt_path, [])]
     found = [path for path in paths if path.exists()]
     for path in found:
         problem = find_corruption(path)
@@ -79,8 +78,8 @@ def find_checkpoint(folder: Path, ckpt_path: str | None) -> Path | None:
     if ckpt_path in (None, "auto") and not found:
         return None
     raise FileNotFoundError(
-        f"{folder} has no valid {paths[0].name}. Correct the folder, load another checkpoint of "
-        "the run, or train without ckpt_path."
+        f"{folder} has no valid checkpoint {ckpt_path!r}. Correct the folder, load another one of "
+        f"{', '.join(CHECKPOINTS)}, or train without ckpt_path."
     )
 
 
@@ -106,11 +105,11 @@ def write_start(config: Config, checkpoint: Path | None) -> None:
     Without one, deletes the former run. Writes config.json.
     """
     folder = Path(config.run_dir)
-    if checkpoint:
-        checkpoint.replace(folder / LAST)
-    else:
+    if not checkpoint:
         for name in (BEST, LAST, PREVIOUS, METRICS):
             (folder / name).unlink(missing_ok=True)
+    elif checkpoint.name != LAST:
+        atomic_write(folder / LAST, lambda file: file.write(checkpoint.read_bytes()))
     config.save(folder / CONFIG)
 
 
