@@ -67,6 +67,11 @@ def read_splits(reader, config: Config) -> tuple[list[ImageRecord], list[ImageRe
     check_classes(train, other_classes, reader, config)
     if config.val_splits:
         val, *_ = read_records(reader, config.val_splits, config)
+    elif len(train) == 1:
+        raise ValueError(
+            f"{config.data_root} has a single image and no validation split. Set Config.val_splits "
+            f"to {config.train_splits} to validate on the training image."
+        )
     else:
         count = min(len(train) - 1, max(1, round(config.val_fraction * len(train))))
         print(
