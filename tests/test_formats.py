@@ -293,7 +293,7 @@ def test_hidden_files_are_no_images(tmp_path):
 def test_a_single_image_needs_a_validation_split(tmp_path):
     write_coco(tmp_path / "train.json", coco_data(num_images=1), tmp_path)
     with pytest.raises(ValueError, match=r"a single image .* Config.val_splits to \('train',\)"):
-        splits_of(tmp_path, classes=("dog",))
+        splits_of(tmp_path, classes=("no",))
 
 
 def test_coco_random_validation_split(tmp_path, capsys):
