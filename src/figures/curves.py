@@ -107,7 +107,7 @@ def plot_training_curves(path: str | Path, config: Config) -> Figure:
     plot("mAP", "val/mAP50", ".-")
     for term in terms:
         panel = term if term == "loss" else f"{term} loss"
-        plot(panel, f"train/{term}", ".--", TRAIN, "training (mosaics)")
+        plot(panel, f"train/{term}", ".--", TRAIN, "training")
         plot(panel, f"val/{term}", ".-", VAL, "validation")
     for title, axis in axes.items():
         axis.axvline(config.close_mosaic_epoch, color=SOFT, linestyle=":", label="mosaics end")

@@ -39,7 +39,8 @@ STYLE = {
     "axes.ymargin": 0.1,
     "axes.prop_cycle": cycler(color=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")),
     "lines.linewidth": 1.8,
-    "legend.frameon": False,
+    "legend.facecolor": "white",  # lines may pass behind it
+    "legend.edgecolor": "none",
     "legend.fontsize": FONT_POINTS,
     "figure.constrained_layout.h_pad": 0.06,
     "figure.constrained_layout.w_pad": 0.06,

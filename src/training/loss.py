@@ -110,7 +110,7 @@ def complete_iou_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     union = predictions[:, 2:].prod(dim=1) + targets[:, 2:].prod(dim=1) - intersection
     iou = intersection / (union + EPSILON)
 
-    # rho^2 / c^2: distance of the centres, relative to the diagonal of the enclosing box
+    # rho^2 / d^2: distance of the centres, relative to the diagonal of the enclosing box
     diagonal = (larger[:, 2:] - smaller[:, :2]).square().sum(dim=1)
     distance = (predictions[:, :2] - targets[:, :2]).square().sum(dim=1) / (diagonal + EPSILON)
 

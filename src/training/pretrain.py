@@ -47,8 +47,8 @@ OPTIONS = {
 CARD = """# Darknet-53, width {width:g}, pretrained to classify
 
 The backbone of a YOLOv3 in half precision: the exponential moving average (EMA) of the weights.
-Trained on {images:,} images of {classes:,} classes ({data}) for {epochs} epochs at {image_size}
-pixels, the last of them at {final_size} pixels.
+Trained on {images:,} images of {classes:,} classes ({data}) for {epochs} epochs: the last
+{final_epochs} at {final_size} pixels, the others at {image_size}.
 
 Validation at {final_size} pixels: top-1 accuracy {top1:.1%}.
 
@@ -193,6 +193,7 @@ def pretrain(config: PretrainConfig) -> Path:
         "classes": len(data.train_data.classes),
         "epochs": config.epochs,
         "image_size": config.multiscale_sizes[0],
+        "final_epochs": config.epochs - config.close_mosaic_epoch,
         "final_size": config.image_size,
         "top1": values["val/top1"],
     }
