@@ -25,7 +25,7 @@ LIMITS = {  # lowest and highest value of a setting
     "val_fraction": (0, 1),
     "mosaic_prob": (0, 1),
     "min_visibility": (0, 1),
-    "warmup_fraction": (0, 1),
+    "warmup_fraction": (0, 0.99),
     "ema_decay": (0, 1),
     "epochs": (1, math.inf),
     "batch_size": (1, math.inf),
@@ -98,7 +98,9 @@ class Config:
 
     # model
     width: float = 1.0  # width multiplier: channels of every layer, relative to the paper
-    anchors: tuple = ANCHORS  # [3 scales][3] (width, height), relative to an image of image_size
+    # [3 scales][3] (width, height), relative to an image of image_size; a pretrained detector
+    # brings its own
+    anchors: tuple = ANCHORS
     # a folder (detector or backbone), a detector's Hub id, darknet53.conv.74 or yolov3.weights
     pretrained_weights: str = setting("", resumable=True)
 
@@ -130,6 +132,10 @@ class Config:
 
     def _validate(self) -> None:
         """Raise ValueError that names the first setting that can't be used."""
+        for name in ("classes", "train_splits", "val_splits", "multiscale_sizes"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):  # ("mask") is a text, ("mask",) a tuple
+                raise ValueError(f"Config.{name} is {value!r}. Use a tuple: ({value!r},)")
         for size in (self.image_size, *self.multiscale_sizes):
             if size < 32 or size % 32:
                 raise ValueError(f"Config: image size {size} is not a positive multiple of 32.")
@@ -137,11 +143,9 @@ class Config:
             raise ValueError(
                 f"Config.dataset is {self.dataset!r}. Use one of {', '.join(DATASETS)}."
             )
-        is_tuple = isinstance(self.classes, tuple)  # ("mask") is a text, ("mask",) a tuple
-        if not is_tuple or not self.classes or len(set(self.classes)) != len(self.classes):
+        if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(
-                f"Config.classes is {self.classes!r}. Use a tuple of at least one class, each only "
-                'once: ("mask",)'
+                f"Config.classes is {self.classes!r}. Use at least one class, each only once."
             )
         for name, (lowest, highest) in LIMITS.items():
             if not lowest <= getattr(self, name) <= highest:

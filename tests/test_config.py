@@ -14,6 +14,7 @@ from src.model.network import ANCHORS
         ({"dataset": "imagenet"}, "Config.dataset is 'imagenet'"),
         ({"classes": ("a", "a")}, "Config.classes"),
         ({"classes": "mask"}, r"Config.classes is 'mask'. Use a tuple"),
+        ({"train_splits": "2012/train"}, "Config.train_splits is '2012/train'. Use a tuple"),
         ({"mosaic_prob": 75}, "Config.mosaic_prob is 75. Use 0 to 1"),
         ({"epochs": 0}, "Config.epochs is 0"),
     ],

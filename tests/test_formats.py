@@ -370,4 +370,4 @@ def test_detection_of_the_format(tmp_path):
         assert open_dataset(Config(data_root=str(tmp_path / name)))[1].dataset == found
     for dataset, missing in {"yolo": r"data\.yaml", "coco": "no images of the split"}.items():
         with pytest.raises(FileNotFoundError, match=missing):
-            DetectionDataModule(Config(data_root=str(tmp_path / "none"), dataset=dataset)).setup()
+            DetectionDataModule(Config(data_root=str(tmp_path / "voc"), dataset=dataset)).setup()

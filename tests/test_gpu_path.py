@@ -10,11 +10,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.plugins.precision import MixedPrecision
+from torch.multiprocessing import ProcessRaisedException
 
 from src.data.datamodule import DetectionDataModule
 from src.serving.predictor import Predictor
 from src.training.callbacks import EMA, Progress
-from src.training.devices import make_trainer
+from src.training.devices import explain_out_of_memory, make_trainer
 from src.training.fit import evaluate, fit
 from src.training.loss import YOLOLoss
 from src.training.lr_finder import find_lr
@@ -31,7 +32,7 @@ def use_float16(monkeypatch, scale: float) -> None:
 
     def make_half(**options) -> pl.Trainer:
         half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
-        return make(**options | {"precision": None, "plugins": [options["plugins"], half]})
+        return make(**options | {"precision": None, "plugins": [*options.get("plugins", []), half]})
 
     monkeypatch.setattr(pl, "Trainer", make_half)
 
@@ -167,3 +168,16 @@ def test_out_of_memory_names_the_settings_and_frees_the_memory(tmp_path, monkeyp
             function(config.replace(max_lr=max_lr), data)
         assert error.value.__context__ is None and len(references) == 6
         assert all(reference() is None for reference in references)
+
+
+@pytest.mark.parametrize("name", ["OutOfMemoryError", "ValueError"])
+def test_out_of_memory_in_one_of_several_processes(tmp_path, name):
+    """`fit` gets the traceback of the process, as text."""
+
+    @explain_out_of_memory
+    def train(config, data):
+        raise ProcessRaisedException(f"Traceback: torch.{name}: 2.00 GiB", 0, 1)
+
+    expected = torch.OutOfMemoryError if name == "OutOfMemoryError" else ProcessRaisedException
+    with pytest.raises(expected, match="Halve it" if name == "OutOfMemoryError" else name):
+        train(tiny(tmp_path))

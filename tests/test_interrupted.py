@@ -145,7 +145,11 @@ def test_new_run_deletes_the_former_checkpoints(copy):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pretrained_weights": "no/mistyped/folder"}, {"dataset": "yolo", "data_root": "mistyped"}],
+    [
+        {"pretrained_weights": "no/mistyped/folder"},
+        {"dataset": "yolo", "data_root": "mistyped"},
+        {"precision": "mistyped"},
+    ],
 )
 def test_a_start_that_fails_deletes_nothing(copy, changes):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}

@@ -97,7 +97,7 @@ def test_initial_objectness_is_low():
 
 def test_save_and_load(tmp_path):
     facts = {"classes": ["a", "b", "c"], "image_size": 96, "metadata": {"epochs": 2}}
-    network = random_net(num_classes=3, width=0.125, **facts)
+    network = random_net(width=0.125, **facts)
     network.save_pretrained(tmp_path)
     loaded = YOLOv3.from_pretrained(tmp_path)
     names = {file.name for file in tmp_path.iterdir()}
@@ -150,7 +150,7 @@ def test_darknet_weights_whole(tmp_path):
     network, other = (random_net(num_classes=80, width=0.125, classes=names) for _ in range(2))
     write_darknet(network, tmp_path / "yolov3.weights")
     loaded = load_darknet(other, tmp_path / "yolov3.weights")
-    assert loaded == "all layers, and the logits of 80 of 80 classes"
+    assert loaded == "all layers, anchors, and the logits of 80 of 80 classes"
     assert_same_outputs(network, other)
 
 

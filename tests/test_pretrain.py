@@ -73,6 +73,8 @@ def test_wrong_layouts_are_named(tmp_path):
     write_image(tmp_path / "val/other/1.jpg", 1, 0)
     with pytest.raises(ValueError, match=r"different classes, such as \['one', 'other'\]"):
         PretrainDataModule(tiny(tmp_path, tmp_path))
+    with pytest.raises(ValueError, match="no range test. Set max_lr"):
+        tiny(tmp_path, tmp_path, max_lr=0.0)
 
 
 def test_a_sample_depends_on_its_number_only(folder, tmp_path):

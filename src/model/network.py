@@ -83,11 +83,11 @@ class Darknet53(nn.Module):
 
     def __init__(self, width: float = 1.0, scales: int = 3):
         super().__init__()
-        depth = [max(8, 8 * round(width * 2**power / 8)) for power in range(5, 11)]  # 32 to 1024
-        self.channels = depth[: -1 - scales : -1]
-        self.stem = ConvBlock(3, depth[0], 3)
+        channels = [max(8, 8 * round(width * 2**power / 8)) for power in range(5, 11)]  # 32 to 1024
+        self.channels = channels[::-1][:scales]  # coarsest first
+        self.stem = ConvBlock(3, channels[0], 3)
         self.stages = nn.ModuleList()
-        for before, after, repeats in zip(depth, depth[1:], (1, 2, 8, 8, 4), strict=False):
+        for before, after, repeats in zip(channels, channels[1:], (1, 2, 8, 8, 4), strict=False):
             residuals = [Residual(after) for _ in range(repeats)]
             self.stages.append(nn.Sequential(ConvBlock(before, after, 3, stride=2), *residuals))
 
@@ -175,7 +175,7 @@ class YOLOv3(
         self.heads = nn.ModuleList()
         coarser = 0
         for channels in self.backbone.channels:
-            self.heads.append(Head(channels, coarser, len(anchors[0]), num_classes))
+            self.heads.append(Head(channels, coarser, len(anchors[0]), len(self.classes)))
             coarser = channels // 2
 
     def forward(self, images: Tensor) -> list[Tensor]:

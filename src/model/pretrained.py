@@ -71,4 +71,4 @@ def transfer_weights(model: nn.Module, source: nn.Module) -> str:
             values = getattr(source_head.predict, name).unflatten(0, (head.num_anchors, -1))
             target[:, rows] = values[:, source_rows].to(target)
     model.set_anchors(source.anchors_at(model.image_size))
-    return f"all layers, and the logits of {len(common)} of {len(model.classes)} classes"
+    return f"all layers, anchors, and the logits of {len(common)} of {len(model.classes)} classes"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from torch.multiprocessing import ProcessRaisedException
 
 from src.config import Config
 
@@ -50,6 +51,16 @@ def make_trainer(config: Config, **options) -> pl.Trainer:
     )
 
 
+def check_trainer(config: Config) -> None:
+    """Raise ValueError or another error if this machine can't train with these settings."""
+    found = torch.cuda.device_count()
+    if 0 < found < config.devices:
+        raise ValueError(
+            f"Config.devices is {config.devices}, but this machine has {found} GPU(s)."
+        )
+    make_trainer(config.replace(devices=1))  # Lightning knows the precision
+
+
 def free_trainer(data: pl.LightningDataModule | None) -> None:
     """Free what the last Trainer of `data` keeps, and PyTorch's unused GPU memory.
 
@@ -68,8 +79,10 @@ def explain_out_of_memory(function: Callable) -> Callable:
     def wrapper(config, data=None, *args, **kwargs):
         try:
             return function(config, data, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            pass  # its traceback keeps tensors on the GPU, so the new error is raised after it
+        except (torch.OutOfMemoryError, ProcessRaisedException) as error:
+            # its traceback keeps tensors on the GPU, so the new error is raised after it
+            if "OutOfMemoryError" not in f"{type(error)} {error}":
+                raise
         free_trainer(data)
         raise torch.OutOfMemoryError(
             f"The GPU is out of memory with Config.batch_size {config.batch_size}. Halve it and "

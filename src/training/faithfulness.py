@@ -42,6 +42,7 @@ def insertion_deletion(
 def score(predictor: Predictor, image: np.ndarray, box: np.ndarray, label: int) -> float:
     """Return the best score for a class among the predictions at a box [4], xyxy in pixels."""
     candidates = predictor.candidates(image)
-    overlap = box_iou(candidates.boxes, torch.from_numpy(box)[None])[:, 0]  # [k]
+    boxes = candidates.boxes.clamp(min=0).minimum(torch.tensor(candidates.size * 2))  # as `box` is
+    overlap = box_iou(boxes, torch.from_numpy(box)[None])[:, 0]  # [k]
     scores = candidates.scores[overlap >= SAME_OBJECT, label]
     return float(scores.max()) if len(scores) else 0.0

@@ -12,7 +12,12 @@ from src.config import Config
 from src.data.datamodule import DetectionDataModule
 from src.training import run_folder
 from src.training.callbacks import EMA, MetricsCSV, Progress, StopIfNotFinite
-from src.training.devices import explain_out_of_memory, free_trainer, make_trainer
+from src.training.devices import (
+    check_trainer,
+    explain_out_of_memory,
+    free_trainer,
+    make_trainer,
+)
 from src.training.lr_finder import find_lr
 from src.training.metrics import Evaluation, coco_average_precision, mean_average_precision
 from src.training.module import YOLOv3Module
@@ -53,6 +58,7 @@ def train(
         elif not config.max_lr:
             config = config.replace(max_lr=find_lr(config, data).suggestion)
         module = module_class(config)  # what can't be built raises before anything is deleted
+        check_trainer(config)
         data.prepare_data()
         data.setup("fit")
         run_folder.write_start(config, checkpoint)
@@ -95,7 +101,7 @@ def run_trainer(module: OneCycleModule, data: pl.LightningDataModule) -> None:
         config,
         max_epochs=config.epochs,
         default_root_dir=folder,
-        plugins=run_folder.AtomicCheckpointIO(),
+        plugins=[run_folder.AtomicCheckpointIO()],
         enable_checkpointing=True,
         callbacks=[
             Progress(),

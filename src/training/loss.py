@@ -144,8 +144,8 @@ class YOLOLoss(nn.Module):
         scales = assign_targets(targets, grids, anchors, len(counts))
         sums = []
         for level, assigned, sizes in zip(logits, scales, anchors, strict=True):
-            ignored = ignore_mask(level, targets, counts, sizes)  # [B, A, G, G]
-            sums.append(self.sum_terms(level, targets, assigned, ignored, sizes))
+            overlaps = ignore_mask(level, targets, counts, sizes)  # [B, A, G, G]
+            sums.append(self.sum_terms(level, targets, assigned, overlaps, sizes))
         positives = max(1, len(logits) * len(targets))
         terms = {name: sum(scale[name] for scale in sums) / positives for name in sums[0]}
         loss = (
@@ -157,25 +157,25 @@ class YOLOLoss(nn.Module):
         return {"loss": loss, **terms}
 
     def sum_terms(
-        self, level: Tensor, targets: Tensor, assigned: Assigned, ignored: Tensor, anchors: Tensor
+        self, level: Tensor, targets: Tensor, assigned: Assigned, overlaps: Tensor, anchors: Tensor
     ) -> dict[str, Tensor]:
-        """Sum each term over one scale. ignored bool [B, A, G, G]; anchors [A, 2]."""
+        """Sum each term over one scale; `overlaps` is its `ignore_mask`, anchors are [A, 2]."""
         grid = level.shape[2]
         logits = assigned.gather(level).float()  # [N, 5 + C]
         sizes = anchors[assigned.anchor]  # [N, 2]
         boxes = decode_boxes(logits[:, 1:5], assigned.column, assigned.row, sizes, grid)  # [N, 4]
-        box, iou = complete_iou_loss(boxes, targets[:, 2:6])  # [N], [N]
-        objectness = bce(logits[:, 0], iou.detach(), reduction="none")  # [N]
+        box_loss, iou = complete_iou_loss(boxes, targets[:, 2:6])  # [N], [N]
+        objectness_loss = bce(logits[:, 0], iou.detach(), reduction="none")  # [N]
 
         labels = torch.arange(logits.shape[1] - 5, device=level.device)  # [C]
         classes = (targets[:, 1:2] == labels).float()  # one-hot [N, C]
-        label = bce(logits[:, 5:], classes, reduction="none").sum(dim=1)  # [N]
+        class_loss = bce(logits[:, 5:], classes, reduction="none").sum(dim=1)  # [N]
 
-        confidence = level[..., 0].float()  # [B, A, G, G]
-        background = bce(confidence, torch.zeros_like(confidence), reduction="none")
+        objectness = level[..., 0].float()  # logits [B, A, G, G]
+        background_loss = bce(objectness, torch.zeros_like(objectness), reduction="none")
         return {
-            "box": (box * assigned.valid).sum(),
-            "objectness": (objectness * assigned.valid).sum(),
-            "background": background.masked_fill(assigned.positive | ignored, 0).sum(),
-            "class": (label * assigned.valid).sum(),
+            "box": (box_loss * assigned.valid).sum(),
+            "objectness": (objectness_loss * assigned.valid).sum(),
+            "background": background_loss.masked_fill(assigned.positive | overlaps, 0).sum(),
+            "class": (class_loss * assigned.valid).sum(),
         }

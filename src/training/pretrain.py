@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from src.config import Config
 from src.data.datamodule import SampleIdSampler, make_loader
-from src.model.network import YOLOv3
+from src.model.network import Darknet53
 from src.model.pretrained import save_backbone
 from src.serving.images import to_network_input
 from src.training.devices import make_trainer
@@ -60,7 +60,9 @@ class PretrainConfig(Config):
     """Settings of a pretraining run. It doesn't use `Config`'s settings of detection."""
 
     def _validate(self) -> None:
-        """Accept every image size: the classifier averages over the last grid."""
+        """Accept every image size: the classifier averages over the last grid. Refuse max_lr 0."""
+        if not self.max_lr:
+            raise ValueError("Pretraining has no range test. Set max_lr, for example to 4e-3.")
 
 
 PRETRAIN = PretrainConfig(
@@ -151,9 +153,9 @@ class Darknet53Classifier(OneCycleModule):
     def __init__(self, config: PretrainConfig):
         super().__init__(config)
         torch.manual_seed(config.seed)
-        self.backbone = YOLOv3(1, config.width).backbone
+        self.backbone = Darknet53(config.width)
         num_classes = len(find_classes(Path(config.data_root) / "train")[0])
-        self.linear = nn.Linear(self.backbone.stages[-1][0][0].out_channels, num_classes)
+        self.linear = nn.Linear(self.backbone.channels[0], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(self.backbone(images)[0].mean(dim=(2, 3)))
