@@ -1,6 +1,7 @@
 """The app without a browser: its functions, and what is drawn on images."""
 
 import re
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -237,6 +238,11 @@ def test_samples_are_shown_with_their_authors(sample_files, predictor, tmp_path)
     page = build_app(predictor, folder)
     assert text in [getattr(block, "value", None) for block in page.blocks.values()]
     assert credits_html(tmp_path) == ""
+    shutil.copy(sample_files[0], tmp_path / "my dog.jpg")
+    text = (folder / "LICENSES.txt").read_text().replace("first.jpg", "my dog.jpg")
+    (tmp_path / "LICENSES.txt").write_text(text.replace("second.jpg", "photos/second.jpg"))
+    assert "my dog by Ada" in credits_html(tmp_path)
+    build_app(predictor, tmp_path / "missing")  # the Hub keeps no empty folder
 
 
 def test_every_shipped_photograph_has_an_author_and_a_free_licence():

@@ -73,13 +73,14 @@ def assert_nearly_equal(saved: np.ndarray, expected: np.ndarray, original: np.nd
 
 def test_folder_of_images(photos, run_command, predictor, tmp_path, capsys):
     (photos / "aa.jpg").write_bytes(b"no image")
+    (photos / "c.mp4").write_bytes(b"no video")
     Image.fromarray(blurred_noise(seed=5)).save(photos / "a.jpg")
-    assert run_command(photos, "--confidence", 0.3, "--iou-threshold", 0.6) == 1  # one unreadable
+    assert run_command(photos, "--confidence", 0.3, "--iou-threshold", 0.6) == 1  # two unreadable
     entries = json.loads((tmp_path / "results" / "predictions.json").read_text())
-    assert [entry["image"] for entry in entries] == ["a.jpg", "a.png", "aa.jpg", "b.JPG"]
-    error = entries.pop(2)["error"]
+    assert [entry["image"] for entry in entries] == ["a.jpg", "a.png", "aa.jpg", "b.JPG", "c.mp4"]
     output = capsys.readouterr().out
-    assert f"{photos / 'aa.jpg'} can't be read as an image" in error and error in output
+    for number, error in ((4, "c.mp4 can't be read as a video"), (2, "aa.jpg can't be read as an")):
+        assert error in entries.pop(number)["error"] and f"{photos}/{error}" in output
     assert "b.JPG: " in output
     for entry in entries:
         image = load_image(photos / entry["image"])
@@ -117,11 +118,10 @@ def test_video(predictor, tmp_path):
 def test_errors_say_what_to_do(photos, run_command, tmp_path):
     before = {path: path.read_bytes() for path in photos.iterdir()}
     (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.mp4").write_bytes(b"no video")
     for arguments, message in {
         (tmp_path / "missing.jpg",): "missing.jpg does not exist or has no images. Supported",
         (tmp_path / "empty",): "empty does not exist or has no images. Supported files: ",
-        (tmp_path / "broken.mp4",): "broken.mp4 can't be read as a video",
+        (photos / "IMG_1.HEIC",): "IMG_1.HEIC does not exist or has no images. Supported files: ",
         (photos, "--confidence", 2): "confidence and iou_threshold must be in 0..1",
         (photos, "--weights", tmp_path / "empty"): "is not a folder with model.safetensors",
         (photos, "--save", photos): "contains the source",

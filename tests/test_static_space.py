@@ -22,7 +22,7 @@ from selenium.webdriver import Keys
 
 from src.model.network import YOLOv3
 from src.serving.gradcam import Explainer
-from src.serving.predictor import Predictor
+from src.serving.predictor import CONFIDENCE, Predictor
 from src.serving.static_space import CDN, export_static_space
 from tests.visitor import CHROMIUM, DRIVER, Visitor, browser
 
@@ -66,7 +66,7 @@ class Page(Visitor):
         self.act(lambda: self.script(code, value))
 
     def upload(self, path: Path) -> None:
-        self.script("current = null; $('file').value = ''")
+        self.script("current = null")
         self.act(lambda: self.all("#file")[0].send_keys(str(path)))
 
     def check(self, path: Path, target: str | int = "all", **settings) -> None:
@@ -129,7 +129,7 @@ def test_thresholds_rows_classes_layers_and_opacity(page):
     page.check(HORSES, confidence=0.95, iou_threshold=0.2)
     assert "none" in page.text("#summary") and "top candidate" in page.text("#message")
     assert page.js("getComputedStyle($('colours')).opacity") == "0"
-    page.set("confidence", 0.35)  # the default again, for the next tests
+    page.set("confidence", CONFIDENCE)  # the default again, for the next tests
     page.set("iou_threshold", 0.45)
 
 

@@ -61,7 +61,7 @@ def build_app(
     links: text -> address.
     """
     with GuardedBlocks(
-        title=title, analytics_enabled=False, delete_cache=(SESSION_TTL_S, SESSION_TTL_S)
+        title=title, analytics_enabled=False, delete_cache=(60, SESSION_TTL_S)
     ) as page:
         gr.HTML(
             f"<h1>{html.escape(title)}</h1><p>YOLOv3 detects the objects in an image, Grad-CAM "
@@ -92,8 +92,9 @@ def _image_column(samples: str | Path) -> gr.Image:
         height=IMAGE_HEIGHT,
         elem_id="image",
     )
-    if samples:
-        files = sorted(p for p in Path(samples).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(Path(samples).glob("*")) if samples else []
+    files = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    if files:  # the Hub doesn't keep an empty folder
         gr.Examples(
             [[str(path)] for path in files],
             image,
@@ -284,9 +285,8 @@ def main() -> None:
         help="a folder of exported weights, or a Hub id (default: the shipped weights)",
     )
     source = parser.parse_args().weights
-    samples = Path(source, "samples")
     links = {} if Path(source).exists() else {"Model": f"https://huggingface.co/{source}"}
-    build_app(Predictor.load(source), samples if samples.is_dir() else "", links).launch()
+    build_app(Predictor.load(source), Path(source, "samples"), links).launch()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Explanation:
     heatmap: np.ndarray  # float32 [H, W] on the image's pixels; the maximum is 1, or all are 0
     detections: Detections  # of the image; if there are none, the top candidate
     explained: np.ndarray  # int64 [m] rows of `detections` that the heatmap shows
-    message: str  # for the reader: no detection found, or the heatmap is empty; else ""
+    message: str  # "", or no detection found, not all are shown, or the heatmap is empty
     is_candidate: bool  # nothing was detected, `detections` is a candidate below the threshold
 
 

@@ -34,9 +34,9 @@ def predict(
     source: an image, a video (saved as MP4, without sound), or a folder of them.
     heatmap: also save the heatmap of each image's detections.
     Returns the content of predictions.json: per image its name (of a video also "frame", from 0),
-    width, height and the detections, see `detections_to_dicts`; of an unreadable image "error".
+    width, height and the detections, see `detections_to_dicts`; of an unreadable file "error".
     Raises FileNotFoundError if `source` is missing or has no images, ValueError if an option
-    doesn't fit or a video can't be decoded.
+    doesn't fit.
     """
     files = source_files(Path(source))
     folder = Path(folder)
@@ -61,10 +61,9 @@ def source_files(source: Path) -> list[Path]:
 
     Raises FileNotFoundError if there is none.
     """
-    if source.is_file():
-        return [source]
     suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-    files = sorted(path for path in source.glob("[!.]*") if path.suffix.lower() in suffixes)
+    files = [source] if source.is_file() else sorted(source.glob("[!.]*"))
+    files = [path for path in files if path.suffix.lower() in suffixes]
     if not files:
         raise FileNotFoundError(
             f"{source} does not exist or has no images. Supported files: {', '.join(suffixes)}."
@@ -110,7 +109,9 @@ def predict_video(file: Path, predictor: Predictor, folder: Path, thresholds: tu
         entries.append({"image": file.name, "frame": len(entries), **result})
     writer.release()
     if not entries:
-        raise ValueError(f"{file} can't be read as a video. Check that it plays.")
+        error = f"{file} can't be read as a video. Check that it plays."
+        print(error)
+        return [{"image": file.name, "error": error}]
     print(f"{file.name}: {len(entries)} frames", flush=True)
     return entries
 
@@ -146,7 +147,7 @@ def detections_to_dicts(detections: Detections, classes: list[str]) -> list[dict
 
 
 def main() -> None:
-    """Run the command. The exit status is 1 if an image can't be read."""
+    """Run the command. The exit status is 1 if a file can't be read."""
     parser = argparse.ArgumentParser(
         prog="python -m src.serving.predict",
         description="Detect objects and save the results.",

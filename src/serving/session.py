@@ -18,16 +18,16 @@ from src.serving.predictor import Detections, Predictor
 
 ALL_DETECTIONS = ("All detections", "all")
 BRIGHT_AREAS = (
-    "Bright areas are the pixels that matter most for the score: if only a quarter of the image, "
-    "the brightest, stays sharp, most of the score remains. They show what the network looks at, "
-    "not whether it is right."
+    "Bright areas are the evidence for the score. LayerCAM's were tested: if only the brightest "
+    "quarter of the image stays sharp, most of the score remains. They show what the network looks "
+    "at, not whether it is right."
 )
 LICENSE_TEXTS = {
     "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
     "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
 }
 CREDIT = re.compile(  # an entry of LICENSES.txt
-    r"^(\S+).*\n(?:  .*\n)*?  author: (.+)\n  licence: (.+)\n  source: (.+)", re.M
+    r"^(\S.*?)(?:  .*)?\n(?:  .*\n)*?  author: (.+)\n  licence: (.+)\n  source: (.+)", re.M
 )
 FACTS = {  # metadata of the weights -> what a visitor reads
     "data": "Training data",
@@ -36,7 +36,6 @@ FACTS = {  # metadata of the weights -> what a visitor reads
     "class accuracy": "Objects with the right class",
     "object accuracy": "Objects recognized as objects",
     "no-object accuracy": "Background recognized as background",
-    "objectness threshold": "Threshold of these accuracies",
 }
 
 
@@ -148,13 +147,14 @@ def credits_html(samples: str | Path) -> str:
     """Name the authors of the example images, by licence, with links to sources and licences.
 
     They are read from LICENSES.txt in the images' folder, if it has one. An entry starts with the
-    file's name; the lines "  author: ...", "  licence: ..." and "  source: ..." follow.
+    file's name, ended by two spaces or the line; the lines "  author: ...", "  licence: ..." and
+    "  source: ..." follow.
     """
     path = Path(samples, LICENSES)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     credits = {}
     for name, author, licence, source in sorted(CREDIT.findall(text)):
-        if path.with_name(name).is_file():
+        if Path(samples, name).is_file():
             credits.setdefault(licence, []).append(_link(f"{Path(name).stem} by {author}", source))
     return "".join(
         f"<p>{_link(licence, LICENSE_TEXTS.get(licence, ''))}: {', '.join(links)}</p>"
@@ -164,7 +164,7 @@ def credits_html(samples: str | Path) -> str:
 
 def _link(text: str, address: str) -> str:
     """Return an HTML link, or only the text if the address is none, such as "(none named)"."""
-    if not address.startswith(("https://", "http://", "./")):
+    if not address.startswith(("https://", "http://")):
         return html.escape(text)
     return (
         f'<a href="{html.escape(address)}" target="_blank" rel="noopener">{html.escape(text)}</a>'

@@ -12,7 +12,7 @@ import numpy as np
 
 from src.model.network import YOLOv3
 from src.serving.drawing import class_colour
-from src.serving.gradcam import LAYERS
+from src.serving.gradcam import LAYERS, MAX_EXPLAINED
 from src.serving.images import IMAGE_SUFFIXES
 from src.serving.onnx_model import export_onnx, model_facts
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, MIN_SCORE
@@ -44,7 +44,7 @@ def export_static_space(
 ) -> Path:
     """Write a static Space into `folder` and return its path. An older export is replaced.
 
-    samples: see `write_samples`. links: text -> address; "Model" is by default the file itself.
+    samples: see `write_samples`. links: text -> address.
     vendor: copy onnxruntime-web into the folder with npm, for use without internet. The default
         loads it from a content delivery network (cdn.jsdelivr.net).
     Raises FileExistsError, see `new_folder`.
@@ -55,7 +55,7 @@ def export_static_space(
     bytes_of_model = export_onnx(model, folder / "model.onnx").stat().st_size
     if vendor:
         copy_runtime(folder / "runtime")
-    facts = page_facts(model, folder / "samples", {"Model": "./model.onnx"} | (links or {}))
+    facts = page_facts(model, folder / "samples", links or {})
     address = "runtime/" if vendor else CDN
     facts["downloads"] = [
         {"url": "model.onnx", "bytes": bytes_of_model, "integrity": ""},
@@ -75,6 +75,7 @@ def page_facts(model: YOLOv3, samples: Path, links: dict[str, str]) -> dict:
         "min_score": MIN_SCORE,
         "bright_areas": BRIGHT_AREAS,
         "layers": list(LAYERS.items()),
+        "max_explained": MAX_EXPLAINED,
         "samples": sorted(p.name for p in samples.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES),
         "credits_html": credits_html(samples),
         "about_html": model_facts_html(model, links),

@@ -1,5 +1,4 @@
 // Object detection with heatmaps in the browser: model.onnx, run by onnxruntime-web in a worker.
-const MAX_EXPLAINED = 24; // detections per heatmap; each costs a run of the network
 
 const $ = (id) => document.getElementById(id);
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
@@ -131,15 +130,16 @@ function iou(a, b) {
   return (width * height) / (area(a) + area(b) - width * height);
 }
 
-/** Non-maximum suppression per class, as src/model/boxes.py does. */
+/** Non-maximum suppression per class, of at most 1000 predictions to at most 300 detections, as
+ *  src/model/boxes.py does. */
 function nms(candidates, confidence, threshold) {
   const kept = [];
-  for (const candidate of candidates) {
+  for (const candidate of candidates.filter(({ score }) => score > confidence).slice(0, 1000)) {
     const duplicate = (other) =>
       other.label === candidate.label && iou(other.box, candidate.box) > threshold;
-    if (candidate.score > confidence && !kept.some(duplicate)) kept.push(candidate);
+    if (!kept.some(duplicate)) kept.push(candidate);
   }
-  return kept;
+  return kept.slice(0, 300);
 }
 
 function normalize(map) {
@@ -190,7 +190,7 @@ async function showHeatmap() {
   for (const row of $("rows").children) row.ariaCurrent = row.dataset.target === target;
   const selected = detections.filter(({ index, label }) =>
     ["all", `class ${label}`, `${index}`].includes(target));
-  const explained = selected.length ? selected.slice(0, MAX_EXPLAINED) : [top];
+  const explained = selected.length ? selected.slice(0, facts.max_explained) : [top];
   let heatmap = new Float32Array(placement.width * placement.height);
   for (const candidate of explained) {
     candidate.cams ??= run(pixels, candidate).then(({ cams }) => cams);
@@ -199,6 +199,7 @@ async function showHeatmap() {
     heatmap = heatmap.map((value, i) => Math.max(value, own[i]));
   }
   showBoxes("explained", explained);
+  $("explained").classList.toggle("candidate", !selected.length);
   const { width, height } = placement;
   const colours = new ImageData(width, height);
   heatmap.forEach((value, i) => {
@@ -206,8 +207,8 @@ async function showHeatmap() {
     colours.data.set([...colour, 255 * (0.25 + 0.75 * value)], 4 * i);
   });
   Object.assign($("colours"), { width, height }).getContext("2d").putImageData(colours, 0, 0);
-  const best = `The heatmap shows the best ${MAX_EXPLAINED} of ${selected.length} detections.`;
-  let message = selected.length > MAX_EXPLAINED ? best : facts.bright_areas;
+  const best = `The heatmap shows the best ${explained.length} of ${selected.length} detections.`;
+  let message = selected.length > explained.length ? best : facts.bright_areas;
   if (!selected.length) {
     message = `No detection above ${Math.round(100 * $("confidence").value)}%. ` +
       `The top candidate is ${facts.classes[top.label]} at ${percent(top.score)}.`;
@@ -256,20 +257,24 @@ async function analyze(file) {
   $("video").srcObject = null;
   $("camera").textContent = "Camera";
   $("main").className = "empty";
-  for (const id of ["rows", "target", "message"]) $(id).replaceChildren();
+  for (const id of ["rows", "target", "message", "explained"]) $(id).replaceChildren();
   $("colours").width = 0;
   $("summary").textContent = "Detecting objects.";
   const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(() => {
     throw new Error("This file can't be read as an image. Use a JPEG or PNG file.");
   });
   await session;
+  if (number !== work) return;
   const { pixels, placement } = letterbox(bitmap, facts.image_size);
   const { logits } = await run(pixels);
   if (number !== work) return;
   const candidates = decode(logits, placement, bitmap);
   current = { bitmap, pixels, placement, candidates };
   const src = URL.createObjectURL(file);
-  for (const image of document.querySelectorAll(".image img")) image.src = src;
+  for (const image of document.querySelectorAll(".image img")) {
+    image.src = src;
+    image.parentNode.style.width = `min(100%, ${(330 * bitmap.width) / bitmap.height}px)`;
+  }
   $("main").className = "";
   update();
 }
@@ -278,12 +283,16 @@ async function analyze(file) {
 async function useCamera() {
   const video = $("video");
   if (video.srcObject) {
+    if (!video.videoWidth) return; // no frame yet
     const canvas = element("canvas", { width: video.videoWidth, height: video.videoHeight });
     canvas.getContext("2d").drawImage(video, 0, 0);
     return canvas.toBlob(analyze);
   }
+  const number = ++work;
   const constraints = { video: { facingMode: "environment" } };
-  video.srcObject = await navigator.mediaDevices.getUserMedia(constraints);
+  const stream = await navigator.mediaDevices.getUserMedia(constraints);
+  if (number !== work) return stream.getTracks().forEach((track) => track.stop());
+  video.srcObject = stream;
   $("camera").textContent = "Take the photograph";
   $("main").className = "camera";
 }
@@ -296,7 +305,7 @@ async function start() {
   for (const id of ["confidence", "iou_threshold"]) $(id).value = facts[id];
   for (const [value, name] of facts.layers) $("layers").append(new Option(name, value));
   for (const name of facts.samples) {
-    const image = element("img", { src: `samples/${name}`, alt: name });
+    const image = element("img", { src: `samples/${encodeURIComponent(name)}`, alt: name });
     const onclick = async () => analyze(await (await fetch(image.src)).blob());
     $("samples").append(element("button", { onclick }, image));
   }
@@ -307,6 +316,7 @@ async function start() {
     $("target").value = event.target.closest("tr").dataset.target;
     showHeatmap();
   };
+  $("file").onclick = () => { $("file").value = ""; }; // the same file may be chosen again
   $("file").onchange = () => analyzeFirst($("file").files);
   $("camera").onclick = useCamera;
   $("camera").hidden = !navigator.mediaDevices;
@@ -321,11 +331,10 @@ async function start() {
   update();
   session = loadNetwork();
   await session;
-  $("loading").hidden = true;
 }
 
 window.onunhandledrejection = (event) => {
   event.preventDefault();
   $("summary").replaceChildren(element("b", { role: "alert" }, event.reason.message));
 };
-start();
+start().finally(() => { $("loading").hidden = true; });
