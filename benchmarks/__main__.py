@@ -14,7 +14,7 @@ PARTS = {  # rows of one table; each is a ratio to a baseline that is timed in t
     "loader": "training samples: mosaics, augmentation, cache, processes",
     "training": "targets and loss, and the share of a step outside the network",
     "evaluation": "decoding, NMS and all metrics for as many images as VOC2007 test has",
-    "inference": "prediction, Grad-CAM and ONNX",
+    "inference": "prediction and Grad-CAM",
 }
 COMMANDS = {  # each has options of its own
     "heatmaps": "insertion and deletion of every heatmap offered, on VOC or the synthetic data set",

@@ -1,26 +1,22 @@
 """Prediction and Grad-CAM, compared with the forward pass of the network alone."""
 
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.timing import Row, milliseconds, seconds, threads
+from benchmarks.timing import Row, milliseconds, seconds
 from src.data.shapes import draw_shapes
 from src.model.network import YOLOv3
 from src.serving.gradcam import MAX_EXPLAINED, explain
-from src.serving.onnx_model import export_onnx
 from src.serving.predictor import Predictor
 
 IMAGE_SIZE, IMAGES = 416, 8
-WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def rows() -> Iterator[Row]:
-    """Yield all rows: width 1 and 416 pixels on all cores; ONNX with the shipped weights."""
+    """Yield all rows: width 1 and 416 pixels on all cores."""
     images = [np.ascontiguousarray(record.image[:375]) for record in draw_shapes(IMAGES, 500)]
     predictor = _responsive_predictor(images)
     image = images[0]
@@ -35,7 +31,6 @@ def rows() -> Iterator[Row]:
     name = "Predictor, one 500 x 375 image"
     yield Row(name, milliseconds(ours), baseline, ours / forward, 1.1, True)
     yield from _gradcam(predictor, image, forward_pass)
-    yield _onnx(image)
 
 
 def _responsive_predictor(images: list[np.ndarray]) -> Predictor:
@@ -77,14 +72,3 @@ def _gradcam(
     yield Row("Grad-CAM, best detection", milliseconds(best), baseline, best / forward, 3.5, True)
     name = f"Grad-CAM, {MAX_EXPLAINED} detections (the maximum)"
     yield Row(name, milliseconds(everything), baseline, everything / forward)
-
-
-def _onnx(image: np.ndarray) -> Row:
-    """The shipped weights as an ONNX file, on one thread."""
-    with threads(1), tempfile.TemporaryDirectory() as folder:
-        pytorch = Predictor.load(WEIGHTS, device="cpu")
-        onnx = Predictor.load(export_onnx(pytorch.model, Path(folder) / "model.onnx"))
-        baseline, ours = seconds(lambda: pytorch(image), lambda: onnx(image), rounds=30)
-    name = f"Predictor with ONNX, shipped weights, {onnx.image_size} pixels, one thread"
-    text = f"Predictor with PyTorch, {milliseconds(baseline)}"
-    return Row(name, milliseconds(ours), text, baseline / ours)

@@ -23,7 +23,6 @@ EXTRA = {
     "gradcam.py": {"pytorch_grad_cam"},
     "app.py": GRADIO,
     "guard.py": GRADIO,
-    "onnx_model.py": ONNX,
 }
 FILES = [*sorted(ROOT.glob("src/*/*.py")), ROOT / "src/config.py"]
 SERVED = sorted([*ROOT.glob("src/model/*.py"), *ROOT.glob("src/serving/*.py")])

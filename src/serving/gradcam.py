@@ -8,7 +8,6 @@ import torch
 from pytorch_grad_cam import EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM
 
 from src.serving.images import load_image
-from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Detections, Predictor
 
 CAMS = {
@@ -49,12 +48,10 @@ class Explainer:
     """Run one forward pass over one image, then compute any number of heatmaps from it.
 
     image: whatever `load_image` takes. `candidates` are those of `Predictor.candidates`, `size` is
-    the image's (width, height). Raises ValueError if the model is an OnnxModel.
+    the image's (width, height).
     """
 
     def __init__(self, predictor: Predictor, image):
-        if isinstance(predictor.model, OnnxModel):
-            raise ValueError("Heatmaps need PyTorch weights: a folder or a Hub id, no .onnx file.")
         image = load_image(image)
         self.predictor = predictor
         self.size = image.shape[1::-1]

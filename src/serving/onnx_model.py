@@ -1,9 +1,8 @@
-"""ONNX: detections and heatmaps from one file that runs without PyTorch, also in a browser."""
+"""Export to ONNX: one file that gives detections and heatmaps in a browser, without PyTorch."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -96,43 +95,3 @@ def model_facts(model: YOLOv3) -> dict:
         "num_parameters": model.num_parameters,
         "metadata": model.metadata,
     }
-
-
-class OnnxModel(nn.Module):
-    """A file of `export_onnx` as a model for `Predictor`; onnxruntime runs it on the CPU.
-
-    `classes`, `image_size`, `metadata` and `num_parameters` are those of the exported YOLOv3.
-    """
-
-    def __init__(self, path: str | Path):
-        """Load a file. Raises ValueError if it is missing, damaged or not an export."""
-        import onnxruntime
-
-        super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self.session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
-            facts = self.session.get_modelmeta().custom_metadata_map
-            for name in ("classes", "image_size", "metadata", "num_parameters"):
-                setattr(self, name, json.loads(facts[name]))
-            self.anchors = torch.tensor(json.loads(facts["anchors"])) / self.image_size
-        except Exception as error:  # onnxruntime has an exception class per error code
-            raise ValueError(
-                f"{path} is not a file of export_onnx. Export it again. {error!r}"
-            ) from None
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """images float [1, 3, S, S] in 0..1 -> three logits [1, 3, G, G, 5 + C], as YOLOv3."""
-        inputs = {
-            seed.name: np.zeros(seed.shape, np.float32) for seed in self.session.get_inputs()[1:]
-        }
-        inputs["images"] = images.float().numpy(force=True)
-        outputs = self.session.run(OUTPUTS[: len(STRIDES)], inputs)
-        return [torch.from_numpy(output).to(images.device) for output in outputs]
-
-    def anchors_at(self, image_size: int) -> Tensor:
-        """Return the anchors [3, 3, 2] in 0..1 of an image of `image_size` pixels, as YOLOv3."""
-        return self.anchors * (self.image_size / image_size)

@@ -11,7 +11,6 @@ from torch import Tensor
 from src.model.boxes import decode, nms
 from src.model.network import YOLOv3, fuse_batch_norms
 from src.serving.images import letterbox, load_image, to_network_input
-from src.serving.onnx_model import OnnxModel
 
 MIN_SCORE = 0.01  # predictions with a lower score are dropped
 CONFIDENCE = 0.35  # default: F1 of the shipped weights is 0.589, its best 0.591 at 0.43
@@ -75,13 +74,11 @@ class Predictor:
     fused batch norms. Later changes of the model need a new Predictor.
     """
 
-    def __init__(
-        self, model: YOLOv3 | OnnxModel, image_size: int = 0, device: str | torch.device = ""
-    ):
+    def __init__(self, model: YOLOv3, image_size: int = 0, device: str | torch.device = ""):
         """Wrap a model.
 
         image_size: the network's input, default model.image_size.
-        device: default CUDA if available, else the CPU, where an OnnxModel runs in any case.
+        device: default CUDA if available, else the CPU.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
@@ -90,9 +87,8 @@ class Predictor:
 
     @classmethod
     def load(cls, source: str | Path, **options) -> "Predictor":
-        """Load a folder of `save_pretrained`, a Hub id, or an .onnx file of `export_onnx`."""
-        load = OnnxModel if Path(source).suffix == ".onnx" else YOLOv3.from_pretrained
-        return cls(load(source), **options)
+        """Load a folder of `save_pretrained`, or a model of the Hub by its id."""
+        return cls(YOLOv3.from_pretrained(source), **options)
 
     def __call__(
         self, image, confidence: float = CONFIDENCE, iou_threshold: float = IOU_THRESHOLD
@@ -110,10 +106,8 @@ class Predictor:
     @cached_property
     @torch.inference_mode(False)  # so that Grad-CAM can use it too
     @torch.no_grad()
-    def fused(self) -> YOLOv3 | OnnxModel:
+    def fused(self) -> YOLOv3:
         """The model with fused batch norms, a copy: 3-10% faster, scores within 1e-5."""
-        if isinstance(self.model, OnnxModel):
-            return self.model
         return fuse_batch_norms(self.model).to(self.model.anchors.dtype)
 
     def preprocess(self, image: np.ndarray) -> tuple[Tensor, np.ndarray]:

@@ -13,7 +13,6 @@ from src.model.pretrained import format_metadata
 from src.serving.drawing import class_colour, draw_detections, draw_explanation
 from src.serving.gradcam import Explainer, Explanation
 from src.serving.images import LICENSES, load_image, resize_long_side
-from src.serving.onnx_model import OnnxModel
 from src.serving.predictor import Detections, Predictor
 
 ALL_DETECTIONS = ("All detections", "all")
@@ -122,7 +121,7 @@ def render_heatmap(
     return drawn, html.escape(result.message) or BRIGHT_AREAS
 
 
-def model_facts_html(model: YOLOv3 | OnnxModel, links: dict[str, str]) -> str:
+def model_facts_html(model: YOLOv3, links: dict[str, str]) -> str:
     """List the model's classes, metadata, metrics and links (text -> address)."""
     metadata = format_metadata(model.metadata)
     facts = {FACTS.get(name, name.capitalize()): value for name, value in metadata.items()}
