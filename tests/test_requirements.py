@@ -14,7 +14,6 @@ from tests.test_rooms import FILES, imported
 from tools import wheels
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"onnxscript", "onnxruntime"}  # of the ONNX export
 DEPENDENCIES = {"ipython": "ipywidgets", "gradio-client": "gradio"}
 
 
@@ -22,7 +21,7 @@ def test_the_package_imports_only_what_requirements_install():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {canonicalize_name(Requirement(line).name) for line in lines if line[0] != "#"}
     names = {name.partition(".")[0] for path in FILES for name in imported(path)}
-    names -= {"src", *sys.stdlib_module_names, *OPTIONAL}
+    names -= {"src", *sys.stdlib_module_names}
     owners = defaultdict(set)  # by module; Python 3.10's packages_distributions misses some
     for package in distributions():
         for file in package.files or ():
