@@ -144,6 +144,12 @@ def test_mosaic_joins_four_images_at_a_random_point():
         covered = boxes[:, 2:].prod(dim=1).sum()
         assert covered == pytest.approx(1, abs=0.02)
     assert len(corners) > 20 and classes == {0, 1, 2, 3}
+    small = MosaicDataset(images, config.replace(mosaic_scale=(0.15, 0.2)))
+    for sample_id in range(40):  # smaller than their quadrants, they touch the point
+        x1, y1, x2, y2 = cxcywh_to_xyxy(small[sample_id][1]).T.sort().values
+        for start, end in ((x1, x2), (y1, y2)):
+            point = torch.cat((start[2:], end[:2]))
+            assert point.std() < 1e-4 and 0.24 < point[0] < 0.76
 
 
 @pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0.3, 0.5), (1.0, 0.6, 0.8)])
@@ -182,13 +188,33 @@ def test_samples_have_no_degenerate_boxes(min_visibility):
         assert (boxes[:, 2:] * 96 >= 1.99).all()
 
 
-def test_boxes_with_low_visibility_are_dropped():
-    def kept(min_visibility: float) -> int:
-        scales = {"mosaic_prob": 1.0, "mosaic_scale": (0.9, 1.25)}
-        data = MosaicDataset(records(), settings(min_visibility=min_visibility, **scales))
-        return sum(len(data[sample_id][1]) for sample_id in range(60))
+@pytest.mark.parametrize(
+    "region, limit, kept",
+    [((0, 0, 50, 100), 0.25, True), ((0, 0, 45, 100), 0.25, False), ((0, 0, 60, 40), 0.5, False)],
+)
+def test_boxes_with_low_visibility_are_dropped(region, limit, kept):
+    box, scale, top_left = np.array([[10, 10, 30, 30]]), np.array([2, 2]), np.array([20, 0])
+    moved, keep = transform_boxes(box, scale, top_left, region, limit)
+    assert keep.tolist() == [kept]
+    assert moved.tolist() == [[40, 20, min(80, region[2]), min(60, region[3])]]
 
-    assert 0 < kept(0.6) < kept(0.0)
+
+def test_samples_are_flipped_and_change_in_light():
+    pixels = np.full((96, 96, 3), (60, 120, 60), np.uint8)
+    record = make_record(pixels, [[0, 0, 48, 96]], [0], [False])
+    data = MosaicDataset([record], settings(mosaic_prob=0.0, image_scale=(1.0, 1.0)))
+    samples = [data[sample_id] for sample_id in range(40)]
+    assert 8 < sum(bool(boxes[0, 0] < 0.5) for _, boxes, _ in samples) < 32
+    assert len({int(image.max()) for image, _, _ in samples}) > 5
+
+
+def test_boxes_fit_a_jpeg_that_is_decoded_at_reduced_scale(tmp_path):
+    path = str(tmp_path / "large.jpg")
+    Image.new("RGB", (800, 600)).save(path)
+    record = make_record(path, [[400, 300, 800, 600]], [0], [False])
+    image, boxes = MosaicDataset([record], settings()).image(0)
+    assert load_image(path, 96).shape == (75, 100, 3) and image.shape == (72, 96, 3)
+    np.testing.assert_allclose(boxes, [[48, 36, 96, 72]], atol=1e-3)
 
 
 def test_same_seed_gives_same_samples_and_epochs_differ():
@@ -251,9 +277,11 @@ def test_validation_and_predictor_use_the_same_letterbox(tmp_path, size):
 
 
 def test_letterbox_keeps_the_aspect_ratio():
-    square, (scale_x, scale_y, left, top) = letterbox(np.zeros((50, 100, 3), np.uint8), 64)
+    image = np.full((50, 100, 3), (200, 100, 20), np.uint8)
+    square, (scale_x, scale_y, left, top) = letterbox(image, 64)
     assert (scale_x, scale_y, left, top) == pytest.approx((0.64, 0.64, 0, 16))
-    assert (square[:16] == PAD).all() and (square[16:48] == 0).all() and (square[48:] == PAD).all()
+    assert (square[:16] == PAD).all() and (square[48:] == PAD).all()
+    assert (square[16:48] == image[0, 0]).all()
 
 
 def test_cache_does_not_change_samples(tmp_path):

@@ -159,18 +159,22 @@ def test_coco_equals_pycocotools():
 
 
 def test_accumulator_equals_slow_nms():
-    accumulator, rows = DetectionAccumulator(), []
+    accumulator, rows, truth = DetectionAccumulator(), [], []
     for batch in range(2):
         logits = random_logits(2, seed=batch, grids=(1, 2, 4))
         targets = random_targets(4, images=2, seed=batch)
         accumulator.update(logits, targets, torch.tensor([True, False, False, True]), ANCHOR)
         for image, (boxes, scores) in enumerate(zip(*decode(logits, ANCHOR), strict=True)):
             kept = slow_nms(boxes.tolist(), scores.tolist(), 0.01, 0.45)[:100]
-            rows += [[2 * batch + image, label, scores[k, label].item()] for k, label in kept]
+            for k, label in kept:
+                clipped = boxes[k].clamp(0, 1).tolist()
+                rows.append([2 * batch + image, label, scores[k, label].item(), *clipped])
+        for (image, label, cx, cy, w, h), hard in zip(targets.tolist(), (1, 0, 0, 1), strict=True):
+            edges = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+            truth.append([2 * batch + image, label, hard, *edges])
     predictions, ground_truth = accumulator.compute()
-    np.testing.assert_allclose(predictions[:, :3], rows, rtol=1e-6)
-    assert ground_truth[:, 0].tolist() == sorted(ground_truth[:, 0])
-    assert ground_truth[:, 2].tolist() == [1, 0, 0, 1] * 2
+    np.testing.assert_allclose(predictions, rows, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ground_truth, truth, rtol=1e-5, atol=1e-6)
 
 
 def test_confusion_matrix_of_a_written_example():

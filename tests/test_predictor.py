@@ -135,23 +135,24 @@ def test_unreadable_files_are_named_and_bombs_refused_before_decoding(tmp_path):
 @pytest.mark.parametrize(
     "size", [(96, 96), (150, 40), (33, 97), (8, 8), (1, 1), (1, 300), (700, 500)]
 )
-def test_boxes_are_in_pixels_of_the_image(size, predictor):
+@pytest.mark.parametrize("side", [96, 160])
+def test_boxes_are_in_pixels_of_the_image(size, side, predictor):
     """Oracle: the network without fused batch norms on the letterbox, one box after the other."""
     width, height = size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    detections = predictor(image, confidence=0.3)
-    inputs = torch.from_numpy(letterbox(image, 96)[0]).permute(2, 0, 1)[None].float() / 255
-    with torch.no_grad():
-        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors_at(96))
+    detections = Predictor(predictor.model, side, "cpu")(image, confidence=0.3)
+    inputs = torch.from_numpy(letterbox(image, side)[0]).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():  # anchors keep the pixels of 96 x 96
+        boxes, scores = decode(predictor.model(inputs), predictor.model.anchors * 96 / side)
     index, labels = nms(boxes[0], scores[0], 0.3, IOU_THRESHOLD)
     assert np.array_equal([detections.index, detections.labels], [index.numpy(), labels.numpy()])
     assert len(index) and detections.scores == pytest.approx(
         scores[0, index, labels].numpy(), abs=1e-5
     )
-    inner = [max(1, round(edge * 96 / max(size))) for edge in size]
-    for box, square in zip(detections.boxes, boxes[0, index] * 96, strict=True):
+    inner = [max(1, round(edge * side / max(size))) for edge in size]
+    for box, square in zip(detections.boxes, boxes[0, index] * side, strict=True):
         for axis in (0, 1):
-            bar = (96 - inner[axis]) // 2
+            bar = (side - inner[axis]) // 2
             edges = (square[axis::2].numpy() - bar) * size[axis] / inner[axis]
             assert box[axis::2] == pytest.approx(edges.clip(0, size[axis]), abs=1e-2)
 

@@ -12,6 +12,7 @@ import torch
 
 from src.config import SHAPE_CLASSES, Config
 from src.data.datamodule import DetectionDataModule, ValDataset, collate
+from src.data.mosaic import MosaicDataset
 from src.data.records import make_record
 from src.model.network import YOLOv3
 from src.model.pretrained import transfer_weights
@@ -45,9 +46,12 @@ def test_best_checkpoint_and_accumulated_batches(trained_run, tmp_path, monkeypa
     """
     writes = mock.Mock(wraps=callbacks.atomic_write)
     monkeypatch.setattr(callbacks, "atomic_write", writes)
+    ids, get = [], MosaicDataset.__getitem__
+    monkeypatch.setattr(MosaicDataset, "__getitem__", lambda data, n: ids.append(n) or get(data, n))
     with mock.patch("src.training.module.mean_average_precision", side_effect=[0.1, 0.3, 0.2]):
         accumulated = fit(tiny(tmp_path, batch_size=2, accumulate_grad_batches=2))
     assert writes.call_count == 3
+    assert sorted(ids) == [*range(3 * 16)]  # each image once per epoch
     printed = re.findall(r"epoch  (\d)  .*  mAP50 (0.\d+)\n", capsys.readouterr().out)
     assert printed == [("1", "0.100"), ("2", "0.300"), ("3", "0.200")]
     best, last = (load(tmp_path / f"{name}.ckpt") for name in ("best", "last"))
@@ -94,11 +98,19 @@ def test_onecycle_has_its_peak_at_the_end_of_the_warm_up():
 
 
 @pytest.mark.parametrize("limit, norm", [(2.0, 2.0), (0.0, 5.0), (10.0, 5.0)])
-def test_gradients_are_clipped_to_the_norm(tmp_path, limit, norm):
+@pytest.mark.parametrize("scale", [1, 1024])  # of float16's gradients, which are unscaled before
+def test_gradients_are_clipped_to_the_norm(tmp_path, limit, norm, scale):
     module = OneCycleModule(tiny(tmp_path, gradient_clip_val=limit))
     module.layer = torch.nn.Linear(1, 1)
-    module.layer.weight.grad, module.layer.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
-    module._trainer = SimpleNamespace(precision_plugin=None)
+    module.layer.weight.grad = torch.tensor([[3.0 * scale]])
+    module.layer.bias.grad = torch.tensor([4.0 * scale])
+
+    def unscale(_):
+        for parameter in module.parameters():
+            parameter.grad /= scale
+
+    plugin = SimpleNamespace(scaler=SimpleNamespace(unscale_=unscale)) if scale > 1 else None
+    module._trainer = SimpleNamespace(precision_plugin=plugin)
     module.configure_gradient_clipping(None)
     gradient = torch.cat((module.layer.weight.grad[0], module.layer.bias.grad))
     assert gradient.norm().item() == pytest.approx(norm, rel=1e-4)
@@ -106,15 +118,17 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, limit, norm):
 
 def test_ema_equals_its_definition():
     """Step n, from 0, has the decay min(0.5, (1 + n) / (10 + n)); the first weights are copied."""
-    module, ema = torch.nn.Linear(1, 1), EMA(0.5)
-    ema._average_model = SimpleNamespace(module=torch.nn.Linear(1, 1))
+    module, ema = torch.nn.BatchNorm1d(1), EMA(0.5)
+    ema._average_model = SimpleNamespace(module=torch.nn.BatchNorm1d(1))
     expected = 0.0
     for step, value in enumerate(np.random.default_rng(0).normal(size=15)):
         module.weight.data.fill_(value)
+        module.running_mean.fill_(value)
         ema.on_train_batch_end(SimpleNamespace(global_step=step + 1), module)
         decay = min(0.5, (1 + step) / (10 + step)) if step else 0.0
         expected = decay * expected + (1 - decay) * value
-        assert ema._average_model.module.weight.item() == pytest.approx(expected)
+        average = ema._average_model.module
+        assert average.weight.item() == average.running_mean.item() == pytest.approx(expected)
 
 
 def test_checkpoints_contain_the_averaged_weights(trained):
@@ -150,7 +164,15 @@ def test_evaluation_and_metadata_have_every_metric(trained):
     }
     names = {"VOC AP@.5, area", "VOC AP@.5, 11 points", "course mAP@.5"}
     assert set(precisions) == names | {"COCO AP@.5", "COCO AP@.5:.95"}
-    assert len(evaluation.ground_truth) == sum(len(record.labels) for record in data.val_records)
+    truth = [  # images are drawn at 192 pixels
+        [number, label, difficult, *box / 192]
+        for number, record in enumerate(data.val_records)
+        for box, label, difficult in zip(*record[1:], strict=True)
+    ]
+    np.testing.assert_allclose(evaluation.ground_truth, truth, atol=1e-5)
+    splits = (data.train_records, data.val_records)
+    train, val = ({record.image.tobytes() for record in split} for split in splits)
+    assert not train & val
     assert len(evaluation.per_class) == len(SHAPE_CLASSES)
     others = DetectionDataModule(tiny(folder, classes=SHAPE_CLASSES[::-1]))
     message = r"The detector's classes are \('circle'.*DetectionDataModule\(detector.config\)"
@@ -239,6 +261,15 @@ def test_range_test_has_the_effective_batch_of_all_devices_and_no_side_effects(t
     assert results[0].suggestion == expected[1]
 
 
+def test_max_lr_0_takes_the_suggestion_and_a_resumed_run_keeps_it(tmp_path, monkeypatch):
+    finder = mock.Mock(return_value=SimpleNamespace(suggestion=5e-4))
+    monkeypatch.setattr("src.training.fit.find_lr", finder)
+    for ckpt_path in (None, "last"):
+        detector = fit(tiny(tmp_path, max_lr=0.0, epochs=1), ckpt_path=ckpt_path)
+        assert detector.config.max_lr == Config.load(tmp_path / "config.json").max_lr == 5e-4
+    assert finder.call_count == 1
+
+
 def test_range_test_ends_at_divergence():
     falling = np.linspace(10, 6, 60)
     means = [falling[max(0, i - 7) : i + 8].mean() for i in range(60)]
@@ -291,7 +322,11 @@ def test_resized_batch_equals_a_batch_read_at_that_size(size):
     detector.model.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     detector._trainer = SimpleNamespace(global_step=0, current_epoch=0)
     detector.log_dict = lambda *_, **__: None
+    detector.loss.forward = loss = mock.Mock(wraps=detector.loss.forward)
     detector.training_step(batch, 0)
+    detector.eval().validation_step(expected, 0)
+    for call in loss.call_args_list:  # anchors keep their pixels
+        torch.testing.assert_close(call.args[3] * size, detector.model.anchors * 416)
     assert inputs[0].shape[-1] == size
     assert (inputs[0] - to_network_input(expected["images"])).abs().mean() < 0.005
     torch.testing.assert_close(batch["targets"], expected["targets"], atol=1e-6, rtol=0)
@@ -321,9 +356,17 @@ def test_classes_in_common_keep_their_logits():
 
 
 @pytest.mark.parametrize(
-    "gpu, precisions", [(True, ["16-mixed"]), (False, ["bf16-mixed", "32-true"])]
+    ("gpu", "flags", "precision"),
+    [
+        (True, "avx512_bf16", "16-mixed"),
+        (False, "avx512_bf16", "bf16-mixed"),
+        (False, "amx_bf16", "bf16-mixed"),
+        (False, "avx2", "32-true"),
+    ],
 )
-def test_precision_depends_on_the_machine(monkeypatch, gpu, precisions):
+def test_precision_depends_on_the_machine(monkeypatch, gpu, flags, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert resolve_precision(Config()) in precisions
+    monkeypatch.setattr("pathlib.Path.exists", lambda _: True)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda _: flags)
+    assert resolve_precision(Config()) == precision
     assert resolve_precision(Config(precision="64-true")) == "64-true"
