@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from src.serving.images import load_image
-from src.serving.predict import detections_to_dicts
+from src.serving.predict import detections_to_dict
 from src.serving.predictor import Predictor
 from src.serving.space import MARKER, export_space, push_space
 from tests.planted import CLASSES, blurred_noise, planted_model
@@ -176,7 +176,7 @@ def test_it_starts_on_zerogpu_and_predicts_on_the_cpu(exported_space):
         server.shutdown()
     assert reports == ["/startup-report"]
     expected = Predictor(planted_model(), device="cpu")(image, 0.3, 0.6)
-    assert answer["detections"] == detections_to_dicts(expected, CLASSES)
+    assert answer == detections_to_dict(expected, CLASSES, (96, 96))
 
 
 @pytest.mark.parametrize(("sdk", "hardware"), [("gradio", "zero-a10g"), ("static", None)])

@@ -1,7 +1,6 @@
 """Validation samples, batches and loaders."""
 
 import os
-from collections.abc import Callable
 
 import numpy as np
 import pytorch_lightning as pl
@@ -70,9 +69,7 @@ def world_and_rank() -> tuple[int, int]:
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
 
-def make_loader(
-    dataset: Dataset, config: Config, collate_fn: Callable | None = None, **options
-) -> DataLoader:
+def make_loader(dataset: Dataset, config: Config, **options) -> DataLoader:
     """Build a loader whose processes stay alive between epochs. options: of `DataLoader`."""
     num_workers = config.num_workers
     if num_workers < 0:
@@ -83,7 +80,6 @@ def make_loader(
         dataset,
         config.batch_size,
         num_workers=num_workers,
-        collate_fn=collate_fn,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         **options,
@@ -151,7 +147,7 @@ class DetectionDataModule(pl.LightningDataModule):
         return make_loader(
             self.train_data,
             self.config,
-            collate,
+            collate_fn=collate,
             sampler=sampler,
             drop_last=len(sampler) >= self.config.batch_size,
         )
@@ -159,5 +155,9 @@ class DetectionDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return the validation loader: each image exactly once, split among the processes."""
         world, rank = world_and_rank()
-        sampler = range(rank, len(self.val_data), world)
-        return make_loader(self.val_data, self.config, collate, sampler=sampler)
+        return make_loader(
+            self.val_data,
+            self.config,
+            collate_fn=collate,
+            sampler=range(rank, len(self.val_data), world),
+        )

@@ -24,19 +24,20 @@ def augmentations(min_visibility: float) -> A.Compose:
 
     min_visibility: of a box's area. Transforms that cut boxes, such as crops, drop boxes below it.
     """
-    steps = [
-        A.HorizontalFlip(p=0.5),
-        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
-        A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=40, val_shift_limit=20, p=0.5),
-        A.ToGray(p=0.05),
-    ]
-    boxes = A.BboxParams(
-        format="pascal_voc",
-        label_fields=["labels"],
-        min_visibility=min_visibility,
-        check_each_transform=False,
+    return A.Compose(
+        [
+            A.HorizontalFlip(p=0.5),
+            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
+            A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=40, val_shift_limit=20, p=0.5),
+            A.ToGray(p=0.05),
+        ],
+        bbox_params=A.BboxParams(
+            format="pascal_voc",
+            label_fields=["labels"],
+            min_visibility=min_visibility,
+            check_each_transform=False,
+        ),
     )
-    return A.Compose(steps, bbox_params=boxes)
 
 
 def paste(

@@ -116,6 +116,6 @@ def first_existing(paths: list[Path]) -> Path:
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the lines of a list of images, without empty ones."""
+    """Return the lines of a text file, without empty ones."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     return [line.strip() for line in text.split("\n") if line.strip()]

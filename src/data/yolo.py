@@ -36,8 +36,9 @@ class YOLOReader:
         """Return (image, label file) of each image of a split. Raises FileNotFoundError."""
         entry = self.data.get(split) or []
         entries = entry if isinstance(entry, list) else [entry]
-        images = [image for entry in entries for image in self._find_images(entry)]
-        return [(image, label_path(image)) for image in images]
+        return [
+            (image, label_path(image)) for entry in entries for image in self._find_images(entry)
+        ]
 
     def _find_images(self, entry: str) -> list[Path]:
         # of a folder or of a .txt list, also if the data set was moved
@@ -61,9 +62,8 @@ class YOLOReader:
 
         Raises an exception if the file is not valid.
         """
-        lines = path.read_text(encoding="utf-8-sig").split("\n") if path.exists() else []
-        rows = [line.split() for line in lines]
-        return [self._read_row(row, size) for row in rows if row], None
+        lines = read_list(path) if path.exists() else []
+        return [self._read_row(line.split(), size) for line in lines], None
 
     def _read_row(self, row: list[str], size: tuple[int, int]) -> tuple:
         """Read "class cx cy w h", or "class x1 y1 x2 y2 ...", a polygon. Raises ValueError.

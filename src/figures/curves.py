@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from src.config import Config
@@ -27,7 +26,7 @@ from src.training.report import NAMES, course_targets
 PERCENTAGES = (1, 3, 10, 30, 100)  # labels of a logarithmic axis
 
 
-def _bars(names: Sequence[str], values: Sequence, style: str, **labels) -> Figure:
+def _bars(names: Sequence[str], values: Sequence, style: str, **labels) -> NotebookFigure:
     """Plot one horizontal bar per class in its colour, and its value in this format."""
     axis = NotebookFigure(0.23 * len(names) + 1).add_subplot(**labels)
     bars = axis.barh(names, values, color=colours(len(names)), edgecolor=INK, linewidth=0.4)
@@ -37,15 +36,20 @@ def _bars(names: Sequence[str], values: Sequence, style: str, **labels) -> Figur
 
 
 @with_style
-def plot_dataset_summary(records: Sequence, classes: Sequence[str]) -> Figure:
+def plot_dataset_summary(records: Sequence, classes: Sequence[str]) -> NotebookFigure:
     """Plot the number of objects per class."""
     counts = np.bincount(np.concatenate([r.labels for r in records]), minlength=len(classes))
-    title = f"{counts.sum():,} objects in {len(records):,} images"
-    return _bars(classes, counts, "{:,.0f}", title=title, xlabel="objects")
+    return _bars(
+        classes,
+        counts,
+        "{:,.0f}",
+        title=f"{counts.sum():,} objects in {len(records):,} images",
+        xlabel="objects",
+    )
 
 
 @with_style
-def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
+def plot_anchors(records: Sequence, anchors: Sequence) -> NotebookFigure:
     """Plot width against height of all objects, and of the anchors, in % of the image."""
     axis = NotebookFigure(4.3, width=5.4).add_subplot(aspect="equal")
     sizes = [(r.boxes[:, 2:] - r.boxes[:, :2]) / max(get_image_size(r.image)) for r in records]
@@ -71,7 +75,7 @@ def plot_anchors(records: Sequence, anchors: Sequence) -> Figure:
 
 
 @with_style
-def plot_lr_finder(result: LRFinderResult) -> Figure:
+def plot_lr_finder(result: LRFinderResult) -> NotebookFigure:
     """Plot the loss against the learning rate, and mark the suggestion."""
     axis = NotebookFigure(3.0).add_subplot(
         title="Range test",
@@ -86,7 +90,7 @@ def plot_lr_finder(result: LRFinderResult) -> Figure:
 
 
 @with_style
-def plot_training_curves(path: str | Path, config: Config) -> Figure:
+def plot_training_curves(path: str | Path, config: Config) -> NotebookFigure:
     """Plot a training from its metrics.csv: all loss terms that it has, lr, accuracies, mAP.
 
     Object and no-object accuracy are at the course's threshold.
@@ -127,7 +131,7 @@ def plot_training_curves(path: str | Path, config: Config) -> Figure:
 @with_style
 def plot_precision_recall(
     predictions: np.ndarray, ground_truth: np.ndarray, per_class: Sequence[dict]
-) -> Figure:
+) -> NotebookFigure:
     """Plot one precision-recall curve per class, at IoU 0.5. Its area is VOC's AP.
 
     predictions [n, 7], ground_truth [m, 7] and per_class: as in an `Evaluation`.
@@ -156,7 +160,7 @@ def plot_precision_recall(
 
 
 @with_style
-def plot_per_class_ap(per_class: Sequence[dict]) -> Figure:
+def plot_per_class_ap(per_class: Sequence[dict]) -> NotebookFigure:
     """Plot the average precision of each class at IoU 0.5 (VOC's, area)."""
     names = [f"{row['class']} ({row['num_gt']:,})" for row in per_class]
     values = np.array([row["ap"] for row in per_class])  # NaN without objects
@@ -172,7 +176,7 @@ def plot_per_class_ap(per_class: Sequence[dict]) -> Figure:
 
 
 @with_style
-def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> NotebookFigure:
     """Plot the confusion matrix [C + 1, C + 1] of `metrics.confusion`."""
     names = [*classes, "background"]
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -201,7 +205,7 @@ def plot_confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
 
 
 @with_style
-def plot_multiscale_sizes(sizes: Sequence[int]) -> Figure:
+def plot_multiscale_sizes(sizes: Sequence[int]) -> NotebookFigure:
     """Plot the image size at each step of a multi-resolution run."""
     axis = NotebookFigure(2.6).add_subplot(
         title="Image size during training",
@@ -216,7 +220,7 @@ def plot_multiscale_sizes(sizes: Sequence[int]) -> Figure:
 @with_style
 def plot_size_comparison(
     sizes: Sequence[int], map50: dict[str, Sequence[float]], latencies: Sequence[float]
-) -> Figure:
+) -> NotebookFigure:
     """Plot mAP at IoU 0.5 and latency against the image size at test time.
 
     map50: the name of each run -> one value per size. latencies: milliseconds per image and size.

@@ -7,7 +7,6 @@ from textwrap import fill
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, resize
@@ -30,7 +29,9 @@ TILE = int(WIDTH * DPI) // COLUMNS - GAP  # pixels of the long side of an image
 
 
 @with_style
-def _grid(tiles: Sequence[np.ndarray], titles: Sequence[str], columns: int = COLUMNS) -> Figure:
+def _grid(
+    tiles: Sequence[np.ndarray], titles: Sequence[str], columns: int = COLUMNS
+) -> NotebookFigure:
     """Arrange images in rows, each at its own pixel size under its title."""
     columns = min(columns, len(tiles))
     titles = [fill(title, TILE // 8) for title in titles] or [""] * len(tiles)
@@ -70,14 +71,14 @@ def _draw_detections(image, found: Detections, classes: Sequence[str]) -> np.nda
 
 def plot_annotations(
     records: Sequence[ImageRecord], classes: Sequence[str], titles: Sequence[str] = ()
-) -> Figure:
+) -> NotebookFigure:
     """Plot the images of records with their boxes and classes; "?" marks difficult objects."""
     return _grid([_draw_record(record, classes) for record in records], titles)
 
 
 def plot_samples(
     samples: Sequence[tuple], classes: Sequence[str], titles: Sequence[str] = ()
-) -> Figure:
+) -> NotebookFigure:
     """Plot training samples: uint8 [3, S, S], boxes cxcywh in 0..1 [n, 4], labels [n]."""
     return plot_annotations([_to_record(sample) for sample in samples], classes, titles)
 
@@ -97,7 +98,7 @@ class _SourceRecorder(MosaicDataset):
         return super().image(index)
 
 
-def plot_mosaic(dataset: MosaicDataset, sample_id: int, classes: Sequence[str]) -> Figure:
+def plot_mosaic(dataset: MosaicDataset, sample_id: int, classes: Sequence[str]) -> NotebookFigure:
     """Plot the four images of one mosaic in its arrangement and, to the right, the mosaic."""
     recorder = _SourceRecorder(dataset.records, dataset.config, dataset.cache)
     mosaic = _to_record(recorder[sample_id])
@@ -107,7 +108,7 @@ def plot_mosaic(dataset: MosaicDataset, sample_id: int, classes: Sequence[str]) 
     return _grid(tiles, titles, columns=3)
 
 
-def plot_resolutions(sample: tuple, sizes: Sequence[int]) -> Figure:
+def plot_resolutions(sample: tuple, sizes: Sequence[int]) -> NotebookFigure:
     """Plot the centre of a training sample at several image sizes, pixel by pixel."""
     tiles = []
     for size in sizes:
@@ -124,7 +125,7 @@ def plot_detections(
     classes: Sequence[str],
     ground_truth: Sequence[ImageRecord] = (),
     titles: Sequence[str] = (),
-) -> Figure:
+) -> NotebookFigure:
     """Plot images (anything that `load_image` reads) with their detections.
 
     titles: one per image.
@@ -167,7 +168,7 @@ def describe_errors(counts: np.ndarray, classes: Sequence[str]) -> str:
 
 def plot_gradcam(
     images, explanations: Sequence, classes: Sequence[str], titles: Sequence[str] = ()
-) -> Figure:
+) -> NotebookFigure:
     """Plot detections and, to the right, the heatmaps of `Explanation`s with the explained boxes.
 
     images: one for all explanations, or a list with one per explanation; `load_image` reads them.
@@ -183,14 +184,15 @@ def plot_gradcam(
         heatmap = draw_explanation(load_image(image), explanation, classes)
         tiles.append(resize_long_side(heatmap, TILE))
         explained = {classes[label] for label in detections.labels[explanation.explained]}
-        names.append(explanation.message or f"heatmap of {', '.join(sorted(explained))}")
-        if titles:
-            names[-1] = titles[number]
+        default = explanation.message or f"heatmap of {', '.join(sorted(explained))}"
+        names.append(titles[number] if titles else default)
     return _grid(tiles, names)
 
 
 @with_style
-def plot_anchor_assignment(sample: tuple, anchors: Tensor, classes: Sequence[str]) -> Figure:
+def plot_anchor_assignment(
+    sample: tuple, anchors: Tensor, classes: Sequence[str]
+) -> NotebookFigure:
     """Plot the ground truth of a sample, and each object's cell and anchor per scale.
 
     anchors: [scales, A, 2], width and height as fractions of the image.

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import vector_to_parameters
 
 from src.model.network import ConvBlock, YOLOv3
 from src.model.pretrained import transfer_weights
@@ -40,7 +39,7 @@ def load_darknet(model: YOLOv3, path: str | Path) -> str:
         )
 
     values = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=HEADER))
-    vector_to_parameters(values, layers[size])
+    nn.utils.vector_to_parameters(values, layers[size])
     if size == min(layers):
         model.backbone.load_state_dict(source.backbone.state_dict())
         return "the backbone"

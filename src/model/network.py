@@ -9,7 +9,6 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from src.model.pretrained import CONFIG, format_metadata, write_weights
 
@@ -261,6 +260,6 @@ def fuse_batch_norms(model: YOLOv3) -> YOLOv3:
     fused = copy.deepcopy(model).float().eval()
     for block in fused.modules():
         if isinstance(block, ConvBlock):
-            block[0] = fuse_conv_bn_eval(block[0], block[1])
+            block[0] = nn.utils.fuse_conv_bn_eval(block[0], block[1])
             block[1] = nn.Identity()
     return fused

@@ -12,7 +12,7 @@ from gradio_client.utils import is_file_obj
 from src.serving.gradcam import LAYERS, METHODS
 from src.serving.guard import NOT_UPLOADED, GuardedBlocks
 from src.serving.images import IMAGE_SUFFIXES
-from src.serving.predict import WEIGHTS, detections_to_dicts
+from src.serving.predict import WEIGHTS, detections_to_dict
 from src.serving.predictor import CONFIDENCE, IOU_THRESHOLD, Predictor
 from src.serving.session import (
     ALL_DETECTIONS,
@@ -176,12 +176,7 @@ def _endpoint(predictor: Predictor) -> Callable:
             detections = session.detections(confidence, iou_threshold)
         except (TypeError, ValueError) as error:  # a threshold may be anything
             raise gr.Error(str(error), print_exception=False) from None
-        width, height = session.explainer.size
-        return {
-            "width": width,
-            "height": height,
-            "detections": detections_to_dicts(detections, predictor.classes),
-        }
+        return detections_to_dict(detections, predictor.classes, session.explainer.size)
 
     return detect_file
 

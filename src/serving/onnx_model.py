@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional as F
 
 from src.model.network import STRIDES, YOLOv3, fuse_batch_norms
 
@@ -38,12 +37,16 @@ class HeatmapGraph(nn.Module):
 def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, _, stride, padding, *others):
     """Compute the gradient at a convolution's input, of its three, by what ONNX has."""
     extra = stride[0] - 1
-    return F.conv_transpose2d(gradient, weight, None, stride, padding, extra), None, None
+    return (
+        nn.functional.conv_transpose2d(gradient, weight, None, stride, padding, extra),
+        None,
+        None,
+    )
 
 
 def upsampling_backward(gradient: Tensor, *sizes) -> Tensor:
     """Compute the gradient at the input of a nearest upsampling, which copies a pixel to 2 x 2."""
-    return 4 * F.avg_pool2d(gradient, 2)
+    return 4 * nn.functional.avg_pool2d(gradient, 2)
 
 
 BACKWARD = {

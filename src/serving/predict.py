@@ -34,7 +34,7 @@ def predict(
     source: an image, a video (saved as MP4, without sound), or a folder of them.
     heatmap: also save the heatmap of each image's detections.
     Returns the content of predictions.json: per image its name (of a video also "frame", from 0),
-    width, height and the detections, see `detections_to_dicts`; of an unreadable file "error".
+    width, height and the detections, see `detections_to_dict`; of an unreadable file "error".
     Raises FileNotFoundError if `source` is missing or has no images, ValueError if an option
     doesn't fit.
     """
@@ -121,29 +121,28 @@ def detect(
 ) -> tuple[np.ndarray, dict]:
     """Return a copy of uint8 [H, W, 3] RGB with its detections drawn, and size and detections."""
     detections = predictor(image, *thresholds)
-    height, width = image.shape[:2]
-    rows = detections_to_dicts(detections, predictor.classes)
-    return (
-        draw_detections(image, detections, predictor.classes),
-        {"width": width, "height": height, "detections": rows},
-    )
+    drawn = draw_detections(image, detections, predictor.classes)
+    return drawn, detections_to_dict(detections, predictor.classes, image.shape[1::-1])
 
 
-def detections_to_dicts(detections: Detections, classes: list[str]) -> list[dict]:
-    """Return "class", "confidence" and "box" of each detection, best first.
+def detections_to_dict(detections: Detections, classes: list[str], size: tuple[int, int]) -> dict:
+    """Return "width" and "height" of an image, and "detections", best first.
 
-    "box": left, top, right, bottom in pixels.
+    Of each "class", "confidence" and "box": left, top, right, bottom in pixels.
     """
-    return [
-        {
-            "class": classes[label],
-            "confidence": round(float(score), 4),
-            "box": box.astype(float).round(1).tolist(),
-        }
-        for label, score, box in zip(
-            detections.labels, detections.scores, detections.boxes, strict=True
-        )
-    ]
+    columns = (detections.labels, detections.scores, detections.boxes)
+    return {
+        "width": size[0],
+        "height": size[1],
+        "detections": [
+            {
+                "class": classes[label],
+                "confidence": round(float(score), 4),
+                "box": box.astype(float).round(1).tolist(),
+            }
+            for label, score, box in zip(*columns, strict=True)
+        ],
+    }
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """What the page shows: detections and heatmaps of a visitor's image, facts about the model."""
 
 import html
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +66,7 @@ class ImageSession:
         return replace(detections, boxes=detections.boxes * np.tile(scale, 2))
 
 
-def analyze_image(predictor: Predictor, path: str | os.PathLike) -> ImageSession:
+def analyze_image(predictor: Predictor, path: str | Path) -> ImageSession:
     """Read a visitor's file and run the forward pass.
 
     Raises ValueError with a message for the visitor.

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
-from torch.multiprocessing import ProcessRaisedException
 
 from src.config import Config
 
@@ -79,7 +78,7 @@ def explain_out_of_memory(function: Callable) -> Callable:
     def wrapper(config, data=None, *args, **kwargs):
         try:
             return function(config, data, *args, **kwargs)
-        except (torch.OutOfMemoryError, ProcessRaisedException) as error:
+        except (torch.OutOfMemoryError, torch.multiprocessing.ProcessRaisedException) as error:
             # its traceback keeps tensors on the GPU, so the new error is raised after it
             if "OutOfMemoryError" not in f"{type(error)} {error}":
                 raise

@@ -94,9 +94,6 @@ def run_trainer(module: OneCycleModule, data: pl.LightningDataModule) -> None:
     folder = Path(config.run_dir)
     pl.seed_everything(config.seed, verbose=False)
     options = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = ModelCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options)
-    # not the option save_last: it would save only when the best improves
-    last = ModelCheckpoint(folder, "last", **options)
     trainer = make_trainer(
         config,
         max_epochs=config.epochs,
@@ -108,8 +105,9 @@ def run_trainer(module: OneCycleModule, data: pl.LightningDataModule) -> None:
             StopIfNotFinite(),
             EMA(config.ema_decay),
             MetricsCSV(folder / run_folder.METRICS),
-            best,
-            last,
+            ModelCheckpoint(folder, "best", monitor=module.monitor, mode="max", **options),
+            # not the option save_last: it would save only when the best improves
+            ModelCheckpoint(folder, "last", **options),
         ],
     )
     checkpoint = folder / run_folder.LAST
@@ -156,16 +154,15 @@ def evaluate(detector: YOLOv3Module, data: DetectionDataModule) -> Evaluation:
     trainer = make_trainer(detector.config.replace(devices=1))
     trainer.validate(detector, data.val_dataloader(), verbose=False)
     detector.to(device)  # Lightning moves it to the CPU, but a Predictor may use the model
-    precisions = {
-        "VOC AP@.5, area": mean_average_precision(detector.per_class),
-        "VOC AP@.5, 11 points": mean_average_precision(detector.per_class, "ap_11pt"),
-        "course mAP@.5": mean_average_precision(detector.per_class, "ap_course"),
-        **coco_average_precision(detector.predictions, detector.ground_truth),
-    }
     return Evaluation(
-        detector.accuracies,
-        precisions,
-        detector.per_class,
-        detector.predictions,
-        detector.ground_truth,
+        accuracies=detector.accuracies,
+        precisions={
+            "VOC AP@.5, area": mean_average_precision(detector.per_class),
+            "VOC AP@.5, 11 points": mean_average_precision(detector.per_class, "ap_11pt"),
+            "course mAP@.5": mean_average_precision(detector.per_class, "ap_course"),
+            **coco_average_precision(detector.predictions, detector.ground_truth),
+        },
+        per_class=detector.per_class,
+        predictions=detector.predictions,
+        ground_truth=detector.ground_truth,
     )

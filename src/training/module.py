@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
@@ -65,19 +64,17 @@ def training_metadata(
     accuracies: dict[str, float], map50: float, config: Config, epochs: str
 ) -> dict:
     """Describe weights: training data, epochs such as "3 of 40", and validation metrics."""
-    data = f"{DATASETS[config.dataset]} {', '.join(config.train_splits)}"
-    metrics = {
-        "mAP50": map50,
-        "class accuracy": accuracies["class"],
-        "no-object accuracy": accuracies[f"no_object@{COURSE_THRESHOLD}"],
-        "object accuracy": accuracies[f"object@{COURSE_THRESHOLD}"],
-        "objectness threshold": COURSE_THRESHOLD,
-    }
     return {
-        "data": data,
+        "data": f"{DATASETS[config.dataset]} {', '.join(config.train_splits)}",
         "epochs": epochs,
         "weights": "averaged over the steps (EMA)",
-        "metrics": metrics,
+        "metrics": {
+            "mAP50": map50,
+            "class accuracy": accuracies["class"],
+            "no-object accuracy": accuracies[f"no_object@{COURSE_THRESHOLD}"],
+            "object accuracy": accuracies[f"object@{COURSE_THRESHOLD}"],
+            "objectness threshold": COURSE_THRESHOLD,
+        },
     }
 
 
@@ -130,9 +127,9 @@ class YOLOv3Module(OneCycleModule):
 
     def on_validation_epoch_start(self) -> None:
         """Use the first process's batch norm statistics in all processes: each has its own."""
-        if dist.is_initialized():
+        if torch.distributed.is_initialized():
             for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
+                torch.distributed.broadcast(buffer, 0)
 
     def on_validation_epoch_end(self) -> None:
         self.accuracies = {name: float(v) for name, v in self.cell_accuracy.compute().items()}
