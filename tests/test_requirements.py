@@ -24,8 +24,11 @@ def test_the_package_imports_only_what_requirements_install():
     names -= {"src", *sys.stdlib_module_names}
     owners = defaultdict(set)  # by module; Python 3.10's packages_distributions misses some
     for package in distributions():
-        for file in package.files or ():
-            owners[file.parts[0].removesuffix(".py")].add(canonicalize_name(package.name))
+        modules = (package.read_text("top_level.txt") or "").split()
+        for module in modules or {
+            file.parts[0].removesuffix(".py") for file in package.files or ()
+        }:
+            owners[module].add(canonicalize_name(package.name))
     assert all(owners[name] for name in names)
     used = {owner for name in names for owner in owners[name]}
     assert {DEPENDENCIES.get(name, name) for name in used} <= required
