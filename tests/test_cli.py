@@ -119,9 +119,11 @@ def test_errors_say_what_to_do(photos, run_command, tmp_path):
     before = {path: path.read_bytes() for path in photos.iterdir()}
     (tmp_path / "empty").mkdir()
     for arguments, message in {
-        (tmp_path / "missing.jpg",): "missing.jpg does not exist or has no images. Supported",
-        (tmp_path / "empty",): "empty does not exist or has no images. Supported files: ",
-        (photos / "IMG_1.HEIC",): "IMG_1.HEIC does not exist or has no images. Supported files: ",
+        (tmp_path / "missing.jpg",): "missing.jpg is missing, not a supported file, or",
+        (
+            tmp_path / "empty",
+        ): "empty is missing, not a supported file, or a folder without one. Supp",
+        (photos / "IMG_1.HEIC",): "IMG_1.HEIC is missing, not a supported file",
         (photos, "--confidence", 2): "confidence and iou_threshold must be in 0..1",
         (photos, "--weights", tmp_path / "empty"): "is not a folder with model.safetensors",
         (photos, "--save", photos): "contains the source",

@@ -149,11 +149,13 @@ def test_new_run_deletes_the_former_checkpoints(copy):
         {"pretrained_weights": "no/mistyped/folder"},
         {"dataset": "yolo", "data_root": "mistyped"},
         {"precision": "mistyped"},
+        {"devices": 2, "max_lr": 0.0},
     ],
 )
-def test_a_start_that_fails_deletes_nothing(copy, changes):
+def test_a_start_that_fails_deletes_nothing(copy, changes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    with pytest.raises((FileNotFoundError, ValueError), match="mistyped"):
+    with pytest.raises((FileNotFoundError, ValueError), match="mistyped|GPUs found: 1"):
         fit(tiny(copy, **changes))
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 

@@ -18,7 +18,7 @@ ALLOWED = {  # package -> the packages it may import
 }
 LIBRARIES = {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "huggingface_hub"}
 GRADIO = {"gradio", "gradio_client"}  # gradio installs the other
-ONNX = {"onnxscript", "onnxruntime"}  # in functions only: a Space runs without them
+ONNX = {"onnxscript", "onnxruntime"}  # a Space runs without them
 EXTRA = {
     "gradcam.py": {"pytorch_grad_cam"},
     "app.py": GRADIO,

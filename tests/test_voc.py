@@ -64,7 +64,9 @@ def test_years_in_separate_archives_in_the_order_of_the_lists(tmp_path):
     # counted from 0, right and bottom exclusive
     assert records[2].boxes.tolist() == [[10, 20, 50, 60]] * 2
     assert [column.dtype for column in records[2][1:]] == [np.float32, np.int64, bool]
-    message = r"no images of the split '2007/val'\. Its splits are \['2007/test', '2012/trainval'\]"
+    message = (
+        r"split '2007/val' in the format 'voc'\. Its splits are \['2007/test', '2012/trainval'\]"
+    )
     with pytest.raises(FileNotFoundError, match=message + ".*set Config.*VOC_ROOT.*shapes"):
         read_voc(tmp_path, ("2007/val",))
 

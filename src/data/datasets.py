@@ -102,11 +102,12 @@ def read_records(
         items = reader.list_images(split)
         if not items:
             raise FileNotFoundError(
-                f"{config.data_root} has no images of the split {split!r}. Its splits are "
-                f"{reader.splits}: set Config.train_splits and Config.val_splits to some of them "
-                "(empty val_splits take a part of the training images). Or set Config.data_root "
-                "(before Python starts, the environment variable VOC_ROOT) to the folder that "
-                'contains VOCdevkit, data.yaml or COCO files, or use Config(dataset="shapes").'
+                f"{config.data_root} has no images of the split {split!r} in the format "
+                f"{config.dataset!r}. Its splits are {reader.splits}: set Config.train_splits and "
+                "Config.val_splits to some of them (empty val_splits take a part of the training "
+                "images). Or set Config.data_root (before Python starts, the environment variable "
+                "VOC_ROOT) to the folder that contains VOCdevkit, data.yaml or COCO files, or use "
+                'Config(dataset="shapes").'
             )
         records, cases = make_records(reader, split, items, config.classes, check)
         if cases[BAD_FILES] and not check and not (config.skip_bad_files and records):

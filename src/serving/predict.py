@@ -35,8 +35,8 @@ def predict(
     heatmap: also save the heatmap of each image's detections.
     Returns the content of predictions.json: per image its name (of a video also "frame", from 0),
     width, height and the detections, see `detections_to_dict`; of an unreadable file "error".
-    Raises FileNotFoundError if `source` is missing or has no images, ValueError if an option
-    doesn't fit.
+    Raises FileNotFoundError if `source` is missing or has no supported file, ValueError if an
+    option doesn't fit.
     """
     files = source_files(Path(source))
     folder = Path(folder)
@@ -66,7 +66,8 @@ def source_files(source: Path) -> list[Path]:
     files = [path for path in files if path.suffix.lower() in suffixes]
     if not files:
         raise FileNotFoundError(
-            f"{source} does not exist or has no images. Supported files: {', '.join(suffixes)}."
+            f"{source} is missing, not a supported file, or a folder without one. "
+            f"Supported files: {', '.join(suffixes)}."
         )
     return files
 
@@ -128,7 +129,7 @@ def detect(
 def detections_to_dict(detections: Detections, classes: list[str], size: tuple[int, int]) -> dict:
     """Return "width" and "height" of an image, and "detections", best first.
 
-    Of each "class", "confidence" and "box": left, top, right, bottom in pixels.
+    Each detection has "class", "confidence" and "box": left, top, right, bottom in pixels.
     """
     columns = (detections.labels, detections.scores, detections.boxes)
     return {

@@ -16,9 +16,9 @@ from src.serving.predictor import Detections, Predictor
 
 ALL_DETECTIONS = ("All detections", "all")
 BRIGHT_AREAS = (
-    "Bright areas are the evidence for the score. LayerCAM's were tested: if only the brightest "
-    "quarter of the image stays sharp, most of the score remains. They show what the network looks "
-    "at, not whether it is right."
+    "Bright areas are the evidence for the score. With the default method, LayerCAM, this was "
+    "tested: if only the brightest quarter of the image stays sharp, most of the score remains. "
+    "They show what the network looks at, not whether it is right."
 )
 LICENSE_TEXTS = {
     "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",

@@ -54,9 +54,7 @@ def check_trainer(config: Config) -> None:
     """Raise ValueError or another error if this machine can't train with these settings."""
     found = torch.cuda.device_count()
     if 0 < found < config.devices:
-        raise ValueError(
-            f"Config.devices is {config.devices}, but this machine has {found} GPU(s)."
-        )
+        raise ValueError(f"Config.devices is {config.devices}, but GPUs found: {found}.")
     make_trainer(config.replace(devices=1))  # Lightning knows the precision
 
 

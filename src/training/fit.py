@@ -52,13 +52,13 @@ def train(
     """Train `module_class(config)` on `data`, see `fit`."""
     folder = Path(config.run_dir)
     with run_folder.run_lock(folder):
+        check_trainer(config)
         checkpoint = run_folder.find_checkpoint(folder, ckpt_path)
         if checkpoint:
             config = run_folder.config_for_resume(config, checkpoint)
         elif not config.max_lr:
             config = config.replace(max_lr=find_lr(config, data).suggestion)
         module = module_class(config)  # what can't be built raises before anything is deleted
-        check_trainer(config)
         data.prepare_data()
         data.setup("fit")
         run_folder.write_start(config, checkpoint)

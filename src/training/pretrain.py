@@ -47,8 +47,8 @@ OPTIONS = {
 CARD = """# Darknet-53, width {width:g}, pretrained to classify
 
 The backbone of a YOLOv3 in half precision: the exponential moving average (EMA) of the weights.
-Trained on {images:,} images of {classes:,} classes ({data}) for {epochs} epochs: the last
-{final_epochs} at {final_size} pixels, the others at {image_size}.
+Trained on {images:,} images of {classes:,} classes ({data}). Epochs: {epochs}, of these
+{final_epochs} at {final_size} pixels (the last) and the others at {image_size}.
 
 Validation at {final_size} pixels: top-1 accuracy {top1:.1%}.
 

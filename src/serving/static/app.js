@@ -11,6 +11,7 @@ let ort; // onnxruntime-web
 let session; // promise of the loaded model
 let current; // the analyzed image: width, height, pixels, placement, candidates, detections, ...
 let work = 0; // counts images and heatmaps; results of any but the newest are dropped
+let choices = 0; // counts chosen images and starts of the camera; only the newest goes on
 
 /** Download a file. The browser refuses it if its hash is not `integrity`. */
 async function download({ url, integrity }) {
@@ -252,6 +253,7 @@ function update() {
 /** Read an image file, run the network once, and show the result. */
 async function analyze(file) {
   const number = ++work;
+  choices++;
   current = null;
   $("video").srcObject?.getTracks().forEach((track) => track.stop());
   $("video").srcObject = null;
@@ -261,6 +263,7 @@ async function analyze(file) {
   $("colours").width = 0;
   $("summary").textContent = "Detecting objects.";
   const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(() => {
+    if (number !== work) return;
     throw new Error("This file can't be read as an image. Use a JPEG or PNG file.");
   });
   await session;
@@ -288,10 +291,11 @@ async function useCamera() {
     canvas.getContext("2d").drawImage(video, 0, 0);
     return canvas.toBlob(analyze);
   }
-  const number = ++work;
+  const number = ++choices;
   const constraints = { video: { facingMode: "environment" } };
   const stream = await navigator.mediaDevices.getUserMedia(constraints);
-  if (number !== work) return stream.getTracks().forEach((track) => track.stop());
+  if (number !== choices) return stream.getTracks().forEach((track) => track.stop());
+  work++; // an image that is still being analyzed is dropped
   video.srcObject = stream;
   $("camera").textContent = "Take the photograph";
   $("main").className = "camera";
@@ -306,7 +310,11 @@ async function start() {
   for (const [value, name] of facts.layers) $("layers").append(new Option(name, value));
   for (const name of facts.samples) {
     const image = element("img", { src: `samples/${encodeURIComponent(name)}`, alt: name });
-    const onclick = async () => analyze(await (await fetch(image.src)).blob());
+    const onclick = async () => {
+      const number = ++choices;
+      const file = await (await fetch(image.src)).blob();
+      if (number === choices) analyze(file);
+    };
     $("samples").append(element("button", { onclick }, image));
   }
   $("credits").innerHTML = facts.credits_html;
