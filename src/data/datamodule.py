@@ -86,13 +86,6 @@ def make_loader(dataset: Dataset, config: Config, **options) -> DataLoader:
     )
 
 
-def make_train_loader(dataset: Dataset, config: Config, **options) -> DataLoader:
-    """Build the training loader, without an incomplete last batch unless there is only one."""
-    sampler = SampleIdSampler(dataset, config.seed)
-    drop_last = len(sampler) >= config.batch_size
-    return make_loader(dataset, config, sampler=sampler, drop_last=drop_last, **options)
-
-
 class DetectionDataModule(pl.LightningDataModule):
     """Training and validation split of a data set, and their loaders.
 
@@ -149,8 +142,15 @@ class DetectionDataModule(pl.LightningDataModule):
         self.val_data = ValDataset(self.val_records, config, caches[1])
 
     def train_dataloader(self) -> DataLoader:
-        """Return the training loader, see `make_train_loader`."""
-        return make_train_loader(self.train_data, self.config, collate_fn=collate)
+        """Return the training loader, without an incomplete last batch unless there is only one."""
+        sampler = SampleIdSampler(self.train_data, self.config.seed)
+        return make_loader(
+            self.train_data,
+            self.config,
+            collate_fn=collate,
+            sampler=sampler,
+            drop_last=len(sampler) >= self.config.batch_size,
+        )
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation loader: each image exactly once, split among the processes."""

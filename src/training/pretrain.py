@@ -23,7 +23,7 @@ from torchvision.datasets.folder import find_classes
 from torchvision.transforms import v2
 
 from src.config import Config
-from src.data.datamodule import make_loader, make_train_loader
+from src.data.datamodule import SampleIdSampler, make_loader
 from src.model.network import Darknet53
 from src.model.pretrained import save_backbone
 from src.serving.images import to_network_input
@@ -125,7 +125,13 @@ class PretrainDataModule(pl.LightningDataModule):
             )
 
     def train_dataloader(self):
-        return make_train_loader(self.train_data, self.config)
+        sampler = SampleIdSampler(self.train_data, self.config.seed)
+        return make_loader(
+            self.train_data,
+            self.config,
+            sampler=sampler,
+            drop_last=len(sampler) >= self.config.batch_size,
+        )
 
     def val_dataloader(self):
         return make_loader(self.val_data, self.config)
