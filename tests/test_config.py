@@ -2,8 +2,9 @@
 
 import pytest
 
-from src.config import Config
-from src.model.network import ANCHORS
+from src.config import DATA_ROOT, PRESETS, Config
+from src.model.network import ANCHORS, YOLOv3
+from tests.test_rooms import ROOT
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,15 @@ def test_lists_and_ranges_become_what_is_saved(tmp_path):
 def test_data_root_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("VOC_ROOT", "/somewhere")
     assert Config().data_root == "/somewhere"
+
+
+def test_a_preset_repeats_the_training_of_the_shipped_weights():
+    settings = Config.load(ROOT / "weights/run.json")
+    assert settings == PRESETS["photographs"].replace(data_root=DATA_ROOT)
+    assert settings.pretrained_weights == "weights/backbone"
+    samples = settings.epochs * 8090  # photographs of the training splits at hand
+    assert samples <= 662_040  # 40 epochs of VOC 07+12 trainval
+    shipped = YOLOv3.from_pretrained(ROOT / "weights")
+    for config in (settings, PRESETS["small"], PRESETS["shapes"]):
+        assert config.width == shipped.width
+    assert (settings.image_size, settings.classes) == (shipped.image_size, tuple(shipped.classes))
