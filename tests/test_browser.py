@@ -59,7 +59,7 @@ def test_sliders_update_detections_and_heatmap(visitor, images):
     visitor.upload(images / "wide.jpg")
     visitor.wait_for_images(300, 180)
     boxes, heatmap = visitor.source("detections"), visitor.source("heatmap")
-    visitor.set_slider("confidence", 0.45)
+    visitor.set_slider("confidence", 0.6)
     visitor.until(
         lambda: visitor.source("detections") != boxes and visitor.source("heatmap") != heatmap
     )

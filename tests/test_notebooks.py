@@ -29,7 +29,7 @@ SMALL = {
 }
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|content|kaggle/working)/|[A-Z]:\\\\")
 WARNING = re.compile(r"Warning:|\bWARNING\b|Traceback")
-NAMES = ("LICENSES.txt", "cow.jpg", "dog.jpg", "horses.jpg", "mariachi.jpg")
+NAMES = ("LICENSES.txt", "cow.jpg", "duck.jpg", "horses.jpg", "mariachi.jpg")
 SAMPLES = [f"weights/samples/{name}" for name in NAMES]  # those that the notebooks name
 books = pytest.mark.parametrize("name", notebook.NOTEBOOKS)
 
