@@ -196,8 +196,8 @@ def to_tuple(value):
 PRESETS = {
     # the assignment: full width, 416 pixels, 07+12 trainval to 07 test; needs a GPU
     "voc": Config(),
-    # the detector in weights/: the part of 07+12 that docs/RESULTS.md names, as many samples as
-    # 39 epochs of 07+12; about 5 hours on 2 CPU cores with bfloat16
+    # the detector in weights/; 80 epochs of its 8,090 photographs (docs/RESULTS.md) are as many
+    # samples as 39 epochs of 07+12; about 5 hours on 2 CPU cores with bfloat16
     "photographs": Config(
         train_splits=("2007/train", "2012/train"),
         val_splits=("2007/val", "2012/val"),
