@@ -276,7 +276,7 @@ async function analyze(file) {
   const src = URL.createObjectURL(file);
   for (const image of document.querySelectorAll(".image img")) {
     image.src = src;
-    image.parentNode.style.width = `min(100%, ${(330 * bitmap.width) / bitmap.height}px)`;
+    image.parentNode.style.setProperty("--ratio", bitmap.width / bitmap.height);
   }
   $("main").className = "";
   update();
