@@ -121,8 +121,7 @@ def test_thresholds_rows_classes_layers_and_opacity(page):
     page.act(lambda: page.all("#rows tr")[1].send_keys(Keys.ENTER))
     page.check(HORSES, 1, **thresholds)
     page.act(page.all("#rows tr")[2].click)
-    name = page.js("facts.classes[current.detections[2].label]")
-    assert page.js("$('target').selectedOptions[0].text").startswith(f"3: {name}")
+    assert page.js("$('target').selectedOptions[0].text").startswith("3: cow")
     page.set("layers", "32")
     page.check(HORSES, 2, layers="32", **thresholds)
     for name, value in {"layers": "all", "opacity": 0, "confidence": 0.95}.items():

@@ -274,10 +274,8 @@ async function analyze(file) {
   const candidates = decode(logits, placement, bitmap);
   current = { bitmap, pixels, placement, candidates };
   const src = URL.createObjectURL(file);
-  for (const image of document.querySelectorAll(".image img")) {
-    image.src = src;
-    image.parentNode.style.setProperty("--ratio", bitmap.width / bitmap.height);
-  }
+  for (const image of document.querySelectorAll(".image img")) image.src = src;
+  $("main").style.setProperty("--ratio", bitmap.width / bitmap.height);
   $("main").className = "";
   update();
 }
